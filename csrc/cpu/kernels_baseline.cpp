@@ -1,0 +1,7 @@
+// The CPU kernel for any processor of the target architecture.
+#include "../rows.h"
+#include "kernels.h"
+
+namespace merge_attn_states::cpu::baseline {
+#include "kernels.inc"
+}  // namespace merge_attn_states::cpu::baseline

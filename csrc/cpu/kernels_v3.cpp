@@ -1,0 +1,20 @@
+// The CPU kernel for x86-64-v3 processors (Haswell, Zen and later).
+//
+// The instruction set is switched on after every shared header: an inline function of those that
+// were compiled wider here could be the copy that the linker keeps for the baseline too. Clang does
+// not know the pragma and takes the same set from its command line.
+#include "../rows.h"
+#include "kernels.h"
+
+#if MERGE_ATTN_STATES_HAS_V3
+#include <immintrin.h>
+
+#ifndef __clang__
+#pragma GCC target("avx2,bmi,bmi2,f16c,fma,lzcnt,movbe,popcnt")
+#endif
+#define MERGE_ATTN_STATES_F16C
+
+namespace merge_attn_states::cpu::v3 {
+#include "kernels.inc"
+}  // namespace merge_attn_states::cpu::v3
+#endif

@@ -1,0 +1,63 @@
+// Chooses the instruction set once and splits the rows over threads.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "../kernels.h"
+#include "kernels.h"
+#include "parallel.h"
+
+#if MERGE_ATTN_STATES_HAS_V3
+#include <cpuid.h>
+#endif
+
+namespace merge_attn_states::cpu {
+namespace {
+
+struct Build {
+  const char* name;
+  void (*merge_rows)(const MergeArgs&, int64_t, int64_t);
+};
+
+#if MERGE_ATTN_STATES_HAS_V3
+bool has_v3() {
+  unsigned eax, ebx, ecx = 0, edx;
+  // F16C has no name in older compilers' __builtin_cpu_supports: bit 29 of leaf 1, register ecx.
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+         (ecx >> 29 & 1);
+}
+#endif
+
+// MERGE_ATTN_STATES_CPU=baseline keeps to the baseline, to compare the two builds.
+const Build& build() {
+  static const Build chosen = []() -> Build {
+#if MERGE_ATTN_STATES_HAS_V3
+    const char* wish = std::getenv("MERGE_ATTN_STATES_CPU");
+    const bool wants_baseline = wish != nullptr && std::strcmp(wish, "baseline") == 0;
+    if (has_v3() && !wants_baseline) return {"x86-64-v3", v3::merge_rows};
+#endif
+    return {"baseline", baseline::merge_rows};
+  }();
+  return chosen;
+}
+
+// Elements for which a second thread pays: PyTorch's own grain for elementwise kernels.
+constexpr int64_t kElementsPerThread = 32768;
+
+}  // namespace
+
+Selection choose() { return selection("cpu", build().name); }
+
+void run(const MergeArgs& args) {
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, args.head_size));
+  parallel_for(
+      args.num_tokens * args.num_heads, grain,
+      [](const void* context, int64_t begin, int64_t end) {
+        build().merge_rows(*static_cast<const MergeArgs*>(context), begin, end);
+      },
+      &args);
+}
+
+}  // namespace merge_attn_states::cpu

@@ -1,0 +1,28 @@
+// Exact division of a number below 2^31 by a divisor known at launch: one multiplication.
+#pragma once
+
+#include <cstdint>
+
+#include "../lse.h"
+
+namespace merge_attn_states::cuda {
+
+struct FastDivision {
+  uint32_t divisor;
+  uint32_t shift;
+  uint64_t factor;  // ceil(2^shift / divisor)
+
+  FastDivision() = default;
+  explicit FastDivision(uint32_t by) : divisor(by), shift(31) {
+    while ((uint64_t{1} << (shift - 31)) < by) ++shift;
+    factor = ((uint64_t{1} << shift) + by - 1) / by;
+  }
+
+  // factor - 2^shift / divisor < 1 and value < 2^31 <= 2^shift / divisor: the error stays below
+  // 1 / divisor, too little to pass the next whole number.
+  MERGE_ATTN_STATES_HOST_DEVICE uint32_t quotient(uint32_t value) const {
+    return static_cast<uint32_t>(value * factor >> shift);
+  }
+};
+
+}  // namespace merge_attn_states::cuda

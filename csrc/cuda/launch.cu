@@ -1,0 +1,127 @@
+// The CUDA side's entry: device guard, choice of the kernel, launch.
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <string>
+
+#include "../kernels.h"
+#include "launch.h"
+
+namespace merge_attn_states::cuda {
+namespace {
+
+// The call's device is current while it is launched, the caller's afterwards.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&previous_), device);
+    if (previous_ != device_) check(cudaSetDevice(device_), device);
+  }
+  ~DeviceGuard() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_;
+  int previous_ = 0;
+};
+
+// Asked of the runtime once a device: 0 unknown, else major version + 1.
+int compute_capability_major(int device) {
+  static std::array<std::atomic<int>, 64> known{};
+  const auto ask = [device] {
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), device);
+    return major;
+  };
+  if (device < 0 || device >= static_cast<int>(known.size())) return ask();
+  int major = known[device].load(std::memory_order_relaxed) - 1;
+  if (major < 0) known[device].store((major = ask()) + 1, std::memory_order_relaxed);
+  return major;
+}
+
+bool overlaps_previous(int device) { return compute_capability_major(device) >= 9; }
+
+bool is_aligned(const Rows& rows, int64_t element_bytes, int64_t pack_bytes) {
+  const auto multiple = [=](int64_t value) { return value % pack_bytes == 0; };
+  return rows.element_stride == 1 && multiple(reinterpret_cast<intptr_t>(rows.data)) &&
+         multiple(rows.token_stride * element_bytes) && multiple(rows.head_stride * element_bytes);
+}
+
+}  // namespace
+
+void check(cudaError_t status, int device) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a refused launch must not be found by the caller's next check
+  const std::string what =
+      std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    const std::string here = std::to_string(major) + "." + std::to_string(minor);
+    throw Unavailable("cuda:" + std::to_string(device) + " has compute capability " + here +
+                      ", and this build of merge_attn_states holds code for " +
+                      MERGE_ATTN_STATES_BUILD_ARCHITECTURES +
+                      "; reinstall it from source with TORCH_CUDA_ARCH_LIST=" + here);
+  }
+  if (status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice) {
+    throw Unavailable(
+        "the CUDA driver cannot run this build of merge_attn_states, made with CUDA " +
+        std::string(MERGE_ATTN_STATES_BUILD_CUDA) + " (" + what +
+        "); update the driver or reinstall from source with an older toolkit");
+  }
+  throw CudaError("cuda:" + std::to_string(device) + ": " + what);
+}
+
+int64_t packs_per_row(const MergeArgs& args) {
+  return args.head_size * size_of(args.input_dtype) / 16;
+}
+
+bool vectorizes(const MergeArgs& args) {
+  const bool supported = args.input_dtype == DType::kFloat32 ||
+                         args.input_dtype == DType::kFloat16 ||
+                         args.input_dtype == DType::kBFloat16;
+  if (!supported) return false;
+  const int64_t input_bytes = size_of(args.input_dtype), output_bytes = size_of(args.output_dtype);
+  const int64_t pack_elements = 16 / input_bytes;
+  if (args.head_size == 0 || args.head_size % pack_elements != 0) return false;
+  if (!is_aligned(args.prefix_output, input_bytes, 16) ||
+      !is_aligned(args.suffix_output, input_bytes, 16) ||
+      !is_aligned(args.output, output_bytes, pack_elements * output_bytes)) {
+    return false;
+  }
+  // Indices inside a tile and of tiles are 32-bit; what is larger loops in the generic kernel.
+  const Tile tile = choose_tile(args, packs_per_row(args));
+  const int64_t token_tiles = (args.num_tokens >> tile.token_bits) + 1;
+  const int64_t head_tiles = (args.num_heads >> tile.head_bits) + 1;
+  return packs_per_row(args) <= kMaxGridX / tile.rows() && token_tiles <= kMaxGridX / head_tiles;
+}
+
+Selection choose(const MergeArgs& args) {
+  char variant[sizeof(Selection::variant)];
+  if (args.nothing_to_do()) return selection("generic", "nothing to do");
+  if (vectorizes(args)) {
+    const Tile tile = choose_tile(args, packs_per_row(args));
+    std::snprintf(variant, sizeof(variant), "tile of %d tokens x %d heads, %d threads",
+                  1 << tile.token_bits, 1 << tile.head_bits, tile.threads);
+    return selection("vectorized", variant);
+  }
+  std::snprintf(variant, sizeof(variant), "%d rows a block, %d threads",
+                choose_rows(args.head_size), kGenericThreads);
+  return selection("generic", variant);
+}
+
+void run(const MergeArgs& args) {
+  const DeviceGuard guard(args.device_index);
+  if (vectorizes(args)) {
+    launch_vectorized(args, choose_tile(args, packs_per_row(args)),
+                      overlaps_previous(args.device_index));
+  } else {
+    launch_generic(args, choose_rows(args.head_size));
+  }
+}
+
+}  // namespace merge_attn_states::cuda

@@ -1,0 +1,125 @@
+#include "footprint.h"
+
+#include <algorithm>
+
+namespace merge_attn_states {
+namespace {
+
+using Wide = __int128;  // sums of two operands' extents, each below 2^63
+
+// Multiples of one stride, from low to high, that a sum may contain.
+struct Term {
+  int64_t low;
+  int64_t high;
+  int64_t stride;
+};
+
+Wide floor_div(Wide a, int64_t b) { return a / b - (a % b < 0); }
+
+// Is there a sum of one multiple of each term in [low, high]? Terms stand by descending stride, so
+// what the later ones reach bounds the choices of the first; with strides that enclose each other,
+// as those of real tensors do, two choices are left at most. `budget` ends contrived searches.
+bool reaches(const Term* terms, int count, Wide low, Wide high, int& budget) {
+  if (count == 0) return low <= 0 && 0 <= high;
+  Wide rest_low = 0, rest_high = 0;
+  for (int i = 1; i < count; ++i) {
+    rest_low += Wide(terms[i].low) * terms[i].stride;
+    rest_high += Wide(terms[i].high) * terms[i].stride;
+  }
+  const Term& term = terms[0];
+  const Wide first = std::max(-floor_div(rest_high - low, term.stride), Wide(term.low));
+  const Wide last = std::min(floor_div(high - rest_low, term.stride), Wide(term.high));
+  for (Wide k = first; k <= last && --budget > 0; ++k) {
+    const Wide here = k * term.stride;
+    if (reaches(terms + 1, count - 1, low - here, high - here, budget)) return true;
+  }
+  return false;
+}
+
+// Enough for every pair of views of a real buffer; about 20 us when spent in vain.
+constexpr int kSearchBudget = 4096;
+
+}  // namespace
+
+std::optional<Footprint> footprint(const void* data, const int64_t* sizes, const int64_t* strides,
+                                   int rank, int64_t element_bytes) {
+  const uint64_t address = reinterpret_cast<uintptr_t>(data);
+  Footprint result;
+  if (std::any_of(sizes, sizes + rank, [](int64_t size) { return size == 0; })) return result;
+
+  uint64_t below = 0, above = static_cast<uint64_t>(element_bytes);
+  int64_t counts[kMaxRank], steps[kMaxRank];
+  int dims = 0;
+  for (int i = 0; i < rank; ++i) {
+    if (sizes[i] == 1) continue;
+    int64_t step, reach;
+    if (__builtin_mul_overflow(strides[i], element_bytes, &step) ||
+        __builtin_mul_overflow(sizes[i] - 1, step, &reach) || reach == INT64_MIN) {
+      return std::nullopt;
+    }
+    uint64_t& side = reach < 0 ? below : above;
+    if (__builtin_add_overflow(side, static_cast<uint64_t>(reach < 0 ? -reach : reach), &side)) {
+      return std::nullopt;
+    }
+    if (step == 0) {
+      result.repeats = true;
+      continue;
+    }
+    int at = dims++;  // insertion by descending stride
+    const int64_t positive = step < 0 ? -step : step;
+    for (; at > 0 && steps[at - 1] < positive; --at) {
+      steps[at] = steps[at - 1];
+      counts[at] = counts[at - 1];
+    }
+    steps[at] = positive;
+    counts[at] = sizes[i];
+  }
+  uint64_t extent;
+  if (__builtin_add_overflow(below, above, &extent) || extent > INT64_MAX ||
+      __builtin_sub_overflow(address, below, &result.begin) ||
+      __builtin_add_overflow(address, above, &result.end)) {
+    return std::nullopt;
+  }
+  result.run = element_bytes;
+  for (; dims > 0 && steps[dims - 1] == result.run; --dims) result.run *= counts[dims - 1];
+  result.rank = dims;
+  std::copy(counts, counts + dims, result.counts);
+  std::copy(steps, steps + dims, result.strides);
+  return result;
+}
+
+bool overlaps(const Footprint& a, const Footprint& b) {
+  if (a.empty() || b.empty() || a.end <= b.begin || b.end <= a.begin) return false;
+  // A common byte: a.begin + sum_a + [0, a.run) meets b.begin + sum_b + [0, b.run). Terms of equal
+  // stride are one term, so that two slices of one buffer cost a handful of steps.
+  Term terms[2 * kMaxRank];
+  int count = 0;
+  for (int i = 0, j = 0; i < a.rank || j < b.rank;) {
+    const bool take_a = i < a.rank && (j == b.rank || a.strides[i] >= b.strides[j]);
+    const bool take_b = j < b.rank && (i == a.rank || b.strides[j] >= a.strides[i]);
+    terms[count++] = {take_b ? -(b.counts[j] - 1) : 0, take_a ? a.counts[i] - 1 : 0,
+                      take_a ? a.strides[i] : b.strides[j]};
+    i += take_a;
+    j += take_b;
+  }
+  const Wide distance = Wide(b.begin) - Wide(a.begin);
+  int budget = kSearchBudget;
+  return reaches(terms, count, distance - a.run + 1, distance + b.run - 1, budget);
+}
+
+bool overlaps_itself(const Footprint& a) {
+  if (a.empty()) return false;
+  if (a.repeats) return true;
+  // Two different indices: let the first dimension in which they differ be i, the second index the
+  // larger one there; all later dimensions are free.
+  Term terms[kMaxRank];
+  for (int i = a.rank - 1; i >= 0; --i) {
+    terms[i] = {1, a.counts[i] - 1, a.strides[i]};
+    int budget = kSearchBudget;
+    if (reaches(terms + i, a.rank - i, 1 - a.run, a.run - 1, budget)) return true;
+    terms[i].low = 1 - a.counts[i];
+  }
+  return false;
+}
+
+}  // namespace merge_attn_states

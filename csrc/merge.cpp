@@ -1,0 +1,100 @@
+// The C entry: every call, from Python, from torch.ops or from C, passes here in three steps.
+#include <cstdio>
+#include <string>
+
+#include <merge_attn_states_commit.h>
+
+#include "kernels.h"
+
+namespace merge_attn_states {
+namespace {
+
+// Runs one entry and turns whatever it throws into a status and a message: nothing may pass the C
+// border.
+template <class F>
+merge_attn_states_status guarded(char* message, size_t message_size, F&& entry) noexcept {
+  const auto fail = [&](merge_attn_states_status status, const char* text) {
+    if (message != nullptr && message_size > 0) std::snprintf(message, message_size, "%s", text);
+    return status;
+  };
+  try {
+    entry();
+    return MERGE_ATTN_STATES_OK;
+  } catch (const std::invalid_argument& error) {
+    return fail(MERGE_ATTN_STATES_INVALID_ARGUMENT, error.what());
+  } catch (const CudaError& error) {
+    return fail(MERGE_ATTN_STATES_CUDA_ERROR, error.what());
+  } catch (const std::exception& error) {
+    return fail(MERGE_ATTN_STATES_UNAVAILABLE, error.what());
+  } catch (...) {
+    return fail(MERGE_ATTN_STATES_UNAVAILABLE, "merge_attn_states: unknown error");
+  }
+}
+
+const merge_attn_states_args& given(const merge_attn_states_args* args) {
+  if (args == nullptr) throw std::invalid_argument("args: expected a struct, got null");
+  return *args;
+}
+
+Selection choose(const MergeArgs& args) {
+  return args.device_type == MERGE_ATTN_STATES_CPU ? cpu::choose() : cuda::choose(args);
+}
+
+void run(const MergeArgs& args) {
+  return args.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(args) : cuda::run(args);
+}
+
+}  // namespace
+
+#ifndef MERGE_ATTN_STATES_WITH_CUDA
+namespace cuda {
+[[noreturn]] static void refuse() {
+  throw Unavailable(
+      "this build of merge_attn_states has no CUDA kernels; reinstall it on a machine with the "
+      "CUDA toolkit (MERGE_ATTN_STATES_CUDA=1 insists on them)");
+}
+Selection choose(const MergeArgs&) { refuse(); }
+void run(const MergeArgs&) { refuse(); }
+}  // namespace cuda
+#endif
+
+}  // namespace merge_attn_states
+
+merge_attn_states_status merge_attn_states_merge(const merge_attn_states_args* args, char* message,
+                                                 size_t message_size) noexcept {
+  using namespace merge_attn_states;
+  return guarded(message, message_size, [&] {
+    const MergeArgs merge = validate(given(args));
+    if (!merge.nothing_to_do()) run(merge);
+  });
+}
+
+merge_attn_states_status merge_attn_states_select(const merge_attn_states_args* args,
+                                                  merge_attn_states_selection* selection,
+                                                  char* message, size_t message_size) noexcept {
+  using namespace merge_attn_states;
+  return guarded(message, message_size, [&] {
+    if (selection == nullptr) throw std::invalid_argument("selection: expected a struct, got null");
+    *selection = choose(validate(given(args)));
+  });
+}
+
+const char* merge_attn_states_build_info() noexcept {
+  // Made once: the instruction set is known only on the machine at hand.
+  static const std::string info = [] {
+    const auto text = [](const char* value) { return '"' + std::string(value) + '"'; };
+    std::string json = "{\"version\": " + text(MERGE_ATTN_STATES_BUILD_VERSION) +
+                       ", \"commit\": " + text(MERGE_ATTN_STATES_BUILD_COMMIT) +
+                       ", \"torch\": " + text(MERGE_ATTN_STATES_BUILD_TORCH) +
+                       ", \"compiler\": " + text(__VERSION__);
+#ifdef MERGE_ATTN_STATES_WITH_CUDA
+    json += ", \"cuda\": " + text(MERGE_ATTN_STATES_BUILD_CUDA);
+#else
+    json += ", \"cuda\": null";
+#endif
+    return json + ", \"architectures\": " + text(MERGE_ATTN_STATES_BUILD_ARCHITECTURES) +
+           ", \"cpu\": " + text(merge_attn_states::cpu::choose().variant) +
+           ", \"c_version\": " + std::to_string(MERGE_ATTN_STATES_VERSION) + "}";
+  }();
+  return info.c_str();
+}

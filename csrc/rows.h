@@ -1,0 +1,33 @@
+// Where a row lies, and what its LSEs make of it: the first step of every kernel.
+#pragma once
+
+#include "lse.h"
+#include "merge_args.h"
+
+namespace merge_attn_states {
+
+template <class T>
+MERGE_ATTN_STATES_HOST_DEVICE T* row_of(const Rows& rows, int64_t token, int64_t head) {
+  return static_cast<T*>(rows.data) + token * rows.token_stride + head * rows.head_stride;
+}
+
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE Acc* lse_of(const LseRows& rows, int64_t token, int64_t head) {
+  return static_cast<Acc*>(rows.data) + head * rows.head_stride + token * rows.token_stride;
+}
+
+// Reads a row's LSEs, writes the merged one where it is asked for, and returns the weights. In
+// place the merged one replaces an LSE that was read here, so a row is weighed once, by one thread.
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE Weights<Acc> weigh_row(const MergeArgs& args, int64_t token,
+                                                     int64_t head) {
+  const Acc suffix_lse = *lse_of<Acc>(args.suffix_lse, token, head);
+  const MergedLse<Acc> merged =
+      token < args.num_tokens_with_context
+          ? merge_lse(*lse_of<Acc>(args.prefix_lse, token, head), suffix_lse)
+          : take_suffix(suffix_lse);
+  if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = merged.lse;
+  return merged.weights;
+}
+
+}  // namespace merge_attn_states

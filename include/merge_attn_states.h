@@ -1,0 +1,107 @@
+// The C entry: merge two attention states without Python and without a Torch header.
+//
+// An engine that links or dlopens libmerge_attn_states.so fills merge_attn_states_args and calls
+// merge_attn_states_merge. Nothing here throws, prints, allocates device memory or synchronises: a
+// status comes back, and with it a message that names the argument. The operation, its rules and
+// its tables are described in docs/design.md and README.md.
+//
+// The library takes its CPU threads from libtorch, so torch/lib must be on the loader's path.
+#ifndef MERGE_ATTN_STATES_H_
+#define MERGE_ATTN_STATES_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#define MERGE_ATTN_STATES_NOEXCEPT noexcept
+#else
+#define MERGE_ATTN_STATES_NOEXCEPT
+#endif
+
+#if defined(__GNUC__)
+#define MERGE_ATTN_STATES_API __attribute__((visibility("default")))
+#else
+#define MERGE_ATTN_STATES_API
+#endif
+
+// Raised when a struct below changes; merge_attn_states_args.version must hold it.
+#define MERGE_ATTN_STATES_VERSION 1
+
+// A dtype is a DLDataType of DLPack read as one little-endian word: code | bits << 8 | lanes << 16.
+// Every DLPack dtype can be passed; one that is not listed here is refused with its name.
+#define MERGE_ATTN_STATES_DTYPE(code, bits) \
+  ((uint32_t)(code) | ((uint32_t)(bits) << 8) | ((uint32_t)1 << 16))
+#define MERGE_ATTN_STATES_FLOAT16 MERGE_ATTN_STATES_DTYPE(2, 16)
+#define MERGE_ATTN_STATES_FLOAT32 MERGE_ATTN_STATES_DTYPE(2, 32)
+#define MERGE_ATTN_STATES_FLOAT64 MERGE_ATTN_STATES_DTYPE(2, 64)
+#define MERGE_ATTN_STATES_BFLOAT16 MERGE_ATTN_STATES_DTYPE(4, 16)
+#define MERGE_ATTN_STATES_FLOAT8_E4M3FN MERGE_ATTN_STATES_DTYPE(10, 8)
+#define MERGE_ATTN_STATES_FLOAT8_E5M2 MERGE_ATTN_STATES_DTYPE(12, 8)
+
+// Device types are DLPack's too.
+#define MERGE_ATTN_STATES_CPU 1
+#define MERGE_ATTN_STATES_CUDA 2
+
+// One operand. The arrays are borrowed for the call.
+typedef struct merge_attn_states_tensor {
+  void* data;              // element [0, 0, ...]; inputs are only read
+  const int64_t* sizes;    // [rank]
+  const int64_t* strides;  // [rank], in elements; any sign
+  int32_t rank;
+  uint32_t dtype;
+  int32_t device_type;
+  int32_t device_index;
+  const void* memory;    // where the memory that holds the operand begins
+  int64_t memory_bytes;  // its size; 0 = unknown. Where known, an element outside is refused.
+} merge_attn_states_tensor;
+
+// N = num_tokens, H = num_heads, D = head_size. A null pointer means "not given".
+typedef struct merge_attn_states_args {
+  int32_t version;                                // MERGE_ATTN_STATES_VERSION
+  int32_t has_prefill_tokens_with_context;        // 0: every token is merged
+  int64_t prefill_tokens_with_context;            // in [0, N]; tokens from here on copy the suffix
+  const merge_attn_states_tensor* output;         // [N, H, D], written
+  const merge_attn_states_tensor* prefix_output;  // [N, H, D]
+  const merge_attn_states_tensor* prefix_lse;     // [H, N], natural log
+  const merge_attn_states_tensor* suffix_output;  // [N, H, D]
+  const merge_attn_states_tensor* suffix_lse;     // [H, N], natural log
+  const merge_attn_states_tensor* output_lse;     // [H, N], written; may be null
+  const merge_attn_states_tensor* output_scale;   // one float32; may be null
+  void* stream;                                   // cudaStream_t of the output's device; CPU: null
+} merge_attn_states_args;
+
+typedef enum merge_attn_states_status {
+  MERGE_ATTN_STATES_OK = 0,
+  MERGE_ATTN_STATES_INVALID_ARGUMENT = 1,  // the message names the argument; nothing was written
+  MERGE_ATTN_STATES_UNAVAILABLE = 2,       // this build or machine lacks what the call needs
+  MERGE_ATTN_STATES_CUDA_ERROR = 3,        // the CUDA runtime refused the launch
+} merge_attn_states_status;
+
+// Filled by merge_attn_states_select.
+typedef struct merge_attn_states_selection {
+  char kernel[16];   // "cpu", "vectorized" or "generic"
+  char variant[64];  // what tuning chose inside that kernel
+} merge_attn_states_selection;
+
+// Merges. On any status but OK a sentence is written to message (cut at message_size, always
+// terminated; message may be null when message_size is 0).
+MERGE_ATTN_STATES_API merge_attn_states_status
+merge_attn_states_merge(const merge_attn_states_args* args, char* message,
+                        size_t message_size) MERGE_ATTN_STATES_NOEXCEPT;
+
+// Validates the same arguments in the same way and tells which kernel would run; writes nothing.
+MERGE_ATTN_STATES_API merge_attn_states_status
+merge_attn_states_select(const merge_attn_states_args* args, merge_attn_states_selection* selection,
+                         char* message, size_t message_size) MERGE_ATTN_STATES_NOEXCEPT;
+
+// What this library was built from and with: one JSON object, UTF-8, alive as long as the library.
+// Keys: version, commit, torch, compiler, cuda (toolkit version or null), architectures (as built, spaced),
+// cpu (the instruction set chosen on this machine), c_version (MERGE_ATTN_STATES_VERSION).
+MERGE_ATTN_STATES_API const char* merge_attn_states_build_info(void) MERGE_ATTN_STATES_NOEXCEPT;
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif
+
+#endif  // MERGE_ATTN_STATES_H_

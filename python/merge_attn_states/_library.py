@@ -1,0 +1,89 @@
+"""Loads the two binaries, and explains in one sentence why one cannot be loaded.
+
+`libmerge_attn_states.so` registers the operators and is needed; `_C` (the Python module) is built
+for one CPython and may be missing: everything but the fast path works without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+OLDEST_TORCH = (2, 11)
+OP_LIBRARY = Path(__file__).with_name("libmerge_attn_states.so")
+
+_NO_TORCH = "merge_attn_states needs PyTorch 2.11 or newer, and this Python has none: install torch."
+
+
+def _check_torch_version(version: str) -> None:
+    release = re.match(r"(\d+)\.(\d+)", version)
+    if release is None or (int(release[1]), int(release[2])) < OLDEST_TORCH:
+        raise ImportError(
+            f"merge_attn_states needs PyTorch 2.11 or newer, and this is {version}: upgrade torch."
+        )
+
+
+def _explain(error: str) -> str:
+    """Say what to do about the loader's complaint."""
+    if glibc := re.search(r"version `GLIBC(?:XX)?_[\d.]+' not found", error):
+        return f"this system's C or C++ library is too old ({glibc[0]}): build from source on it"
+    if "undefined symbol" in error:
+        return "it was built for another release of PyTorch: reinstall merge_attn_states"
+    if "wrong ELF class" in error or "invalid ELF header" in error:
+        return "it was built for another processor: build from source on this machine"
+    return "reinstall merge_attn_states, or build it from source"
+
+
+def load_op_library() -> None:
+    """Register the operators.
+
+    Raises
+    ------
+    ImportError
+        PyTorch is missing or too old, or the library is missing or cannot be loaded; the message
+        is one sentence that says what to do.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(_NO_TORCH) from error
+    _check_torch_version(torch.__version__)
+    if not OP_LIBRARY.is_file():
+        raise ImportError(
+            f"{OP_LIBRARY} is missing: the package was not built here; run "
+            "`pip install --no-build-isolation .` in the source tree."
+        )
+    try:
+        torch.ops.load_library(str(OP_LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"{OP_LIBRARY.name} cannot be loaded: {_explain(str(error))} ({error})."
+        ) from error
+
+
+def load_python_module() -> tuple[ModuleType | None, str]:
+    """Return `_C`, or None and the reason why it is not there."""
+    try:
+        return importlib.import_module("merge_attn_states._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def build_info() -> dict[str, Any]:
+    """Return what the op library was built from and with.
+
+    Returns
+    -------
+    dict
+        version, commit, torch, compiler, cuda (toolkit version or None), architectures (list of
+        str), cpu (the instruction set chosen on this machine) and c_version.
+    """
+    import torch
+
+    info: dict[str, Any] = json.loads(torch.ops.merge_attn_states.build_info())
+    info["architectures"] = info["architectures"].split()
+    return info
