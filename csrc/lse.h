@@ -34,38 +34,53 @@ namespace merge_attn_states {
 // NaN. A real weight is never negative; one that underflows to 0 still multiplies.
 inline constexpr float kSkip = -1.0f;
 
-template <class Acc>
+// V is float, double or a vector of them.
+template <class V>
 struct Weights {
-  Acc prefix;
-  Acc suffix;
+  V prefix;
+  V suffix;
 
-  MERGE_ATTN_STATES_HOST_DEVICE bool skips_prefix() const { return prefix < Acc(0); }
-  MERGE_ATTN_STATES_HOST_DEVICE bool skips_suffix() const { return suffix < Acc(0); }
+  MERGE_ATTN_STATES_HOST_DEVICE bool skips_prefix() const { return prefix < V(0); }
+  MERGE_ATTN_STATES_HOST_DEVICE bool skips_suffix() const { return suffix < V(0); }
 };
 
-template <class Acc>
+template <class V>
 struct MergedLse {
-  Weights<Acc> weights;
-  Acc lse;
+  Weights<V> weights;
+  V lse;
 };
 
 template <class Acc>
-MERGE_ATTN_STATES_HOST_DEVICE MergedLse<Acc> merge_lse(Acc prefix_lse, Acc suffix_lse) {
+struct ScalarMath {
+  using Scalar = Acc;
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc log1p(Acc x) { return std::log1p(x); }
+};
+
+// Written without branches, so that Math may also be eight rows at a time (cpu/vector_math.h).
+template <class Math, class V>
+MERGE_ATTN_STATES_HOST_DEVICE MergedLse<V> merge_lse(V prefix_lse, V suffix_lse) {
+  using Acc = typename Math::Scalar;
   constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
-  const bool prefix_empty = std::fabs(prefix_lse) == kInf;
-  const bool suffix_empty = std::fabs(suffix_lse) == kInf;
-  const bool any_nan = prefix_lse != prefix_lse || suffix_lse != suffix_lse;
-  if ((prefix_empty || suffix_empty) && !any_nan) {
-    const Acc lse = !prefix_empty ? prefix_lse : !suffix_empty ? suffix_lse : -kInf;
-    return {{prefix_empty ? Acc(kSkip) : Acc(1), suffix_empty ? Acc(kSkip) : Acc(1)}, lse};
-  }
-  const Acc difference = prefix_lse - suffix_lse;
-  const Acc e = std::exp(-std::fabs(difference));
-  const Acc larger = Acc(1) / (Acc(1) + e);
-  const Acc smaller = e * larger;
-  const bool prefix_leads = difference >= Acc(0);
-  const Acc lse = (prefix_leads ? prefix_lse : suffix_lse) + std::log1p(e);
-  return {{prefix_leads ? larger : smaller, prefix_leads ? smaller : larger}, lse};
+  const V one = V{} + Acc(1), skip = V{} + Acc(kSkip), none = V{} - kInf;
+  const auto prefix_empty = Math::abs(prefix_lse) == kInf;
+  const auto suffix_empty = Math::abs(suffix_lse) == kInf;
+  const auto numbers = (prefix_lse == prefix_lse) & (suffix_lse == suffix_lse);
+  const auto any_empty = (prefix_empty | suffix_empty) & numbers;
+
+  const V difference = prefix_lse - suffix_lse;
+  const V e = Math::exp(-Math::abs(difference));  // in [0, 1]
+  const V larger = Acc(1) / (Acc(1) + e);
+  const V smaller = e * larger;
+  const auto prefix_leads = difference >= Acc(0);
+  const V blended = (prefix_leads ? prefix_lse : suffix_lse) + Math::log1p(e);
+  const V taken = prefix_empty ? (suffix_empty ? none : suffix_lse) : prefix_lse;
+
+  const V prefix = prefix_leads ? larger : smaller, suffix = prefix_leads ? smaller : larger;
+  return {{any_empty ? (prefix_empty ? skip : one) : prefix,
+           any_empty ? (suffix_empty ? skip : one) : suffix},
+          any_empty ? taken : blended};
 }
 
 // A token past the context count: the suffix as it is, its lse raw.
@@ -74,7 +89,7 @@ MERGE_ATTN_STATES_HOST_DEVICE MergedLse<Acc> take_suffix(Acc suffix_lse) {
   return {{Acc(kSkip), Acc(1)}, suffix_lse};
 }
 
-// V is Acc or a vector of them.
+// V is Acc or a vector of values in one row.
 template <class V, class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE V blend(Weights<Acc> weights, V prefix, V suffix) {
   return weights.prefix * prefix + weights.suffix * suffix;

@@ -1,4 +1,4 @@
-// Where a row lies, and what its LSEs make of it: the first step of every kernel.
+// Where a row lies, and what its LSEs make of it: the first step of the CUDA kernels.
 #pragma once
 
 #include "lse.h"
@@ -24,7 +24,7 @@ MERGE_ATTN_STATES_HOST_DEVICE Weights<Acc> weigh_row(const MergeArgs& args, int6
   const Acc suffix_lse = *lse_of<Acc>(args.suffix_lse, token, head);
   const MergedLse<Acc> merged =
       token < args.num_tokens_with_context
-          ? merge_lse(*lse_of<Acc>(args.prefix_lse, token, head), suffix_lse)
+          ? merge_lse<ScalarMath<Acc>>(*lse_of<Acc>(args.prefix_lse, token, head), suffix_lse)
           : take_suffix(suffix_lse);
   if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = merged.lse;
   return merged.weights;

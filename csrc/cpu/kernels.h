@@ -1,6 +1,7 @@
 // The two builds of the CPU kernel.
 #pragma once
 
+#include "../lse.h"
 #include "../merge_args.h"
 
 #if defined(__x86_64__)
@@ -11,12 +12,22 @@
 
 namespace merge_attn_states::cpu {
 
+// LSEs lie along the tokens and rows along the heads. Sixteen floats of an LSE are one cache line;
+// row by row instead, an LSE of 2^k tokens puts every head's line into the same few cache sets.
+inline constexpr int64_t kTileTokens = 16;
+inline constexpr int64_t kTileHeads = 32;
+
+MERGE_ATTN_STATES_HOST_DEVICE int64_t tiles(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
+// Tiles [begin, end), the tiles of a token range one after the other.
 namespace baseline {
-void merge_rows(const MergeArgs& args, int64_t begin, int64_t end);
+void merge_tiles(const MergeArgs& args, int64_t begin, int64_t end);
 }  // namespace baseline
 
 namespace v3 {  // x86-64-v3: AVX2 and F16C
-void merge_rows(const MergeArgs& args, int64_t begin, int64_t end);
+void merge_tiles(const MergeArgs& args, int64_t begin, int64_t end);
 }  // namespace v3
 
 }  // namespace merge_attn_states::cpu

@@ -3,6 +3,8 @@
 // The instruction set is switched on after every shared header: an inline function of those that
 // were compiled wider here could be the copy that the linker keeps for the baseline too. Clang does
 // not know the pragma and takes the same set from its command line.
+#include <algorithm>
+
 #include "../rows.h"
 #include "kernels.h"
 
@@ -12,7 +14,7 @@
 #ifndef __clang__
 #pragma GCC target("avx2,bmi,bmi2,f16c,fma,lzcnt,movbe,popcnt")
 #endif
-#define MERGE_ATTN_STATES_F16C
+#define MERGE_ATTN_STATES_V3
 
 namespace merge_attn_states::cpu::v3 {
 #include "kernels.inc"

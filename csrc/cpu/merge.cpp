@@ -1,4 +1,4 @@
-// Chooses the instruction set once and splits the rows over threads.
+// Chooses the instruction set once and splits the tiles over threads.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +16,7 @@ namespace {
 
 struct Build {
   const char* name;
-  void (*merge_rows)(const MergeArgs&, int64_t, int64_t);
+  void (*merge_tiles)(const MergeArgs&, int64_t, int64_t);
 };
 
 #if MERGE_ATTN_STATES_HAS_V3
@@ -35,9 +35,9 @@ const Build& build() {
 #if MERGE_ATTN_STATES_HAS_V3
     const char* wish = std::getenv("MERGE_ATTN_STATES_CPU");
     const bool wants_baseline = wish != nullptr && std::strcmp(wish, "baseline") == 0;
-    if (has_v3() && !wants_baseline) return {"x86-64-v3", v3::merge_rows};
+    if (has_v3() && !wants_baseline) return {"x86-64-v3", v3::merge_tiles};
 #endif
-    return {"baseline", baseline::merge_rows};
+    return {"baseline", baseline::merge_tiles};
   }();
   return chosen;
 }
@@ -50,12 +50,12 @@ constexpr int64_t kElementsPerThread = 32768;
 Selection choose() { return selection("cpu", build().name); }
 
 void run(const MergeArgs& args) {
-  const int64_t grain =
-      std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, args.head_size));
+  const int64_t count = tiles(args.num_tokens, kTileTokens) * tiles(args.num_heads, kTileHeads);
+  const int64_t elements = kTileTokens * kTileHeads * std::max<int64_t>(1, args.head_size);
   parallel_for(
-      args.num_tokens * args.num_heads, grain,
+      count, std::max<int64_t>(1, kElementsPerThread / elements),
       [](const void* context, int64_t begin, int64_t end) {
-        build().merge_rows(*static_cast<const MergeArgs*>(context), begin, end);
+        build().merge_tiles(*static_cast<const MergeArgs*>(context), begin, end);
       },
       &args);
 }

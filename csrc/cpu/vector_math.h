@@ -1,0 +1,66 @@
+// The formula's functions for eight rows at a time; the C library's cost 35 ns a row, half of what
+// a row of 128 bfloat16 takes to stream. Included once by each build, after pack.h. Only additions,
+// multiplications and integer arithmetic, so both builds give the same bits.
+
+template <class Acc>
+struct VectorMath {  // double: for gradient checks, not for speed
+  using Scalar = Acc;
+  using V = Vector<Acc>;
+
+  template <class F>
+  static V each(V x, F&& f) {
+    for (int k = 0; k < kLanes; ++k) x[k] = f(x[k]);
+    return x;
+  }
+  static V abs(V x) { return x < Acc(0) ? -x : x; }
+  static V exp(V x) {
+    return each(x, [](Acc value) { return std::exp(value); });
+  }
+  static V log1p(V x) {
+    return each(x, [](Acc value) { return std::log1p(value); });
+  }
+};
+
+template <>
+struct VectorMath<float> {
+  using Scalar = float;
+
+  static Floats abs(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7fffffffu); }
+
+  // exp(x) for x <= 0, within 2 ulp; 0 below the normal numbers, where nothing of it is left in a
+  // weight. x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of exp(r) to r^7 (5e-9).
+  static Floats exp(Floats x) {
+    constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+    constexpr float kSmallest = -87.0f;    // about ln 2^-126
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr uint32_t kRoundBits = 0x4b400000u;
+    const auto tiny = x < kSmallest;  // false for NaN, which the series carries on
+    const Floats safe = tiny ? Floats{} + kSmallest : x;
+    const Floats rounded = safe * kLog2E + kRound;
+    const Floats n = rounded - kRound;
+    const Floats r = (safe - n * kLn2High) - n * kLn2Low;
+    Floats series = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+    series = series * r + 1.0f / 120.0f;
+    series = series * r + 1.0f / 24.0f;
+    series = series * r + 1.0f / 6.0f;
+    series = series * r + 0.5f;
+    series = series * r * r + r + 1.0f;
+    const Words power = (bits_as<Words>(rounded) - kRoundBits) << 23;
+    const Floats scaled = bits_as<Floats>(bits_as<Words>(series) + power);
+    return tiny ? Floats{} : (x == x ? scaled : x);
+  }
+
+  // log(1 + x) for x in [0, 1], within 3 ulp: 2 atanh(s) with s = x / (2 + x) <= 1/3, whose series
+  // to s^15 leaves 1e-9.
+  static Floats log1p(Floats x) {
+    const Floats s = x / (2.0f + x), square = s * s;
+    Floats series = square * (1.0f / 15.0f) + 1.0f / 13.0f;
+    series = series * square + 1.0f / 11.0f;
+    series = series * square + 1.0f / 9.0f;
+    series = series * square + 1.0f / 7.0f;
+    series = series * square + 0.2f;
+    series = series * square + 1.0f / 3.0f;
+    const Floats twice = s + s;
+    return series * square * twice + twice;
+  }
+};
