@@ -1,8 +1,8 @@
 """Builds the package's two binaries; pyproject.toml describes everything else.
 
-libmerge_attn_states.so  the op library: kernels and op registration on PyTorch's stable ABI. It names
-                         no Python symbol, so that one build serves every CPython, and none of
-                         libtorch_cuda, so that a CPU-only PyTorch loads it with CUDA kernels inside.
+libmerge_attn_states.so  the op library: kernels and op registration on PyTorch's stable ABI. It
+                         names no Python symbol, so that one build serves every CPython, and none
+                         of libtorch_cuda, so that a CPU-only PyTorch loads its CUDA kernels too.
 _C                       the Python module; it links against the op library beside it by $ORIGIN.
 
 Environment:
@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -38,9 +36,11 @@ except ImportError:  # an sdist can be made without PyTorch
     torch = None
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from cuda_toolkit import choose_toolkit, note, refuse  # noqa: E402  pip's sys.path lacks this folder
+
 OWN_HEADERS = [str(ROOT / "include"), str(ROOT / "csrc")]
 OP_LIBRARY = "libmerge_attn_states.so"
-DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0+PTX", "12.0")
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the same release in its own form
 
@@ -56,14 +56,6 @@ NVCC_FLAGS += ["-Xfatbin", "-compress-all"]
 NVCC_FLAGS += ["-Xcompiler", "-fvisibility=hidden,-ffp-contract=off"]
 
 
-def note(sentence: str) -> None:
-    print(f"merge_attn_states: {sentence}", flush=True)
-
-
-def refuse(sentence: str) -> NoReturn:
-    raise SystemExit(f"merge_attn_states: {sentence}")
-
-
 def sanitizing() -> bool:
     return os.environ.get("MERGE_ATTN_STATES_SANITIZE", "0") not in ("", "0")
 
@@ -71,83 +63,6 @@ def sanitizing() -> bool:
 def op_sources(pattern: str, *without: str) -> list[str]:
     found = (path for path in ROOT.glob(pattern) if path.name not in without)
     return sorted(str(path.relative_to(ROOT)) for path in found)
-
-
-class Toolkit(NamedTuple):
-    home: Path
-    version: str
-    architectures: list[str]
-
-    def gencodes(self) -> list[str]:
-        flags = []
-        for architecture in self.architectures:
-            number, _, ptx = architecture.replace(".", "").partition("+")
-            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            if ptx:
-                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        return flags
-
-
-def nvcc_output(nvcc: Path | str, *arguments: str) -> str:
-    ran = subprocess.run([str(nvcc), *arguments], capture_output=True, text=True, check=False)
-    return ran.stdout + ran.stderr
-
-
-def find_toolkit() -> tuple[Path | None, str]:
-    """The CUDA toolkit's folder, or None and why."""
-    if os.environ.get("CUDA_HOME"):
-        home = Path(os.environ["CUDA_HOME"])
-        return (home if (home / "bin/nvcc").is_file() else None), f"CUDA_HOME={home} has no bin/nvcc"
-    if Path("/usr/local/cuda/bin/nvcc").is_file():
-        return Path("/usr/local/cuda"), ""
-    # An nvcc on PATH may be a wrapper script outside the toolkit: ask it, do not look beside it.
-    if nvcc := shutil.which("nvcc"):
-        dry_run = nvcc_output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
-        if top := re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE):
-            return Path(top[1].strip()).resolve(), ""
-    return None, "CUDA_HOME is not set, and neither /usr/local/cuda nor PATH has nvcc"
-
-
-def choose_architectures(nvcc: Path) -> list[str]:
-    known = set(re.findall(r"compute_(\d+)", nvcc_output(nvcc, "--list-gpu-arch")))
-    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    for entry in requested:
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
-            refuse(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 10.0+PTX, got {entry!r}.")
-        if re.sub(r"\D", "", entry) not in known:
-            refuse(f"TORCH_CUDA_ARCH_LIST: {nvcc} cannot compile for {entry}.")
-    if requested:
-        return requested
-    chosen = [entry for entry in DEFAULT_ARCHITECTURES if re.sub(r"\D", "", entry) in known]
-    if chosen and not any(entry.endswith("+PTX") for entry in chosen):
-        chosen[-1] += "+PTX"  # an older nvcc: newer GPUs still get something to run
-    return chosen
-
-
-def choose_cuda() -> Toolkit | None:
-    wanted = os.environ.get("MERGE_ATTN_STATES_CUDA") or "auto"
-    if wanted not in ("auto", "1", "0"):
-        refuse(f"MERGE_ATTN_STATES_CUDA: expected auto, 1 or 0, got {wanted!r}.")
-    if wanted == "0":
-        home, why = None, "MERGE_ATTN_STATES_CUDA=0"
-    elif sanitizing():
-        home, why = None, "MERGE_ATTN_STATES_SANITIZE=1 is a CPU build"
-    elif torch.version.hip:
-        home, why = None, f"PyTorch {torch.__version__} is a ROCm build"
-    else:
-        home, why = find_toolkit()
-    if home is None and wanted == "1":
-        refuse(f"MERGE_ATTN_STATES_CUDA=1 asks for the CUDA kernels, but {why}.")
-    if home is None:
-        note(f"no CUDA kernels in this build, CPU only: {why}")
-        return None
-    nvcc = home / "bin/nvcc"
-    release = re.search(r"release (\d+\.\d+)", nvcc_output(nvcc, "--version"))
-    if not release:
-        refuse(f"{nvcc} --version gives no release: is it a CUDA compiler?")
-    toolkit = Toolkit(home, release[1], choose_architectures(nvcc))
-    note(f"CUDA {toolkit.version} at {home}, kernels for {' '.join(toolkit.architectures)}")
-    return toolkit
 
 
 def commit() -> str:
@@ -181,7 +96,7 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
             refuse(f"only Linux is supported, and this is {sys.platform}.")
         if torch is None:
             refuse("PyTorch 2.11 or newer is needed to build, and this Python has none.")
-        if torch.__version__ < OLDEST_TORCH:
+        if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
             refuse(f"PyTorch 2.11 or newer is needed to build, and this is {torch.__version__}.")
         compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
         if not shutil.which(compiler):
@@ -224,7 +139,12 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
         return super().get_ext_filename(fullname)
 
     def configure_op_library(self, ext: Extension) -> None:
-        cuda = choose_cuda()
+        not_wanted = ""
+        if sanitizing():
+            not_wanted = "MERGE_ATTN_STATES_SANITIZE=1 is a CPU build"
+        elif torch.version.hip:
+            not_wanted = f"PyTorch {torch.__version__} is a ROCm build"
+        cuda = choose_toolkit(not_wanted)
         # The commit has a header of its own: as a flag, it would rebuild every file each time.
         generated = self.objects / "include"
         write_if_changed(
@@ -288,7 +208,7 @@ class SourceDistribution(sdist):
 
 
 setup(
-    license="Apache-2.0",  # here, since in pyproject.toml a setuptools before 77 refuses an SPDX name
+    license="Apache-2.0",  # in pyproject.toml, a setuptools before 77 refuses an SPDX name
     ext_modules=[
         Extension(f"merge_attn_states.{Path(OP_LIBRARY).stem}", [], language="c++"),
         Extension("merge_attn_states._C", [], language="c++"),

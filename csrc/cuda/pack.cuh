@@ -140,14 +140,8 @@ struct Pack {
   Word word;
 
   // Plain loads: an operand may be written by the very kernel that reads it.
-  static __device__ Pack load(const T* from) {
-    __builtin_assume(__isGlobal(from));  // also where the address came through shared memory
-    return {*reinterpret_cast<const Word*>(from)};
-  }
-  __device__ void store(T* to) const {
-    __builtin_assume(__isGlobal(to));
-    store_word(reinterpret_cast<Word*>(to), word);
-  }
+  static __device__ Pack load(const T* from) { return {*reinterpret_cast<const Word*>(from)}; }
+  __device__ void store(T* to) const { store_word(reinterpret_cast<Word*>(to), word); }
 
   __device__ void unpack(Acc (&values)[kElements]) const {
     T elements[kElements];
