@@ -86,12 +86,8 @@ def merge_attn_states(
     tensors = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     count = _check((*tensors, output_scale), prefill_tokens_with_context)
     _refuse_grad((*tensors, output_scale))
-    for name, written in (("output", output), ("output_lse", output_lse)):
-        if written is not None and written.is_neg():
-            raise ValueError(
-                f"{name}: expected a tensor that can be written in place, got one with the "
-                "negative bit; call resolve_neg() first"
-            )
+    if not torch.compiler.is_compiling():  # a compiled graph resolves the bit by itself
+        _refuse_negative_bit(output, output_lse)
     _op.merge_attn_states(*tensors, count, output_scale)
     # An op registered from C++ does not tell autograd of its write: a tensor saved for backward and
     # then overwritten would give a silently wrong gradient (2.11 and 2.13). A compiled graph is
@@ -174,6 +170,15 @@ def _refuse_grad(operands: _Operands) -> None:
             raise ValueError(
                 f"{name}: expected a tensor that does not require grad, since the merge writes in "
                 "place and has no gradient; call it under torch.no_grad() or on detached tensors"
+            )
+
+
+def _refuse_negative_bit(*written: torch.Tensor | None) -> None:
+    for name, operand in zip(("output", "output_lse"), written, strict=True):
+        if operand is not None and operand.is_neg():
+            raise ValueError(
+                f"{name}: expected a tensor that can be written in place, got one with the "
+                "negative bit; call resolve_neg() first"
             )
 
 

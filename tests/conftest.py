@@ -1,0 +1,65 @@
+"""Fixtures of the suite: the devices, the ways into the op, seeds and the hypothesis profile."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+import merge_attn_states
+
+
+def cuda_missing() -> str:
+    """Why the CUDA tests cannot run here; empty where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if merge_attn_states.build_info()["cuda"] is None:
+        return "built without CUDA kernels"
+    return ""
+
+
+hypothesis.settings.register_profile(
+    "suite", deadline=None, max_examples=150, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("suite")
+
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(bool(cuda_missing()), reason=cuda_missing() or "available")
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def cuda():
+    if cuda_missing():
+        pytest.skip(cuda_missing())
+    return "cuda"
+
+
+ENTRIES = {
+    "python": merge_attn_states.merge_attn_states,
+    "torch.ops": torch.ops.merge_attn_states.merge_attn_states,
+}
+
+
+@pytest.fixture(params=ENTRIES)
+def entry(request):
+    """Both ways in take the same arguments and give the same results and the same errors."""
+    return ENTRIES[request.param]
+
+
+@pytest.fixture
+def child_environment():
+    """For a second Python that imports the package and this folder's helpers."""
+    paths = [Path(__file__).parent, Path(merge_attn_states.__file__).parents[1]]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(20250101)

@@ -1,0 +1,101 @@
+"""Streams, graphs and devices: what only a GPU shows."""
+
+import pytest
+import torch
+from support import BF16, F32, Call, blank, check, compare, make_call
+
+from merge_attn_states import merge_attn_states as merge
+
+HEAD_SIZES = [128, 99]  # vectorized, generic
+
+
+def inputs_of(call: Call) -> Call:
+    return Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in call))
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_a_graph_replays_with_new_contents(head_size, cuda, entry):
+    call = check(make_call((33, 4, head_size), BF16, cuda, count=30), entry)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        entry(*call)
+    for seed in (1, 2, 3):
+        fresh = make_call((33, 4, head_size), BF16, cuda, count=30, seed=seed)
+        for name in ("prefix_output", "prefix_lse", "suffix_output", "suffix_lse"):
+            getattr(call, name).copy_(getattr(fresh, name))
+        call.output.fill_(float("nan")), call.output_lse.fill_(float("nan"))
+        graph.replay()
+        compare(fresh, call.output, call.output_lse)
+
+
+def test_a_graph_of_a_chain_in_place(cuda):
+    """Each link reads what the last one wrote: the order of the launches is kept."""
+    parts = [make_call((64, 4, 128), F32, cuda, empty=False, seed=i) for i in range(4)]
+    state = blank((64, 4, 128), F32, cuda).copy_(parts[0].prefix_output)
+    lse = blank((4, 64), F32, cuda).copy_(parts[0].prefix_lse)
+    start, start_lse = state.clone(), lse.clone()
+
+    def chain():
+        for part in parts:
+            merge(state, state, lse, part.suffix_output, part.suffix_lse, lse)
+
+    chain()
+    eager, eager_lse = state.clone(), lse.clone()
+    state.copy_(start), lse.copy_(start_lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    state.copy_(start), lse.copy_(start_lse)
+    graph.replay()
+    assert torch.equal(state, eager)
+    assert torch.equal(lse, eager_lse)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_the_current_stream_is_used(head_size, cuda, entry):
+    """The inputs arrive late on a side stream: a launch on any other one reads them too early."""
+    call = make_call((65, 4, head_size), BF16, cuda)
+    source = inputs_of(call)
+    call.prefix_output.fill_(float("nan")), call.suffix_output.fill_(float("nan"))
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        call.prefix_output.copy_(source.prefix_output)
+        call.suffix_output.copy_(source.suffix_output)
+        entry(*call)
+    assert not side.query(), "the host did not wait"
+    side.synchronize()
+    compare(source, call.output, call.output_lse)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_no_synchronisation_and_no_allocation(head_size, cuda, entry):
+    call = check(make_call((65, 4, head_size), BF16, cuda, count=60), entry)
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        entry(*call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_another_device_than_the_current_one(head_size, cuda, entry):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    check(make_call((17, 3, head_size), BF16, f"{cuda}:1"), entry)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("tokens", [65_535, 65_536, 200_000])  # a grid's y and z limit, and past it
+@pytest.mark.parametrize("head_size", [8, 7])  # vectorized, generic
+def test_many_tokens(tokens, head_size, cuda):
+    check(make_call((tokens, 1, head_size), BF16, cuda))
+
+
+@pytest.mark.parametrize("heads", [65_535, 65_536, 70_001])  # the same limits on the other axis
+@pytest.mark.parametrize("head_size", [8, 7])  # vectorized, generic
+def test_many_heads(heads, head_size, cuda):
+    check(make_call((2, heads, head_size), BF16, cuda))

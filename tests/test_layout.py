@@ -1,0 +1,237 @@
+"""Every producer's layout: strides of every operand by itself, alignment, and borders of 2^31."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    BF16,
+    E4M3,
+    E5M2,
+    F16,
+    F32,
+    F64,
+    LSES,
+    ROWS,
+    Call,
+    blank,
+    check,
+    compare,
+    make_call,
+    place,
+)
+
+import merge_attn_states
+from merge_attn_states import merge_attn_states as merge
+
+N, H, D = 19, 3, 64  # no multiple of a tile's tokens or heads
+
+ROW_STRIDES = {
+    "heads first, [H, N, D]": (D, N * D, 1),
+    "padded heads, 192 wide": (H * 192, 192, 1),
+    "head slice of 7 heads": (7 * D, D, 1),
+    "every third token": (3 * H * D, D, 1),
+    "odd token stride": (H * D + 1, D, 1),
+    "odd head stride": (H * (D + 3), D + 3, 1),
+    "element stride 2": (H * 2 * D, 2 * D, 2),
+    "elements outermost, [D, N, H]": (H, 1, N * H),
+    "tokens innermost, [H, D, N]": (1, D * N, N),
+}
+LSE_STRIDES = {
+    "[N, H] storage": (1, H),
+    "slice of a longer buffer": (N + 5, 1),
+    "every second token": (2 * N, 2),
+    "both strided": (3 * N + 1, 3),
+    "[N, H] storage of 7 heads": (1, 7),
+}
+ONE_OPERAND = [(name, layout) for name in ROWS for layout in ROW_STRIDES] + [
+    (name, layout) for name in LSES for layout in LSE_STRIDES
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64, E4M3], ids=str)
+@pytest.mark.parametrize(("name", "layout"), ONE_OPERAND)
+def test_one_operand_in_another_layout(name, layout, dtype, device, entry):
+    strides = (ROW_STRIDES if name in ROWS else LSE_STRIDES)[layout]
+    check(make_call((N, H, D), dtype, device, strides={name: strides}, count=17), entry)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=str)
+@pytest.mark.parametrize("shift", range(9))
+def test_every_operand_in_its_own_layout(shift, dtype, device):
+    rows, lses = list(ROW_STRIDES.values()), list(LSE_STRIDES.values())
+    strides = {name: rows[(i * 4 + shift) % len(rows)] for i, name in enumerate(ROWS)}
+    strides |= {name: lses[(i * 2 + shift) % len(lses)] for i, name in enumerate(LSES)}
+    check(make_call((N, H, D), dtype, device, strides=strides, count=17))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_token_and_head_strides_are_free_on_the_vectorized_kernel(dtype, cuda):
+    for layout in list(ROW_STRIDES.values())[:4]:
+        call = make_call((N, H, D), dtype, cuda, strides=dict.fromkeys(ROWS, layout))
+        assert merge_attn_states.selected_kernel(*call).kernel == "vectorized"
+        check(call)
+
+
+def test_padded_heads_of_one_producer_only(device):
+    """128 used of 192, prefix and output as they are: the suffix has a head stride of its own."""
+    padded = place(torch.full((N, H, 192), float("nan"), dtype=BF16), device)
+    call = make_call((N, H, 128), BF16, device)
+    padded[..., :128] = call.suffix_output
+    check(call._replace(suffix_output=padded[..., :128]))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, F64, E5M2], ids=str)
+@pytest.mark.parametrize("name", [*ROWS, *LSES])
+def test_every_alignment(name, dtype, device):
+    # All offsets inside 16 bytes; at D = 64 only the offset decides about the kernel.
+    width = (F64 if dtype == F64 else F32) if name in LSES else dtype
+    for offset in range(16 // width.itemsize):
+        check(make_call((5, 2, 64), dtype, device, offsets={name: offset}))
+
+
+@pytest.mark.parametrize("input_dtype", [F32, BF16], ids=str)
+def test_every_alignment_of_an_fp8_output(input_dtype, device):
+    for offset in range(17):  # its pack is 8 bytes, 4 with float32 inputs
+        check(
+            make_call(
+                (5, 2, 64),
+                input_dtype,
+                device,
+                output_dtype=E4M3,
+                scale=0.5,
+                offsets={"output": offset},
+            )
+        )
+
+
+@pytest.mark.parametrize("name", ["prefix_output", "suffix_output"])
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_expanded_values(axes, name, device):
+    call = make_call((N, H, D), BF16, device)
+    index = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(3))
+    one = torch.randn(getattr(call, name)[index].shape).to(BF16)
+    check(call._replace(**{name: place(one, device).expand(N, H, D)}))
+
+
+@pytest.mark.parametrize("name", ["prefix_lse", "suffix_lse"])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1)], ids=str)
+def test_expanded_lse(axes, name, device):
+    call = make_call((N, H, D), BF16, device, empty=False)
+    index = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(2))
+    one = torch.randn(getattr(call, name)[index].shape)
+    check(call._replace(**{name: place(one, device).expand(H, N)}))
+
+
+def test_one_tensor_for_both_parts(device):
+    call = make_call((N, H, D), F32, device, empty=False)
+    check(call._replace(suffix_output=call.prefix_output, suffix_lse=call.prefix_lse))
+
+
+# A stride that means nothing may be anything: zero, one, odd, or past every address.
+@pytest.mark.parametrize("stride", [0, 1, 7, 2**40, 2**62])
+@pytest.mark.parametrize("shape", [(1, 4, 64), (4, 1, 64), (4, 4, 1), (1, 1, 64), (1, 1, 1)])
+def test_size_one_dimensions(shape, stride, device, entry):
+    call = make_call(shape, F32, device, empty=False)
+    usual = check(call)
+
+    def odd(tensor):
+        strides = [
+            stride if size == 1 else step
+            for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
+        return tensor.as_strided(tensor.shape, strides, tensor.storage_offset())
+
+    for names in ([*ROWS, *LSES], ["prefix_output", "suffix_lse"], ["output"]):
+        views = {name: odd(getattr(call, name)) for name in names}
+        call.output.fill_(float("nan"))
+        again = call._replace(**views)
+        assert merge_attn_states.selected_kernel(*again) == merge_attn_states.selected_kernel(
+            *usual
+        )
+        check(again, entry)
+    # In place: the same memory, though its meaningless strides differ.
+    check(call._replace(output=odd(call.prefix_output), output_lse=odd(call.suffix_lse)), entry)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_any_strides_and_offsets(data):
+    """Every operand with an order of axes, gaps and an offset of its own, on the CPU."""
+    shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40)))
+    dtype = data.draw(st.sampled_from([F32, F16, BF16, F64, E4M3]))
+    count = data.draw(st.none() | st.integers(0, shape[0]))
+    strides, offsets = {}, {}
+    for name in (*ROWS, *LSES):
+        sizes = shape if name in ROWS else (shape[1], shape[0])
+        step, own = 1, [0] * len(sizes)
+        for axis in data.draw(st.permutations(range(len(sizes)))):
+            own[axis] = step * data.draw(st.integers(1, 2))
+            step = own[axis] * sizes[axis] + data.draw(st.integers(0, 3))
+        strides[name], offsets[name] = tuple(own), data.draw(st.integers(0, 8))
+    check(make_call(shape, dtype, count=count, strides=strides, offsets=offsets))
+
+
+def far_apart(name, border, dtype, device) -> Call:
+    """Three rows of `name` so far apart that the second and third lie past the border."""
+    sizes = (3, 1, 64) if name in ROWS else (1, 3)
+    call = make_call((3, 1, 64), dtype, device, empty=False)
+    own = getattr(call, name)
+    length = 2 * border + 2 * 64
+    try:
+        memory = torch.empty(length, dtype=own.dtype, device=device)
+    except (RuntimeError, torch.OutOfMemoryError):
+        pytest.skip(f"{length * own.element_size() >> 30} GiB for one operand are not there")
+    strides = (border, 64, 1) if name in ROWS else (64, border)
+    return call._replace(**{name: memory.as_strided(sizes, strides).copy_(own)})
+
+
+# On a CPU the untouched pages between the rows cost address space alone.
+@pytest.mark.parametrize("name", [*ROWS, *LSES])
+@pytest.mark.parametrize("border", [2**31 - 64, 2**31, 2**32])  # below int32, uint32 elements
+def test_rows_past_the_borders_of_32_bits(border, name, device):
+    call = far_apart(name, border // 4 if name in LSES else border, BF16, device)
+    inputs = Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in call))
+    merge(*call)
+    dense = check(
+        inputs._replace(
+            output=blank((3, 1, 64), BF16, device), output_lse=blank((1, 3), F32, device)
+        )
+    )
+    assert torch.equal(call.output, dense.output)
+    assert torch.equal(call.output_lse, dense.output_lse)
+
+
+# 2^31 and 2^32 elements and a little more; the odd head size runs the generic kernel.
+@pytest.mark.parametrize("head_size", [128, 127])
+@pytest.mark.parametrize("border", [2**31, 2**32])
+def test_more_elements_than_32_bits_count(border, head_size, cuda):
+    heads = 16
+    tokens = border // (heads * head_size) + 17
+    need = 3 * 2 * tokens * heads * head_size + 3 * 4 * tokens * heads
+    if torch.cuda.mem_get_info()[0] < need * 1.05:
+        pytest.skip(f"{need >> 30} GiB of GPU memory are not free")
+    shape, empty = (tokens, heads, head_size), {"device": cuda, "dtype": BF16}
+    call = Call(
+        output=torch.full(shape, float("nan"), **empty),
+        prefix_output=torch.empty(shape, **empty).normal_(),
+        prefix_lse=torch.empty((heads, tokens), device=cuda).normal_(),
+        suffix_output=torch.empty(shape, **empty).normal_(),
+        suffix_lse=torch.empty((heads, tokens), device=cuda).normal_(),
+        output_lse=torch.full((heads, tokens), float("nan"), device=cuda),
+        prefill_tokens_with_context=tokens - 3,
+    )
+    merge(*call)
+    around = border // (heads * head_size)
+    for first in (0, around // 2 - 2, around - 5, tokens - 20):  # rows on both sides
+        rows = slice(first, first + 20)
+        part = make_call((20, heads, head_size), BF16, cuda)
+        count = min(max(tokens - 3 - first, 0), 20)
+        part = part._replace(
+            prefix_output=call.prefix_output[rows], suffix_output=call.suffix_output[rows],
+            prefix_lse=call.prefix_lse[:, rows], suffix_lse=call.suffix_lse[:, rows],
+            prefill_tokens_with_context=count,
+        )  # fmt: skip
+        inputs = part._replace(output=blank((20, heads, head_size), BF16, cuda))
+        compare(inputs, call.output[rows], call.output_lse[:, rows])
+    assert not call.output.isnan().any()
