@@ -1,0 +1,353 @@
+"""attention_with_lse against float64, where PyTorch's kernels are right and where they are not."""
+
+import inspect
+
+import pytest
+import torch
+from attention_support import operands, reference
+from support import BF16, F16, F32, F64, FLOATS, INF, NAN
+
+from merge_attn_states import merge_attn_states
+from merge_attn_states.integrations.pytorch import (
+    attention_kernel,
+    attention_with_lse,
+    token_layout,
+)
+
+# |error| of the output for values of size 1, and of the LSE: twice what was seen over SHAPES. In 16
+# bits the flash kernels round the weights as well as the output, and the CPU kernel sums them with
+# an exponential of its own (LSE wrong by 6e-5).
+OUTPUT_BOUND = {F64: 1e-14, F32: 3e-6, F16: 1.5e-3, BF16: 1e-2}
+LSE_BOUND = {F64: 1e-14, F32: 2e-6, F16: 1.5e-4, BF16: 1.5e-4}
+
+SHAPES = [  # batch, heads, KV heads, queries, keys, head size, value head size
+    (1, 1, 1, 1, 1, 8, 8),  # the smallest: one score a row
+    (2, 12, 12, 9, 9, 32, 32),  # all-MiniLM-L6-v2
+    (2, 8, 2, 5, 70, 64, 64),  # grouped queries, more keys than one block of the CPU kernel
+    (1, 4, 1, 33, 17, 128, 128),  # one KV head, more queries than keys
+    (2, 2, 2, 7, 6, 192, 128),  # DeepSeek: V narrower than Q
+    (1, 3, 3, 4, 5, 24, 40),  # V wider than Q
+    (1, 2, 1, 6, 11, 5, 3),  # odd head sizes, no multiple of 8
+    (1, 4, 1, 3, 20, 576, 512),  # DeepSeek absorbed: wider than the CUDA kernel goes
+]
+
+
+def check(query, key, value, mask=None, kernel=None, **options):
+    if kernel is not None:
+        assert attention_kernel(query, key, value, mask, **options) == kernel
+    output, lse = attention_with_lse(query, key, value, mask, **options)
+    expected, expected_lse = reference(query, key, value, mask, **options)
+    assert output.dtype == query.dtype
+    assert lse.dtype == (F64 if query.dtype == F64 else F32)
+    assert output.device == lse.device == query.device
+    torch.testing.assert_close(
+        output.cpu().to(F64), expected, rtol=0, atol=OUTPUT_BOUND[query.dtype], equal_nan=True
+    )
+    torch.testing.assert_close(
+        lse.cpu().to(F64), expected_lse, rtol=0, atol=LSE_BOUND[query.dtype], equal_nan=True
+    )
+    assert (output[lse == -INF] == 0).all()
+    return output, lse
+
+
+def flash(device, dtype, head_size=64, masked=False):
+    """The kernel that is due, the rule written a second time."""
+    if device == "cpu":
+        return "cpu_flash"
+    serves = dtype in (F16, BF16) and head_size <= 256 and not masked
+    return "cuda_flash" if serves and torch.cuda.get_device_capability() >= (8, 0) else "matmul"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_mask(shape, dtype, device):
+    kernel = flash(device, dtype, max(shape[5:]))
+    check(*operands(shape, dtype, device), kernel=kernel)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_masked_rows(shape, dtype, device):
+    query, key, value = operands(shape, dtype, device)
+    mask = torch.rand(shape[0], 1, shape[3], shape[4], device=device) < 0.6
+    mask[0, 0, shape[3] // 2] = False  # a query that sees no key
+    kernel = flash(device, dtype, masked=True)
+    _, lse = check(query, key, value, mask, kernel=kernel)
+    assert (lse[0, :, shape[3] // 2] == -INF).all()
+    additive = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -INF)
+    check(query, key, value, additive + 0.5, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(), (7,), (1,), (5, 1), (1, 7), (5, 7), (4, 1, 1), (4, 5, 7), (2, 1, 1, 7), (2, 4, 5, 7)],
+    ids=str,
+)
+def test_a_mask_broadcasts(shape, device):
+    query, key, value = operands((2, 4, 2, 5, 7, 16, 16), F32, device)
+    mask = torch.rand(shape, device=device) < 0.5
+    check(query, key, value, mask)
+    check(query, key, value, torch.zeros_like(mask))  # nobody sees anything
+    check(query, key, value, mask.expand(2, 4, 5, 7))  # strides of 0
+    check(query, key, value, torch.rand(7, 5, 4, 2, device=device).permute(3, 2, 1, 0) < 0.5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        (9, 9),  # the square that every kernel aligns alike
+        (4, 9),  # a chunk behind its context: bottom-right
+        (9, 4),  # the first five queries see nothing
+        (1, 9),  # decode: the newest token sees everything
+        (2, 1),  # one query without and one with a key
+        (130, 70),  # both beyond a block of the kernels
+    ],
+)
+def test_causal(queries, keys, dtype, device):
+    query, key, value = operands((2, 4, 2, queries, keys, 64, 64), dtype, device)
+    check(query, key, value, is_causal=True, kernel=flash(device, dtype))
+    mask = torch.rand(2, 1, queries, keys, device=device) < 0.7
+    both = mask & torch.ones_like(mask).tril(keys - queries)
+    output, lse = attention_with_lse(query, key, value, mask, is_causal=True)
+    expected, expected_lse = attention_with_lse(query, key, value, both)
+    assert torch.equal(output, expected)
+    assert torch.equal(lse, expected_lse)
+    additive = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -INF)
+    assert torch.equal(attention_with_lse(query, key, value, additive, is_causal=True)[1], lse)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(scale, device):
+    query, key, value = operands((1, 2, 2, 5, 7, 24, 24), F32, device)
+    check(query, key, value, scale=scale)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys"), [(2, 4, 3, 0), (2, 4, 0, 3), (0, 4, 3, 3), (2, 0, 3, 3)]
+)
+def test_no_queries_or_no_keys(batch, heads, queries, keys, is_causal, device):
+    shape = (batch, heads, heads, queries, keys, 16, 8)
+    query, key, value = operands(shape, BF16, device)
+    kernel = attention_kernel(query, key, value, is_causal=is_causal)
+    output, lse = attention_with_lse(query, key, value, is_causal=is_causal)
+    assert kernel == "none"
+    assert output.shape == (batch, heads, queries, 8)
+    assert lse.shape == (batch, heads, queries)
+    assert (output == 0).all()
+    assert (lse == -INF).all()
+    assert (output.dtype, lse.dtype) == (BF16, F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("keys", [1, 3, 7, 8, 40])  # below and above the lanes of a CPU vector
+def test_an_error_upstream_stays_visible(keys, dtype, device):
+    shape = (1, 2, 2, 4, keys, 64, 64)
+    for position, broken in [(0, NAN), (1, NAN), (0, INF)]:
+        query, key, value = operands(shape, dtype, device)
+        key[..., 0] = key[..., 0].abs()  # an infinite query gives scores of +inf
+        (query, key)[position][0, 0, 0, 0] = broken
+        output, lse = check(query, key, value)
+        assert lse[0, 0, 0].isnan()
+        assert output[0, 0, 0].isnan().all()
+
+
+def test_every_score_minus_inf_is_a_row_without_keys(device):
+    # -1e40 overflows to -inf in float32; the CPU kernel calls that lse = 0.
+    query = torch.full((1, 1, 2, 8), 1e20, device=device)
+    output, lse = attention_with_lse(query, -query[:, :, :1], query[:, :, :1])
+    assert (lse == -INF).all()
+    assert (output == 0).all()
+
+
+def test_an_lse_of_zero_is_possible(device):
+    # One key with a score of 0: the value that the CPU kernel also writes for a masked row.
+    query, key, value = operands((1, 2, 2, 3, 1, 8, 8), F32, device)
+    output, lse = check(torch.zeros_like(query), key, value)
+    assert (lse == 0).all()
+    assert torch.equal(output, value.expand_as(output))
+
+
+LAYOUTS = {
+    "transposed storage [B, N, H, D]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "an element stride": lambda x: x.mT.contiguous().mT,
+    "a slice of wider heads": lambda x: torch.nn.functional.pad(x, (3, 8))[..., 3:-8],
+    "one element off its alignment": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(
+        x.shape
+    ),
+    "an expanded batch": lambda x: x[:1].expand(2, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype, device):
+    inputs = operands((2, 4, 2, 6, 9, 64, 64), dtype, device)
+    for position in range(3):
+        laid = list(inputs)
+        laid[position] = LAYOUTS[layout](inputs[position])
+        check(*laid)
+
+
+def test_matmul_takes_queries_in_blocks(device, monkeypatch):
+    from merge_attn_states.integrations import _pytorch_kernels as kernels
+
+    query, key, value = operands((2, 4, 2, 10, 7, 16, 16), F32, device)
+    mask = torch.rand(2, 1, 10, 7, device=device) < 0.5
+    whole = kernels.matmul(query, key, value, mask, 0.25)
+    monkeypatch.setattr(kernels, "_SCORES_AT_ONCE", 3 * 2 * 4 * 7)  # 3 queries, then 3, 3, 1
+    blocks = kernels.matmul(query, key, value, mask, 0.25)
+    for actual, expected in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matmul_where_no_kernel_fits(shape, dtype, device, monkeypatch):
+    """The path of a mask on CUDA and of other devices, seen on every machine."""
+    from merge_attn_states.integrations import pytorch
+
+    monkeypatch.setattr(pytorch, "_choose", lambda *_: "matmul")
+    query, key, value = operands(shape, dtype, device)
+    check(query, key, value, kernel="matmul")
+    check(query, key, value, is_causal=True)
+    mask = torch.rand(shape[0], 1, shape[3], shape[4], device=device) < 0.6
+    mask[0, 0, shape[3] // 2] = False
+    check(query, key, value, mask)
+    check(query, key, value, torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -INF))
+
+
+def test_masked_rows_are_not_computed_twice(monkeypatch):
+    """An LSE of 0 is looked into where the mask does not explain it, and nowhere else."""
+    from merge_attn_states.integrations import _pytorch_kernels as kernels
+
+    def unexpected(*_):
+        raise AssertionError("recomputed")
+
+    monkeypatch.setattr(kernels, "matmul", unexpected)
+    query, key, value = operands((2, 4, 4, 5, 7, 16, 16), F32, "cpu")
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[3] = False
+    attention_with_lse(query, key, value, mask)
+
+
+@pytest.mark.parametrize("stored_by_token", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_token_layout(batch, stored_by_token, device):
+    query, key, value = operands((batch, 4, 2, 5, 9, 64, 64), BF16, device)
+    if stored_by_token:
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    state = attention_with_lse(query, key, value)
+    output, lse = token_layout(*state)
+    assert output.shape == (5 * batch, 4, 64)
+    assert lse.shape == (4, 5 * batch)
+    for b in range(batch):
+        assert torch.equal(output[5 * b : 5 * b + 5], state[0][b].transpose(0, 1))
+        assert torch.equal(lse[:, 5 * b : 5 * b + 5], state[1][b])
+    if batch == 1 or stored_by_token:
+        assert output.data_ptr() == state[0].data_ptr(), "not a view"
+    if batch == 1 or device == "cpu":
+        assert lse.data_ptr() == state[1].data_ptr(), "not a view"
+
+
+def test_token_layout_refuses_an_lse_of_another_state():
+    with pytest.raises(
+        ValueError, match=r"^lse: expected .* got \[2, 5, 4\] beside \[2, 4, 5, 8\]"
+    ):
+        token_layout(torch.zeros(2, 4, 5, 8), torch.zeros(2, 5, 4))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_two_parts_merge_to_the_whole(dtype, device):
+    """The point of it all, with a part that some rows do not see."""
+    query, key, value = operands((2, 8, 2, 6, 50, 64, 64), dtype, device)
+    mask = torch.rand(2, 1, 6, 50, device=device) < 0.6
+    mask[0, :, :3, :20] = False  # the prefix is empty for three rows
+    mask[1, :, 2:, 20:] = False  # the suffix is empty for four
+    mask[1, :, 3] = False  # and both for one
+    states = [
+        token_layout(*attention_with_lse(query, key[:, :, keys], value[:, :, keys], part))
+        for keys, part in [
+            (slice(0, 20), mask[..., :20]),
+            (slice(20, 50), mask[..., 20:]),
+        ]
+    ]
+    output = torch.full((12, 8, 64), NAN, dtype=dtype, device=device)
+    lse = torch.full((8, 12), NAN, dtype=F64 if dtype == F64 else F32, device=device)
+    merge_attn_states(output, *states[0], *states[1], output_lse=lse)
+    expected, expected_lse = token_layout(*reference(query, key, value, mask))
+    bound = 2 * OUTPUT_BOUND[dtype]
+    torch.testing.assert_close(output.cpu().to(F64), expected, rtol=0, atol=bound)
+    torch.testing.assert_close(lse.cpu().to(F64), expected_lse, rtol=0, atol=LSE_BOUND[dtype])
+
+
+Q = torch.zeros(2, 4, 3, 8)
+K = torch.zeros(2, 2, 5, 8)
+REFUSED = {
+    "query, no tensor": ((None, K, K), {}, TypeError, "query: expected a torch.Tensor, got None"),
+    "query, rank": ((Q[0], K, K), {}, ValueError, "query: expected shape [batch, num_heads, num_q"),
+    "key, rank": ((Q, K[0], K), {}, ValueError, "key: expected shape [batch, num_kv_heads, num_k"),
+    "dtype": ((Q.int(), K, K), {}, ValueError, "query: expected dtype one of float16, bfloat16"),
+    "mixed dtypes": ((Q, K, K.double()), {}, ValueError, "value: expected dtype one of float16"),
+    "device": ((Q, K.to("meta"), K), {}, ValueError, "key: expected device cpu, got meta"),
+    "head size 0": ((Q[..., :0], K[..., :0], K), {}, ValueError, "query: expected a head_size of"),
+    "key, batch": ((Q, K[:1], K), {}, ValueError, "key: expected shape [2, num_kv_heads, num_keys"),
+    "key, head size": ((Q, K[..., :4], K), {}, ValueError, "key: expected shape [2, num_kv_heads"),
+    "groups": ((Q[:, :3], K, K), {}, ValueError, "key: expected num_kv_heads to divide 3, got 2"),
+    "no KV heads": ((Q, K[:, :0], K[:, :0]), {}, ValueError, "key: expected num_kv_heads to divid"),
+    "value, keys": ((Q, K, K[:, :, :4]), {}, ValueError, "value: expected shape [2, 2, 5, value_"),
+    "scale": ((Q, K, K), {"scale": NAN}, ValueError, "scale: expected a finite number or None"),
+    "mask, no tensor": ((Q, K, K, 1), {}, TypeError, "attn_mask: expected a torch.Tensor, got int"),
+    "mask, shape": (
+        (Q, K, K, torch.ones(3, 4).bool()),
+        {},
+        ValueError,
+        "attn_mask: expected a shape that broadcasts to [2, 4, 3, 5]",
+    ),
+    "mask, rank": (
+        (Q, K, K, torch.ones(1, 1, 1, 1, 5).bool()),
+        {},
+        ValueError,
+        "attn_mask: expected a shape that broadcasts to [2, 4, 3, 5]",
+    ),
+    "mask, dtype": (
+        (Q, K, K, torch.ones(3, 5, dtype=F64)),
+        {},
+        ValueError,
+        "attn_mask: expected dtype torch.bool or query's dtype torch.float32, got torch.float64",
+    ),
+    "mask, device": (
+        (Q, K, K, torch.ones(3, 5, device="meta").bool()),
+        {},
+        ValueError,
+        "attn_mask: expected device cpu, got meta",
+    ),
+    "grad": (
+        (Q, K.clone().requires_grad_(), K),
+        {},
+        ValueError,
+        "key: requires grad, but PyTorch's kernels give no gradient of the lse",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    arguments, options, error, message = REFUSED[case]
+    for function in (attention_with_lse, attention_kernel):
+        with pytest.raises(error) as raised:
+            function(*arguments, **options)
+        assert str(raised.value).startswith(message)
+
+
+def test_grad_is_no_matter_without_grad_mode():
+    with torch.no_grad():
+        output, lse = attention_with_lse(Q, K.clone().requires_grad_(), K)
+    assert not output.requires_grad
+    assert not lse.requires_grad
+
+
+def test_both_functions_take_the_same_arguments():
+    signatures = [inspect.signature(f).parameters for f in (attention_with_lse, attention_kernel)]
+    assert list(signatures[0].values()) == list(signatures[1].values())
