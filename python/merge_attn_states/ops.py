@@ -146,8 +146,8 @@ _NAMES = (
 _OPTIONAL = ("output_lse", "output_scale")
 
 
-def _check(operands: _Operands, count: SupportsIndex | None) -> int | None:
-    """Refuse what is no tensor and return the count as an int."""
+def _check(operands: _Operands, count: SupportsIndex | None) -> int | torch.SymInt | None:
+    """Refuse what is no tensor and return the count as an int (a SymInt while compiling)."""
     for name, operand in zip(_NAMES, operands, strict=True):
         if not isinstance(operand, torch.Tensor) and not (operand is None and name in _OPTIONAL):
             expected = "a torch.Tensor or None" if name in _OPTIONAL else "a torch.Tensor"
@@ -182,7 +182,7 @@ def _refuse_negative_bit(*written: torch.Tensor | None) -> None:
             )
 
 
-@torch.library.register_fake("merge_attn_states::merge_attn_states")
+@torch.library.register_fake("merge_attn_states::merge_attn_states")  # type: ignore[untyped-decorator]
 def _fake(
     output: torch.Tensor,
     prefix_output: torch.Tensor,
