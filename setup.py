@@ -103,10 +103,12 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
             refuse(f"no C++ compiler {compiler!r}: install the package g++ or build-essential.")
         if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             refuse("Python.h is missing: install the package python3-dev or python3-devel.")
-        if importlib.util.find_spec("ninja") and not shutil.which("ninja"):
-            import ninja  # a ninja of pip, in an environment that PATH does not name
+        # The environment's own ninja first: another release would start its log, and so the build,
+        # all over. PATH need not name it.
+        if importlib.util.find_spec("ninja"):
+            import ninja
 
-            os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
+            os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
         super().run()
 
     def build_extensions(self) -> None:

@@ -1,8 +1,8 @@
 """`python -m benchmarks`: the merge against the memory's limit.
 
 On a GPU the limit is the triad (triad.cu) over the same bytes in the same run; on the CPU it is
-`torch.add(out=)` of the same dtype. Bytes are counted from the contract: three [N, H, D] operands and
-three LSEs once.
+`torch.add(out=)` of the same dtype. Bytes are counted from the contract: three [N, H, D] operands
+and three LSEs once.
 """
 
 from __future__ import annotations

@@ -100,10 +100,12 @@ class Operand {
     view_.rank = static_cast<int32_t>(rank);
     view_.dtype = dlpack_dtype(dtype);
     view_.device_type = dlpack_device(device_type);
-    view_.memory = static_cast<const char*>(view_.data) -
-                   offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
-    // A tensor without memory (a freed storage) is told apart by its null pointer.
-    if (view_.data == nullptr) view_.memory_bytes = 0;
+    if (view_.data == nullptr) {  // a freed storage, or no elements: nothing to measure from
+      view_.memory_bytes = 0;
+    } else {
+      view_.memory = static_cast<const char*>(view_.data) -
+                     offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+    }
   }
 
   bool given_;

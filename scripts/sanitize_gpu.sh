@@ -1,0 +1,22 @@
+#!/bin/sh
+# Runs the alias and layout tests on the GPU under compute-sanitizer, with the interpreter $1: memcheck
+# (reads and writes outside an allocation), then racecheck (races through shared memory).
+# SHARD=k/n runs a part; SANITIZER_TOOLS="memcheck" runs one tool.
+set -eu
+cd "$(dirname "$0")/.."
+python=$1
+sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+[ -x "$sanitizer" ] || {
+  echo "merge_attn_states: compute-sanitizer is missing: it comes with the CUDA toolkit." >&2
+  exit 1
+}
+scripts/build.sh "$python"
+export PYTHONPATH="python:scripts${PYTHONPATH:+:$PYTHONPATH}"
+# One allocation a tensor: the caching allocator would hide a read past the end of one.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
+  echo "== compute-sanitizer --tool $tool"
+  # The filter names our kernels: PyTorch's own fill and compare operands, and are not under test.
+  "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-name kns=merge_attn_states \
+    "$python" -m pytest -p shard -p no:cacheprovider -k cuda tests/test_aliasing.py tests/test_layout.py
+done

@@ -1,0 +1,22 @@
+#!/bin/sh
+# sdist -> wheel -> fresh environment: builds both with the interpreter $1, installs the wheel where
+# nothing of the checkout is, and tests it there. $2 is the interpreter for the fresh environment.
+set -eu
+cd "$(dirname "$0")/.."
+root=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+"$1" -m build --no-isolation --outdir "$work/dist" > "$work/build.log" 2>&1 || {
+  tail -n 60 "$work/build.log"
+  exit 1
+}
+"$2" scripts/environment.py "$work/venv" --extra test ${TORCH:+--torch "$TORCH"}
+"$work/venv/bin/python" -m pip install -qq --no-index --no-deps --force-reinstall "$work"/dist/*.whl
+cd "$work"
+"$work/venv/bin/python" - << CHECK
+import merge_attn_states
+assert merge_attn_states.__file__.startswith("$work"), merge_attn_states.__file__
+CHECK
+"$work/venv/bin/python" -m merge_attn_states info
+"$work/venv/bin/python" -m pytest -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" \
+  "$root/tests/test_binary.py" "$root/tests/test_library.py" "$root/tests/test_errors.py"
