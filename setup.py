@@ -127,7 +127,9 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
         if self.given and ext is self.extensions[0]:
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.given, target)
+            # Not in place: a process that has the old file mapped would run the new one's bytes.
+            shutil.copyfile(self.given, fresh := target.with_suffix(".new"))
+            fresh.replace(target)
             note(f"the op library is {self.given}")
             return
         try:

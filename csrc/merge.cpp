@@ -88,18 +88,21 @@ merge_attn_states_status merge_attn_states_select(const merge_attn_states_args* 
 const char* merge_attn_states_build_info() noexcept {
   // Made once: the instruction set is known only on the machine at hand.
   static const std::string info = [] {
+    using namespace merge_attn_states;
+    Selection cpu_kernel = selection("cpu", "none: MERGE_ATTN_STATES_CPU_KERNEL asks for another");
+    guarded(nullptr, 0, [&] { cpu_kernel = cpu::choose(); });
     const auto text = [](const char* value) { return '"' + std::string(value) + '"'; };
     std::string json = "{\"version\": " + text(MERGE_ATTN_STATES_BUILD_VERSION) +
                        ", \"commit\": " + text(MERGE_ATTN_STATES_BUILD_COMMIT) +
                        ", \"torch\": " + text(MERGE_ATTN_STATES_BUILD_TORCH) +
-                       ", \"compiler\": " + text(merge_attn_states::kCompiler);
+                       ", \"compiler\": " + text(kCompiler);
 #ifdef MERGE_ATTN_STATES_WITH_CUDA
     json += ", \"cuda\": " + text(MERGE_ATTN_STATES_BUILD_CUDA);
 #else
     json += ", \"cuda\": null";
 #endif
     return json + ", \"architectures\": " + text(MERGE_ATTN_STATES_BUILD_ARCHITECTURES) +
-           ", \"cpu\": " + text(merge_attn_states::cpu::choose().variant) +
+           ", \"cpu\": " + text(cpu_kernel.variant) +
            ", \"c_version\": " + std::to_string(MERGE_ATTN_STATES_VERSION) + "}";
   }();
   return info.c_str();

@@ -1,18 +1,22 @@
 // Python's side: a plain torch.Tensor by way of the DLPack C exchange API to a TensorView, and on
 // to the op library's C entry. No Torch header but DLPack's; decides nothing.
 #include <ATen/dlpack.h>
-#include <merge_attn_states.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 #include <optional>
 #include <stdexcept>
 
+#include "translate.h"
+
 namespace py = pybind11;
 
 namespace {
 
-constexpr size_t kMessageSize = 1024;
+using merge_attn_states::Call;
+using merge_attn_states::merge_call;
+using merge_attn_states::select_call;
 
 // PyTorch's table of functions; null where this PyTorch has none.
 const DLPackExchangeAPI* exchange_api() {
@@ -61,70 +65,39 @@ class Operand {
   merge_attn_states_tensor view_{};
 };
 
-struct Call {
-  Operand output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse, output_scale;
-  std::optional<int64_t> prefill_tokens_with_context;
-
-  merge_attn_states_args args() const {
-    void* stream = nullptr;
-    if (output.get() != nullptr && output.get()->device_type == MERGE_ATTN_STATES_CUDA &&
-        needed_exchange_api().current_work_stream(kDLCUDA, output.get()->device_index, &stream)) {
-      throw py::error_already_set();
-    }
-    return {.version = MERGE_ATTN_STATES_VERSION,
-            .has_prefill_tokens_with_context = prefill_tokens_with_context.has_value(),
-            .prefill_tokens_with_context = prefill_tokens_with_context.value_or(0),
-            .output = output.get(),
-            .prefix_output = prefix_output.get(),
-            .prefix_lse = prefix_lse.get(),
-            .suffix_output = suffix_output.get(),
-            .suffix_lse = suffix_lse.get(),
-            .output_lse = output_lse.get(),
-            .output_scale = output_scale.get(),
-            .stream = stream};
-  }
-};
-
-// pybind11 turns std::invalid_argument into a ValueError with just its text, as the dispatcher
-// does.
-void expect_ok(merge_attn_states_status status, const char* message) {
-  if (status == MERGE_ATTN_STATES_OK) return;
-  if (status == MERGE_ATTN_STATES_INVALID_ARGUMENT) throw std::invalid_argument(message);
-  throw std::runtime_error(message);
+Call<Operand> describe(py::handle output, py::handle prefix_output, py::handle prefix_lse,
+                       py::handle suffix_output, py::handle suffix_lse, py::handle output_lse,
+                       py::handle count, py::handle output_scale) {
+  return {.output = Operand(output),
+          .prefix_output = Operand(prefix_output),
+          .prefix_lse = Operand(prefix_lse),
+          .suffix_output = Operand(suffix_output),
+          .suffix_lse = Operand(suffix_lse),
+          .output_lse = Operand(output_lse),
+          .prefill_tokens_with_context = count.cast<std::optional<int64_t>>(),
+          .output_scale = Operand(output_scale)};
 }
 
-Call describe(py::handle output, py::handle prefix_output, py::handle prefix_lse,
-              py::handle suffix_output, py::handle suffix_lse, py::handle output_lse,
-              py::handle prefill_tokens_with_context, py::handle output_scale) {
-  std::optional<int64_t> count;
-  if (!prefill_tokens_with_context.is_none()) {
-    count = py::cast<int64_t>(prefill_tokens_with_context);
+void* current_stream(const merge_attn_states_tensor* output) {
+  if (output == nullptr || output->device_type != MERGE_ATTN_STATES_CUDA) return nullptr;
+  void* stream = nullptr;
+  if (needed_exchange_api().current_work_stream(kDLCUDA, output->device_index, &stream) != 0) {
+    throw py::error_already_set();
   }
-  return {
-      Operand(output),     Operand(prefix_output), Operand(prefix_lse),   Operand(suffix_output),
-      Operand(suffix_lse), Operand(output_lse),    Operand(output_scale), count};
+  return stream;
 }
 
 template <class... Operands>
 void merge(Operands... operands) {
-  const Call call = describe(operands...);
-  const merge_attn_states_args args = call.args();
-  char message[kMessageSize];
-  merge_attn_states_status status;
-  {
-    py::gil_scoped_release release;
-    status = merge_attn_states_merge(&args, message, sizeof(message));
-  }
-  expect_ok(status, message);
+  const Call<Operand> call = describe(operands...);
+  void* const stream = current_stream(call.output.get());
+  const py::gil_scoped_release release;
+  merge_call(call, stream);
 }
 
 template <class... Operands>
 py::tuple selected_kernel(Operands... operands) {
-  const Call call = describe(operands...);
-  const merge_attn_states_args args = call.args();
-  merge_attn_states_selection selection;
-  char message[kMessageSize];
-  expect_ok(merge_attn_states_select(&args, &selection, message, sizeof(message)), message);
+  const merge_attn_states_selection selection = select_call(describe(operands...));
   return py::make_tuple(selection.kernel, selection.variant);
 }
 

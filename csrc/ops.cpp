@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "tensor_view.h"
+#include "translate.h"
 
 namespace merge_attn_states {
 namespace {
@@ -132,65 +133,30 @@ void* current_stream(const TensorView* output) {
   return stream;
 }
 
-// The operands of one call, alive as long as the args that point at them.
-struct Call {
-  Operand output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse, output_scale;
-  std::optional<int64_t> prefill_tokens_with_context;
-
-  merge_attn_states_args args() const {
-    return {.version = MERGE_ATTN_STATES_VERSION,
-            .has_prefill_tokens_with_context = prefill_tokens_with_context.has_value(),
-            .prefill_tokens_with_context = prefill_tokens_with_context.value_or(0),
-            .output = output.get(),
-            .prefix_output = prefix_output.get(),
-            .prefix_lse = prefix_lse.get(),
-            .suffix_output = suffix_output.get(),
-            .suffix_lse = suffix_lse.get(),
-            .output_lse = output_lse.get(),
-            .output_scale = output_scale.get(),
-            .stream = current_stream(output.get())};
-  }
-};
-
-// A std::invalid_argument crosses PyTorch's dispatcher as a ValueError with just its text.
-void expect_ok(merge_attn_states_status status, const char* message) {
-  if (status == MERGE_ATTN_STATES_OK) return;
-  if (status == MERGE_ATTN_STATES_INVALID_ARGUMENT) throw std::invalid_argument(message);
-  throw std::runtime_error(message);
-}
-
-constexpr size_t kMessageSize = 1024;
-
 // The operands in the schema's order, count included.
-Call describe(const Tensor& output, const Tensor& prefix_output, const Tensor& prefix_lse,
-              const Tensor& suffix_output, const Tensor& suffix_lse,
-              const std::optional<Tensor>& output_lse, const std::optional<int64_t>& count,
-              const std::optional<Tensor>& output_scale) {
+Call<Operand> describe(const Tensor& output, const Tensor& prefix_output, const Tensor& prefix_lse,
+                       const Tensor& suffix_output, const Tensor& suffix_lse,
+                       const std::optional<Tensor>& output_lse, const std::optional<int64_t>& count,
+                       const std::optional<Tensor>& output_scale) {
   return {.output = Operand(output),
           .prefix_output = Operand(prefix_output),
           .prefix_lse = Operand(prefix_lse),
           .suffix_output = Operand(suffix_output),
           .suffix_lse = Operand(suffix_lse),
           .output_lse = Operand(output_lse),
-          .output_scale = Operand(output_scale),
-          .prefill_tokens_with_context = count};
+          .prefill_tokens_with_context = count,
+          .output_scale = Operand(output_scale)};
 }
 
 template <class... Operands>
 void merge(Operands... operands) {
-  const Call call = describe(operands...);
-  const merge_attn_states_args args = call.args();
-  char message[kMessageSize];
-  expect_ok(merge_attn_states_merge(&args, message, sizeof(message)), message);
+  const Call<Operand> call = describe(operands...);
+  merge_call(call, current_stream(call.output.get()));
 }
 
 template <class... Operands>
 std::tuple<std::string, std::string> selected_kernel(Operands... operands) {
-  const Call call = describe(operands...);
-  const merge_attn_states_args args = call.args();
-  merge_attn_states_selection selection;
-  char message[kMessageSize];
-  expect_ok(merge_attn_states_select(&args, &selection, message, sizeof(message)), message);
+  const merge_attn_states_selection selection = select_call(describe(operands...));
   return {selection.kernel, selection.variant};
 }
 

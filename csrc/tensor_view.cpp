@@ -14,7 +14,7 @@ std::string dtype_name(uint32_t dtype) {
   } kCodes[] = {{"int", true},
                 {"uint", true},
                 {"float", true},
-                {"opaque", true},
+                {"a dtype without a DLPack code", false},
                 {"bfloat", true},
                 {"complex", true},
                 {"bool", false},

@@ -12,7 +12,7 @@ namespace merge_attn_states {
 
 using TensorView = merge_attn_states_tensor;
 
-// "float32", "int64", "bool", or "dlpack dtype (code, bits)" for one without a common name.
+// "float32", "int64", "bool", or "dtype code 99" for one that DLPack does not name.
 std::string dtype_name(uint32_t dtype);
 
 // "cpu", "cuda:1", or "device type 8".

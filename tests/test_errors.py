@@ -215,3 +215,10 @@ def test_a_count_is_taken_by_index(device):
     for count in (Two(), numpy.int64(2), numpy.uint8(2)):
         call = make_call((N, H, D), F32, device, count=2)
         check(call, lambda *args, count=count: merge(*args[:6], count))
+
+
+@pytest.mark.parametrize("count", [2**63, -(2**70)])  # more than the operator's schema carries
+def test_a_count_beyond_64_bits(count, device):
+    call = make_call((N, H, D), F32, device)
+    with pytest.raises(ValueError, match=rf"^prefill_tokens_with_context: .* got {count}$"):
+        merge(*call._replace(prefill_tokens_with_context=count))

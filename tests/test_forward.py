@@ -220,7 +220,7 @@ def test_both_cpu_builds_give_the_same_bits(child_environment):
     def run(build):
         process = subprocess.run(
             [sys.executable, "-c", BUILDS_SCRIPT],
-            env=child_environment | {"MERGE_ATTN_STATES_CPU": build},
+            env=child_environment | {"MERGE_ATTN_STATES_CPU_KERNEL": build},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         return process.stdout.split()
@@ -229,3 +229,21 @@ def test_both_cpu_builds_give_the_same_bits(child_environment):
     assert chosen[0] == here
     assert default[0] == "baseline"
     assert chosen[1] == default[1]
+
+
+def test_an_unknown_cpu_build_is_refused(child_environment):
+    script = """
+import torch, merge_attn_states
+rows, lse = torch.zeros(2, 2, 8), torch.zeros(2, 2)
+try:
+    merge_attn_states.merge_attn_states(rows, rows, lse, rows, lse)
+except RuntimeError as error:
+    print(error)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env=child_environment | {"MERGE_ATTN_STATES_CPU_KERNEL": "avx9"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert process.stdout.startswith("MERGE_ATTN_STATES_CPU_KERNEL: expected ")
+    assert process.stdout.strip().endswith("baseline, got avx9")

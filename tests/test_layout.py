@@ -235,3 +235,13 @@ def test_more_elements_than_32_bits_count(border, head_size, cuda):
         inputs = part._replace(output=blank((20, heads, head_size), BF16, cuda))
         compare(inputs, call.output[rows], call.output_lse[:, rows])
     assert not call.output.isnan().any()
+
+
+def test_strides_without_an_element_mean_nothing(device):
+    """head_size 0: the LSEs are merged, and no address is computed from strides near 2^62."""
+    call = make_call((4, 2, 8), F32, device, empty=False)
+    wild = torch.empty(0, device=device).as_strided((4, 2, 0), (2**62, 2**61, 3))
+    rows = dict.fromkeys(("output", "prefix_output", "suffix_output"), wild)
+    merge_attn_states.merge_attn_states(*call._replace(**rows))
+    expected = torch.logaddexp(call.prefix_lse, call.suffix_lse)
+    torch.testing.assert_close(call.output_lse, expected)

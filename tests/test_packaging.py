@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -228,3 +229,19 @@ def test_headers_are_tracked_for_cuda_files():
     command = [f"{tools}/ninja", "-t", "deps", str(objects / "csrc" / "cuda" / "vectorized.o")]
     deps = subprocess.run(command, cwd=objects, capture_output=True, text=True, check=True).stdout
     assert str(ROOT / "csrc" / "lse.h") in deps
+
+
+def test_info_without_the_op_library_is_one_sentence(tmp_path):
+    package = Path(merge_attn_states.__file__).parent
+    shutil.copytree(package, tmp_path / "merge_attn_states", ignore=shutil.ignore_patterns("*.so"))
+    ran = subprocess.run(
+        [sys.executable, "-m", "merge_attn_states", "info"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert "libmerge_attn_states.so is missing" in ran.stderr
+    assert ran.stderr.count("\n") == 1

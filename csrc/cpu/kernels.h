@@ -4,10 +4,15 @@
 #include "../lse.h"
 #include "../merge_args.h"
 
-#if defined(__x86_64__)
+// Clang has no way to switch an instruction set on for the rest of a file, templates from headers
+// included: there the build must say 1 and give kernels_v3.cpp its flags (-mavx2 -mbmi -mbmi2
+// -mf16c -mfma), else only the baseline is built.
+#ifndef MERGE_ATTN_STATES_HAS_V3
+#if defined(__x86_64__) && !defined(__clang__)
 #define MERGE_ATTN_STATES_HAS_V3 1
 #else
 #define MERGE_ATTN_STATES_HAS_V3 0
+#endif
 #endif
 
 namespace merge_attn_states::cpu {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "../kernels.h"
 #include "kernels.h"
@@ -24,20 +25,25 @@ bool has_v3() {
   unsigned eax, ebx, ecx = 0, edx;
   // F16C has no name in older compilers' __builtin_cpu_supports: bit 29 of leaf 1, register ecx.
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
-         (ecx >> 29 & 1);
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
 }
 #endif
 
-// MERGE_ATTN_STATES_CPU=baseline keeps to the baseline, to compare the two builds.
+// MERGE_ATTN_STATES_CPU_KERNEL names a build, to compare the two; else the widest that runs here.
 const Build& build() {
-  static const Build chosen = []() -> Build {
+  static const Build chosen = [] {
+    const Build baseline = {"baseline", baseline::merge_tiles};
+    Build widest = baseline;
 #if MERGE_ATTN_STATES_HAS_V3
-    const char* wish = std::getenv("MERGE_ATTN_STATES_CPU");
-    const bool wants_baseline = wish != nullptr && std::strcmp(wish, "baseline") == 0;
-    if (has_v3() && !wants_baseline) return {"x86-64-v3", v3::merge_tiles};
+    if (has_v3()) widest = {"x86-64-v3", v3::merge_tiles};
 #endif
-    return {"baseline", baseline::merge_tiles};
+    const char* wish = std::getenv("MERGE_ATTN_STATES_CPU_KERNEL");
+    for (const Build& candidate : {widest, baseline}) {
+      if (!wish || !*wish || std::strcmp(wish, candidate.name) == 0) return candidate;
+    }
+    throw Unavailable(std::string("MERGE_ATTN_STATES_CPU_KERNEL: expected ") + widest.name +
+                      " or baseline, got " + wish);
   }();
   return chosen;
 }
@@ -51,13 +57,21 @@ Selection choose() { return selection("cpu", build().name); }
 
 void run(const MergeArgs& args) {
   const int64_t count = tiles(args.num_tokens, kTileTokens) * tiles(args.num_heads, kTileHeads);
-  const int64_t elements = kTileTokens * kTileHeads * std::max<int64_t>(1, args.head_size);
+  const int64_t elements = std::min(args.num_tokens, kTileTokens) *
+                           std::min(args.num_heads, kTileHeads) *
+                           std::max<int64_t>(1, args.head_size);
+  // Chosen here, where it may throw: a thread of the pool may not.
+  const struct {
+    const MergeArgs& args;
+    void (*merge_tiles)(const MergeArgs&, int64_t, int64_t);
+  } work{args, build().merge_tiles};
   parallel_for(
       count, std::max<int64_t>(1, kElementsPerThread / elements),
       [](const void* context, int64_t begin, int64_t end) {
-        build().merge_tiles(*static_cast<const MergeArgs*>(context), begin, end);
+        const auto& mine = *static_cast<const decltype(work)*>(context);
+        mine.merge_tiles(mine.args, begin, end);
       },
-      &args);
+      &work);
 }
 
 }  // namespace merge_attn_states::cpu

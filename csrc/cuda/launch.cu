@@ -1,4 +1,6 @@
 // The CUDA side's entry: device guard, choice of the kernel, launch.
+#include <dlfcn.h>
+
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -10,6 +12,20 @@
 namespace merge_attn_states::cuda {
 namespace {
 
+// Whether a device has a primary context, asked of the driver that is already loaded. To make a
+// device current that has none would create one: hundreds of megabytes on a GPU that nobody uses.
+bool has_context(int device) {
+  using GetState = int (*)(int, unsigned*, int*);
+  static const auto get_state = []() -> GetState {
+    void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    return driver ? reinterpret_cast<GetState>(dlsym(driver, "cuDevicePrimaryCtxGetState"))
+                  : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 1;
+  return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
+}
+
 // The call's device is current while it is launched, the caller's afterwards.
 class DeviceGuard {
  public:
@@ -18,7 +34,7 @@ class DeviceGuard {
     if (previous_ != device_) check(cudaSetDevice(device_), device);
   }
   ~DeviceGuard() {
-    if (previous_ != device_) cudaSetDevice(previous_);
+    if (previous_ != device_ && has_context(previous_)) cudaSetDevice(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -28,21 +44,27 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-// Asked of the runtime once a device: 0 unknown, else major version + 1.
-int compute_capability_major(int device) {
-  static std::array<std::atomic<int>, 64> known{};
+// Compiled for the same architectures as every kernel of this library, and never launched.
+__global__ void code_of_this_device() {}
+
+// Whether the code that runs on a device holds wait_for_previous's instructions: not the device
+// decides, since one of sm_90 may run PTX of an older architecture, which would launch early and
+// never wait. Asked once a device.
+bool overlaps_previous(int device) {
+  enum : int8_t { kUnknown, kNo, kYes };
+  static std::array<std::atomic<int8_t>, 64> known{};
   const auto ask = [device] {
     int major = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), device);
-    return major;
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, code_of_this_device), device);
+    return major >= 9 && code.ptxVersion >= 90 ? kYes : kNo;
   };
-  if (device < 0 || device >= static_cast<int>(known.size())) return ask();
-  int major = known[device].load(std::memory_order_relaxed) - 1;
-  if (major < 0) known[device].store((major = ask()) + 1, std::memory_order_relaxed);
-  return major;
+  if (device < 0 || device >= static_cast<int>(known.size())) return ask() == kYes;
+  int8_t state = known[device].load(std::memory_order_relaxed);
+  if (state == kUnknown) known[device].store(state = ask(), std::memory_order_relaxed);
+  return state == kYes;
 }
-
-bool overlaps_previous(int device) { return compute_capability_major(device) >= 9; }
 
 bool is_aligned(const Rows& rows, int64_t element_bytes, int64_t pack_bytes) {
   const auto multiple = [=](int64_t value) { return value % pack_bytes == 0; };
@@ -93,7 +115,11 @@ void check(cudaError_t status, int device) {
                       MERGE_ATTN_STATES_BUILD_ARCHITECTURES +
                       "; reinstall it from source with TORCH_CUDA_ARCH_LIST=" + here);
   }
-  if (status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice) {
+  // An old driver cannot compile newer PTX either, where a GPU needs that.
+  const bool driver = status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice ||
+                      status == cudaErrorUnsupportedPtxVersion || status == cudaErrorInvalidPtx ||
+                      status == cudaErrorJitCompilerNotFound;
+  if (driver) {
     throw Unavailable(
         "the CUDA driver cannot run this build of merge_attn_states, made with CUDA " +
         std::string(MERGE_ATTN_STATES_BUILD_CUDA) + " (" + what +

@@ -8,11 +8,19 @@
 >>> merge_attn_states(output, prefix_output, prefix_lse, suffix_output, suffix_lse)
 """
 
+import sys
+
 from ._library import build_info, load_op_library
 
-load_op_library()
+try:
+    load_op_library()
+except ImportError as error:
+    # `python -m merge_attn_states` imports this file first: the sentence alone, no traceback.
+    if sys.argv[:1] == ["-m"] and "merge_attn_states" in sys.orig_argv:
+        raise SystemExit(str(error)) from None
+    raise
 
-from .ops import SelectedKernel, merge_attn_states, selected_kernel  # noqa: E402
+from .ops import SelectedKernel, merge_attn_states, selected_kernel
 
 __all__ = ["SelectedKernel", "__version__", "build_info", "merge_attn_states", "selected_kernel"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from . import _demo, _info
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
@@ -15,16 +17,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, binaries, devices, and which paths are available")
     demo = commands.add_parser("demo", help="a real model and real shapes, merged and compared")
-    # Imported here and below: a command loads only what it needs.
-    from . import _demo
-
     _demo.add_arguments(demo)
     parsed = parser.parse_args(arguments)
     if parsed.command == "demo":
         return _demo.main(parsed)
-    from ._info import lines
-
-    print("\n".join(lines()))
+    print("\n".join(_info.lines()))
     return 0
 
 

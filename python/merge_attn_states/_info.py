@@ -79,11 +79,21 @@ def _why_no_cuda(cuda: str | None, architectures: list[str]) -> str:
 
 
 def _covers(architectures: list[str], index: int) -> bool:
-    """Whether the binaries hold code for a GPU: the same major, or PTX of an older one."""
+    """Whether the binaries hold code for a GPU.
+
+    That of the same major and an equal or lower minor runs, and PTX of any older architecture;
+    "10.0f" is for its family alone, "10.0a" for that architecture alone.
+    """
     here = torch.cuda.get_device_capability(index)
     for architecture in architectures:
         number, _, ptx = architecture.partition("+")
         major, minor = (int(part) for part in number.rstrip("af").split("."))
-        if (major, minor) <= here and (major == here[0] or ptx):
+        if number.endswith("a"):
+            covers = (major, minor) == here
+        elif number.endswith("f"):
+            covers = major == here[0] and minor <= here[1]
+        else:
+            covers = (major, minor) <= here and (major == here[0] or bool(ptx))
+        if covers:
             return True
     return False

@@ -152,14 +152,21 @@ def _check(operands: _Operands, count: SupportsIndex | None) -> int | torch.SymI
         if not isinstance(operand, torch.Tensor) and not (operand is None and name in _OPTIONAL):
             expected = "a torch.Tensor or None" if name in _OPTIONAL else "a torch.Tensor"
             raise TypeError(f"{name}: expected {expected}, got {type(operand).__name__}")
-    if count is None or type(count) is int or isinstance(count, torch.SymInt):
+    if count is None or isinstance(count, torch.SymInt):
         return count
     # A tensor has __index__, but reading it would synchronise; a bool is a mistake.
     if isinstance(count, (bool, torch.Tensor)) or not hasattr(count, "__index__"):
         raise TypeError(
             f"prefill_tokens_with_context: expected an int or None, got {type(count).__name__}"
         )
-    return operator.index(count)
+    value = operator.index(count)
+    if not -(2**63) <= value < 2**63:  # too long for the operator's schema to carry to C++
+        num_tokens = operands[0].shape[0] if operands[0] is not None else 0
+        raise ValueError(
+            f"prefill_tokens_with_context: expected a count in [0, {num_tokens}] = "
+            f"[0, num_tokens], got {value}"
+        )
+    return value
 
 
 def _refuse_grad(operands: _Operands) -> None:

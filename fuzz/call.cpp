@@ -1,0 +1,183 @@
+// Reads a call from bytes. Every field has a fixed place, so that a mutation is a local change.
+#include "call.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "place.h"
+#include "values.h"
+
+namespace merge_attn_states::fuzz {
+namespace {
+
+// 8 is one pack of the CPU kernel, 16 a tile of tokens, 32 one of heads; most are small, for speed.
+constexpr int64_t kSizes[] = {2, 1, 3, 0, 1, 4, 2, 5, 3, 7, 8, 9, 16, 17, 24, 33};
+
+struct DTypes {
+  uint32_t input, output;
+};
+
+constexpr uint32_t kF32 = MERGE_ATTN_STATES_FLOAT32, kF16 = MERGE_ATTN_STATES_FLOAT16,
+                   kBF16 = MERGE_ATTN_STATES_BFLOAT16, kF64 = MERGE_ATTN_STATES_FLOAT64,
+                   kE4M3 = MERGE_ATTN_STATES_FLOAT8_E4M3FN, kE5M2 = MERGE_ATTN_STATES_FLOAT8_E5M2;
+// The pairs that are legal; faults make the others.
+constexpr DTypes kDTypes[] = {{kF32, kF32},   {kF16, kF16},   {kBF16, kBF16}, {kF64, kF64},
+                              {kE4M3, kE4M3}, {kE5M2, kE5M2}, {kF32, kE4M3},  {kF32, kE5M2},
+                              {kF16, kE4M3},  {kF16, kE5M2},  {kBF16, kE4M3}, {kBF16, kE5M2}};
+constexpr uint32_t kAnyDType[] = {kF32,
+                                  kF16,
+                                  kBF16,
+                                  kF64,
+                                  kE4M3,
+                                  kE5M2,
+                                  0,
+                                  ~0u,
+                                  MERGE_ATTN_STATES_DTYPE(0, 32),
+                                  MERGE_ATTN_STATES_DTYPE(2, 8),
+                                  MERGE_ATTN_STATES_DTYPE(6, 8),
+                                  MERGE_ATTN_STATES_DTYPE(17, 4),
+                                  MERGE_ATTN_STATES_DTYPE(18, 8),
+                                  kF32 & 0xffff,
+                                  kF32 + (1u << 16),
+                                  MERGE_ATTN_STATES_DTYPE(5, 64)};
+
+template <class T, size_t n>
+const T& pick(const T (&table)[n], uint8_t byte) {
+  return table[byte % n];
+}
+
+// One property of one operand, or of the call, is made odd.
+void apply_fault(Call& call, Bytes& bytes) {
+  const uint8_t kind = bytes.next(), which = bytes.next(), index = bytes.next();
+  const int64_t number = bytes.odd_number();
+  Operand& operand = call.operands[which % kRoles];
+  const size_t at = operand.sizes.empty() ? 0 : index % operand.sizes.size();
+  switch (kind % 16) {
+    case 1:
+      operand.given = !operand.given;
+      break;
+    case 2:
+      operand.sizes.resize(index % 9, 1), operand.strides.resize(index % 9, 1);
+      // Exactly as long as the rank, so that reading past it is seen.
+      operand.sizes.shrink_to_fit(), operand.strides.shrink_to_fit();
+      point_view(operand);
+      break;
+    case 3:
+      if (!operand.sizes.empty()) operand.sizes[at] = number;
+      break;
+    case 4:
+      if (!operand.strides.empty()) operand.strides[at] = number;
+      break;
+    case 5:
+      if (!operand.strides.empty()) operand.strides[at] = static_cast<int8_t>(number);
+      break;
+    case 6:
+      operand.view.dtype = pick(kAnyDType, index);
+      break;
+    case 7:
+      operand.view.device_type = index % 20;
+      break;
+    case 8:
+      operand.view.device_index = static_cast<int8_t>(index);
+      break;
+    case 9:
+      operand.view.data = nullptr;
+      break;
+    case 10:
+      operand.view.rank = static_cast<int32_t>(-1 - index);
+      break;
+    case 11:
+      (index & 1 ? operand.view.sizes : operand.view.strides) = nullptr;
+      break;
+    case 12:
+      operand.view.data =
+          reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(operand.view.data) + number);
+      break;
+    case 13:
+      call.args.version = static_cast<int32_t>(number);
+      break;
+    case 14:
+      call.args.prefill_tokens_with_context = number;
+      break;
+    case 15: {  // strides that no tensor has
+      uint64_t stride = static_cast<uint64_t>(number);
+      for (int64_t& each : operand.strides) each = static_cast<int8_t>(stride += index);
+      break;
+    }
+    default:
+      break;
+  }
+}
+
+}  // namespace
+
+Call::Call(const uint8_t* data, size_t size) {
+  Bytes bytes(data, size);
+  const DTypes dtypes = pick(kDTypes, bytes.next());
+  const uint8_t flags = bytes.next();
+  on_cuda = (flags & 0xf0) == 0xf0;
+  const int64_t num_tokens = pick(kSizes, bytes.next());
+  // Large in one dimension at a time, for speed: no property needs two.
+  const int64_t num_heads = std::min<int64_t>(pick(kSizes, bytes.next()), num_tokens > 5 ? 3 : 40);
+  const int64_t head_size =
+      std::min<int64_t>(pick(kSizes, bytes.next()), std::max(num_tokens, num_heads) > 5 ? 9 : 40);
+  const uint8_t count = bytes.next();
+  message_size = bytes.next();
+  Random random(bytes.next() | bytes.next() << 8);
+  const uint8_t oddity = bytes.next();
+
+  add_region(*this, kSharedBytes);
+  args.version = MERGE_ATTN_STATES_VERSION;
+  args.has_prefill_tokens_with_context = count != 0;
+  args.prefill_tokens_with_context = (count - 1) % (num_tokens + 1);
+  const bool scaled = dtypes.output == kE4M3 || dtypes.output == kE5M2;
+  const bool quantizes = dtypes.input != dtypes.output;
+  operands[kOutputScale].given = scaled && (quantizes || (flags & 1));
+  operands[kOutputLse].given = !(flags & 2);
+
+  uint8_t declared[kRoles];
+  for (int i = 0; i < kRoles; ++i) {
+    Operand& operand = operands[i];
+    const bool rows = i == kOutput || i == kPrefixOutput || i == kSuffixOutput;
+    const uint32_t lse = dtypes.input == kF64 ? kF64 : kF32;
+    operand.view.dtype = rows                ? (i == kOutput ? dtypes.output : dtypes.input)
+                         : i == kOutputScale ? kF32
+                                             : lse;
+    if (rows) operand.sizes = {num_tokens, num_heads, head_size};
+    if (!rows && i != kOutputScale) operand.sizes = {num_heads, num_tokens};
+    operand.view.device_type = on_cuda ? MERGE_ATTN_STATES_CUDA : MERGE_ATTN_STATES_CPU;
+    read_strides(operand, bytes);
+    point_view(operand);
+    place(*this, static_cast<Role>(i), bytes);
+    declared[i] = bytes.next();
+  }
+  for (int i = 0; i < 3; ++i) apply_fault(*this, bytes);
+  // A size of the whole call: every operand has it, and the library meets it behind the checks.
+  const uint8_t whole = bytes.next();
+  if (whole % 8 > 4) {
+    const int64_t number = whole & 0x80 ? bytes.odd_number() : whole >> 3;
+    for (Operand& operand : operands) {
+      const size_t rank = operand.sizes.size(), axis = whole % 8 - 5;
+      if (rank == 3) operand.sizes[axis] = number;
+      if (rank == 2 && axis < 2) operand.sizes[1 - axis] = number;
+    }
+  }
+  for (int i = 0; i < kRoles; ++i) declare_memory(*this, operands[i], declared[i]);
+  fill(*this, random, oddity);
+  for (Region& region : regions) {
+    region.before.assign(region.bytes.get(), region.bytes.get() + region.size);
+  }
+
+  const auto given = [&](Role role) {
+    return operands[role].given ? &operands[role].view : nullptr;
+  };
+  args.output = given(kOutput);
+  args.prefix_output = given(kPrefixOutput);
+  args.prefix_lse = given(kPrefixLse);
+  args.suffix_output = given(kSuffixOutput);
+  args.suffix_lse = given(kSuffixLse);
+  args.output_lse = given(kOutputLse);
+  args.output_scale = given(kOutputScale);
+}
+
+}  // namespace merge_attn_states::fuzz

@@ -1,0 +1,182 @@
+// libFuzzer target of the C entry, without Torch: every call is refused with a sentence that names
+// an argument that is really at fault, and nothing is written; or it is legal, and merged to the
+// reference's numbers with no other byte changed, to the same bits by both builds of the CPU
+// kernel.
+//
+//   call       bytes -> operands and the memory that holds them
+//   legality   the contract once more: may this call be refused, and for which argument?
+//   expected   the numbers once more, in long double
+//   values     formats, and what the memory is filled with
+//
+// STATISTICS=1 prints at the end how many calls were merged and how many refused, DESCRIBE=1 each
+// call.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../csrc/cpu/kernels.h"
+#include "../csrc/merge_args.h"
+#include "call.h"
+#include "expected.h"
+#include "legality.h"
+#include "values.h"
+
+namespace merge_attn_states::fuzz {
+namespace {
+
+struct Statistics {
+  long calls = 0, merged = 0, merged_rows = 0, refused_overlap = 0;
+  ~Statistics() {
+    if (std::getenv("STATISTICS") == nullptr) return;
+    std::fprintf(stderr,
+                 "%ld calls, %ld merged, %ld of them with rows, %ld refused for an overlap\n",
+                 calls, merged, merged_rows, refused_overlap);
+  }
+} statistics;
+
+struct Answer {
+  merge_attn_states_status status;
+  std::string message;
+};
+
+// Shows a finding.
+void describe(const Call& call) {
+  for (int role = 0; role < kRoles; ++role) {
+    const auto& view = call.operands[role].view;
+    const Region& region = call.regions[call.operands[role].region];
+    std::string dims;
+    for (int32_t i = 0; i < view.rank && view.sizes != nullptr && view.strides != nullptr; ++i) {
+      dims += " " + std::to_string(view.sizes[i]) + ":" + std::to_string(view.strides[i]);
+    }
+    std::fprintf(
+        stderr,
+        "%-13s %s dtype %06x device %d:%d rank %d size:stride%s, data %p, memory %p + %ld, "
+        "really %p + %zu\n",
+        kNames[role], call.operands[role].given ? "" : "(not given)", view.dtype, view.device_type,
+        view.device_index, view.rank, dims.c_str(), view.data, view.memory, view.memory_bytes,
+        static_cast<void*>(region.bytes.get()), region.size);
+  }
+  std::fprintf(stderr, "count %ld (given: %d)\n", call.args.prefill_tokens_with_context,
+               call.args.has_prefill_tokens_with_context);
+}
+
+Answer select(const Call& call) {
+  std::string message(4096, '\0');
+  merge_attn_states_selection selection;
+  const auto status =
+      merge_attn_states_select(&call.args, &selection, message.data(), message.size());
+  return {status, message.c_str()};
+}
+
+// With a buffer of exactly the size that the call says, so that a byte too much is seen.
+Answer merge(const Call& call) {
+  const auto message = std::make_unique<char[]>(call.message_size);
+  std::fill_n(message.get(), call.message_size, 'x');
+  const bool null = call.message_size == 0;
+  const auto status =
+      merge_attn_states_merge(&call.args, null ? nullptr : message.get(), call.message_size);
+  if (null || status == MERGE_ATTN_STATES_OK) return {status, ""};
+  if (std::memchr(message.get(), '\0', call.message_size) == nullptr) fail("message not ended");
+  return {status, message.get()};
+}
+
+void check_refusal(const Call& call, const std::set<std::string>& faulty, const Answer& selected,
+                   const Answer& merged) {
+  const std::string name = selected.message.substr(0, selected.message.find(": "));
+  if (merged.status != selected.status) fail("select and merge disagree: %s", name.c_str());
+  if (selected.message.size() < name.size() + 10 || faulty.count(name) == 0) {
+    fail("refused, but %s is not at fault: %s", name.c_str(), selected.message.c_str());
+  }
+  if (call.message_size > 0) {
+    const std::string cut = selected.message.substr(0, call.message_size - 1);
+    if (merged.message != cut) fail("another sentence: %s", merged.message.c_str());
+  }
+  check_untouched(call, false);
+  if (selected.message.find("overlap") != std::string::npos) ++statistics.refused_overlap;
+}
+
+// Legal, but for a device that this build does not know: no number is looked at.
+void check_unavailable(const Call& call, const Answer& selected, const Answer& merged) {
+  if (selected.status != MERGE_ATTN_STATES_UNAVAILABLE || selected.message.empty()) {
+    fail("a CUDA call gives status %d", selected.status);
+  }
+  const bool trivial = merged.status == MERGE_ATTN_STATES_OK;
+  if (!trivial && merged.status != MERGE_ATTN_STATES_UNAVAILABLE) {
+    fail("a CUDA call gives status %d", merged.status);
+  }
+  check_untouched(call, false);
+}
+
+bool has_rows(const Call& call) {
+  const int64_t* sizes = call.view(kOutput).sizes;
+  return sizes[0] > 0 && sizes[1] > 0 && (sizes[2] > 0 || call.operands[kOutputLse].given);
+}
+
+void check_result(const Call& call) {
+  check_untouched(call, true);
+  if (!has_rows(call)) return;
+  check_output(call);
+  check_output_lse(call);
+}
+
+// The same call by the baseline build, from the same memory, against what the chosen build made.
+void check_baseline(const Call& call) {
+  std::vector<std::vector<uint8_t>> chosen;
+  for (const Region& region : call.regions) {
+    chosen.emplace_back(region.bytes.get(), region.bytes.get() + region.size);
+    std::copy(region.before.begin(), region.before.end(), region.bytes.get());
+  }
+  const MergeArgs args = validate(call.args);
+  cpu::baseline::merge_tiles(
+      args, 0,
+      cpu::tiles(args.num_tokens, cpu::kTileTokens) * cpu::tiles(args.num_heads, cpu::kTileHeads));
+  check_untouched(call, true);
+  for (Role role : {kOutput, kOutputLse}) {
+    if (!call.operands[role].given) continue;
+    const Format& format = format_of(call.view(role).dtype);
+    const int region = call.operands[role].region;
+    for_each_element(call.view(role), [&](int64_t, int64_t, int64_t, const uint8_t* address) {
+      const uint8_t* other = chosen[region].data() + (address - call.regions[region].bytes.get());
+      const bool same = code_at(format, address) == code_at(format, other);
+      // Which of two NaN an addition returns is the compiler's choice of operand order.
+      const long double a = value_at(format, address), b = value_at(format, other);
+      if (!same && !(a != a && b != b)) {
+        fail("%s: the builds give %.20Lg and %.20Lg", kNames[role], b, a);
+      }
+    });
+  }
+}
+
+void check(const Call& call) {
+  const std::set<std::string> faulty = faulty_arguments(call);
+  if (std::getenv("DESCRIBE") != nullptr) describe(call);
+  const Answer selected = select(call);
+  check_untouched(call, false);
+  const Answer merged = merge(call);
+  ++statistics.calls;
+  if (selected.status == MERGE_ATTN_STATES_INVALID_ARGUMENT) {
+    return check_refusal(call, faulty, selected, merged);
+  }
+  if (!faulty.empty()) fail("accepted, though %s is at fault", faulty.begin()->c_str());
+  if (call.view(kOutput).device_type == MERGE_ATTN_STATES_CUDA) {
+    return check_unavailable(call, selected, merged);
+  }
+  if (selected.status != MERGE_ATTN_STATES_OK || merged.status != MERGE_ATTN_STATES_OK) {
+    fail("a legal call gives %d and %d: %s", selected.status, merged.status,
+         selected.message.c_str());
+  }
+  ++statistics.merged;
+  check_result(call);
+  if (!has_rows(call)) return;
+  ++statistics.merged_rows;
+  check_baseline(call);
+}
+
+}  // namespace
+}  // namespace merge_attn_states::fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  merge_attn_states::fuzz::check(merge_attn_states::fuzz::Call(data, size));
+  return 0;
+}

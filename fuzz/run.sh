@@ -1,0 +1,58 @@
+#!/bin/sh
+# Fuzzes the C entry: builds build/fuzz/merge_fuzz, runs the regression inputs, then libFuzzer for
+# FUZZ_SECONDS from the committed corpus. New inputs go to build/fuzz/corpus, a finding to
+# build/fuzz; fixed, it belongs in fuzz/regressions. What is new in build/fuzz/corpus is kept by
+#   build/fuzz/merge_fuzz -merge=1 -use_counters=0 fuzz/corpus build/fuzz/corpus
+# Exit status 3: the tools are missing.
+#   CLANGXX  a clang++ with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer
+set -eu
+cd "$(dirname "$0")/.."
+seconds=${FUZZ_SECONDS:-600}
+clangxx=${CLANGXX:-$(command -v clang++ || command -v clang++-14 || true)}
+if [ -z "$clangxx" ]; then
+  echo "merge_attn_states: fuzzing needs clang++: install the package clang." >&2
+  exit 3
+fi
+build=build/fuzz
+mkdir -p $build/corpus
+sanitize=-fsanitize=fuzzer,address,undefined
+echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' \
+  > $build/probe.cpp
+if ! "$clangxx" $sanitize $build/probe.cpp -o $build/probe 2> $build/probe.log; then
+  echo "merge_attn_states: $clangxx links no libFuzzer: install the package libclang-rt-14-dev" \
+    "(or that of its version); its message is in $build/probe.log." >&2
+  exit 3
+fi
+
+echo '#define MERGE_ATTN_STATES_BUILD_COMMIT "fuzz"' > $build/merge_attn_states_commit.h
+flags="-std=c++20 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Werror -Wno-psabi"
+flags="$flags -fsanitize=address,undefined -fno-sanitize-recover=all -Iinclude -I$build"
+for name in VERSION TORCH ARCHITECTURES; do
+  flags="$flags -DMERGE_ATTN_STATES_BUILD_$name=\"fuzz\""
+done
+[ "$(uname -m)" != x86_64 ] || flags="$flags -DMERGE_ATTN_STATES_HAS_V3=1"
+objects=
+for source in fuzz/*.cpp csrc/merge.cpp csrc/merge_args.cpp csrc/footprint.cpp \
+  csrc/tensor_view.cpp csrc/cpu/merge.cpp csrc/cpu/kernels_baseline.cpp csrc/cpu/kernels_v3.cpp \
+  csrc/cpu/parallel_serial.cpp; do
+  # Coverage guides by the library, not by the harness. Clang takes the instruction set of the
+  # wider build from its command line.
+  case $source-$(uname -m) in
+    fuzz/*) set -- -O2 ;;
+    */kernels_v3.cpp-x86_64)
+      set -- -O1 -fsanitize=fuzzer-no-link -mavx2 -mf16c -mfma -mbmi -mbmi2 ;;
+    *) set -- -O1 -fsanitize=fuzzer-no-link ;;
+  esac
+  object=$build/$(echo "$source" | tr / _).o
+  "$clangxx" $flags "$@" -c "$source" -o "$object"
+  objects="$objects $object"
+done
+"$clangxx" $sanitize $objects -o $build/merge_fuzz
+
+export UBSAN_OPTIONS=print_stacktrace=1 STATISTICS=1
+set -- -timeout=10 -rss_limit_mb=2048 -verbosity=0
+find fuzz/regressions -type f -exec $build/merge_fuzz "$@" {} +
+[ "$seconds" -gt 0 ] || exit 0
+echo "merge_attn_states: fuzzing for $seconds s"
+exec $build/merge_fuzz "$@" -max_total_time="$seconds" -max_len=80 -len_control=0 \
+  -print_final_stats=1 -artifact_prefix=$build/ $build/corpus fuzz/corpus
