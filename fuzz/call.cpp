@@ -109,6 +109,49 @@ void apply_fault(Call& call, Bytes& bytes) {
   }
 }
 
+// The dense call before anything is odd: its dtypes and shapes.
+void describe_operands(Call& call, const DTypes& dtypes, const int64_t (&sizes)[3]) {
+  for (int i = 0; i < kRoles; ++i) {
+    merge_attn_states_tensor& view = call.operands[i].view;
+    view.device_type = call.on_cuda ? MERGE_ATTN_STATES_CUDA : MERGE_ATTN_STATES_CPU;
+    if (i == kOutput || i == kPrefixOutput || i == kSuffixOutput) {
+      view.dtype = i == kOutput ? dtypes.output : dtypes.input;
+      call.operands[i].sizes = {sizes[0], sizes[1], sizes[2]};
+    } else if (i == kOutputScale) {
+      view.dtype = kF32;
+    } else {
+      view.dtype = dtypes.input == kF64 ? kF64 : kF32;
+      call.operands[i].sizes = {sizes[1], sizes[0]};
+    }
+  }
+}
+
+// A size that every operand has: the checks let it pass, and what stands behind them meets it.
+void resize_all(Call& call, Bytes& bytes) {
+  const uint8_t byte = bytes.next();
+  if (byte % 8 < 5) return;
+  const size_t axis = byte % 8 - 5;
+  const int64_t number = byte & 0x80 ? bytes.odd_number() : byte >> 3;
+  for (Operand& operand : call.operands) {
+    const size_t rank = operand.sizes.size();
+    if (rank == 3) operand.sizes[axis] = number;
+    if (rank == 2 && axis < 2) operand.sizes[1 - axis] = number;
+  }
+}
+
+void point_args(Call& call) {
+  const auto given = [&](Role role) {
+    return call.operands[role].given ? &call.operands[role].view : nullptr;
+  };
+  call.args.output = given(kOutput);
+  call.args.prefix_output = given(kPrefixOutput);
+  call.args.prefix_lse = given(kPrefixLse);
+  call.args.suffix_output = given(kSuffixOutput);
+  call.args.suffix_lse = given(kSuffixLse);
+  call.args.output_lse = given(kOutputLse);
+  call.args.output_scale = given(kOutputScale);
+}
+
 }  // namespace
 
 Call::Call(const uint8_t* data, size_t size) {
@@ -116,68 +159,42 @@ Call::Call(const uint8_t* data, size_t size) {
   const DTypes dtypes = pick(kDTypes, bytes.next());
   const uint8_t flags = bytes.next();
   on_cuda = (flags & 0xf0) == 0xf0;
-  const int64_t num_tokens = pick(kSizes, bytes.next());
   // Large in one dimension at a time, for speed: no property needs two.
+  const int64_t num_tokens = pick(kSizes, bytes.next());
   const int64_t num_heads = std::min<int64_t>(pick(kSizes, bytes.next()), num_tokens > 5 ? 3 : 40);
   const int64_t head_size =
       std::min<int64_t>(pick(kSizes, bytes.next()), std::max(num_tokens, num_heads) > 5 ? 9 : 40);
   const uint8_t count = bytes.next();
   message_size = bytes.next();
-  Random random(bytes.next() | bytes.next() << 8);
-  const uint8_t oddity = bytes.next();
+  const uint8_t seed = bytes.next(), more_seed = bytes.next(), oddity = bytes.next();
 
-  add_region(*this, kSharedBytes);
   args.version = MERGE_ATTN_STATES_VERSION;
   args.has_prefill_tokens_with_context = count != 0;
   args.prefill_tokens_with_context = (count - 1) % (num_tokens + 1);
-  const bool scaled = dtypes.output == kE4M3 || dtypes.output == kE5M2;
   const bool quantizes = dtypes.input != dtypes.output;
-  operands[kOutputScale].given = scaled && (quantizes || (flags & 1));
+  const bool may_scale = dtypes.output == kE4M3 || dtypes.output == kE5M2;
+  operands[kOutputScale].given = may_scale && (quantizes || (flags & 1));
   operands[kOutputLse].given = !(flags & 2);
+  describe_operands(*this, dtypes, {num_tokens, num_heads, head_size});
 
+  add_region(*this, kSharedBytes);
   uint8_t declared[kRoles];
   for (int i = 0; i < kRoles; ++i) {
-    Operand& operand = operands[i];
-    const bool rows = i == kOutput || i == kPrefixOutput || i == kSuffixOutput;
-    const uint32_t lse = dtypes.input == kF64 ? kF64 : kF32;
-    operand.view.dtype = rows                ? (i == kOutput ? dtypes.output : dtypes.input)
-                         : i == kOutputScale ? kF32
-                                             : lse;
-    if (rows) operand.sizes = {num_tokens, num_heads, head_size};
-    if (!rows && i != kOutputScale) operand.sizes = {num_heads, num_tokens};
-    operand.view.device_type = on_cuda ? MERGE_ATTN_STATES_CUDA : MERGE_ATTN_STATES_CPU;
-    read_strides(operand, bytes);
-    point_view(operand);
+    read_strides(operands[i], bytes);
+    point_view(operands[i]);
     place(*this, static_cast<Role>(i), bytes);
     declared[i] = bytes.next();
   }
   for (int i = 0; i < 3; ++i) apply_fault(*this, bytes);
-  // A size of the whole call: every operand has it, and the library meets it behind the checks.
-  const uint8_t whole = bytes.next();
-  if (whole % 8 > 4) {
-    const int64_t number = whole & 0x80 ? bytes.odd_number() : whole >> 3;
-    for (Operand& operand : operands) {
-      const size_t rank = operand.sizes.size(), axis = whole % 8 - 5;
-      if (rank == 3) operand.sizes[axis] = number;
-      if (rank == 2 && axis < 2) operand.sizes[1 - axis] = number;
-    }
-  }
+  resize_all(*this, bytes);
   for (int i = 0; i < kRoles; ++i) declare_memory(*this, operands[i], declared[i]);
+
+  Random random(seed | more_seed << 8);
   fill(*this, random, oddity);
   for (Region& region : regions) {
     region.before.assign(region.bytes.get(), region.bytes.get() + region.size);
   }
-
-  const auto given = [&](Role role) {
-    return operands[role].given ? &operands[role].view : nullptr;
-  };
-  args.output = given(kOutput);
-  args.prefix_output = given(kPrefixOutput);
-  args.prefix_lse = given(kPrefixLse);
-  args.suffix_output = given(kSuffixOutput);
-  args.suffix_lse = given(kSuffixLse);
-  args.output_lse = given(kOutputLse);
-  args.output_scale = given(kOutputScale);
+  point_args(*this);
 }
 
 }  // namespace merge_attn_states::fuzz

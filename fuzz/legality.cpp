@@ -84,7 +84,7 @@ Names misfits(const Call& call) {
     const bool fits =
         std::vector<int64_t>(view.sizes, view.sizes + view.rank) == shape_of(call, role) &&
         fits_dtype(call, role) && view.device_type == output.device_type &&
-        view.device_index == output.device_index;
+        (view.device_type == MERGE_ATTN_STATES_CPU || view.device_index == output.device_index);
     if (!fits) names.insert(kNames[role]);
   }
   const bool quantizes = is_fp8(output.dtype) && output.dtype != call.view(kPrefixOutput).dtype;

@@ -25,6 +25,10 @@
 namespace merge_attn_states::fuzz {
 namespace {
 
+#ifdef __x86_64__
+static_assert(MERGE_ATTN_STATES_HAS_V3, "the build must switch the wider CPU kernel on");
+#endif
+
 struct Statistics {
   long calls = 0, merged = 0, merged_rows = 0, refused_overlap = 0;
   ~Statistics() {

@@ -30,17 +30,20 @@ flags="$flags -fsanitize=address,undefined -fno-sanitize-recover=all -Iinclude -
 for name in VERSION TORCH ARCHITECTURES; do
   flags="$flags -DMERGE_ATTN_STATES_BUILD_$name=\"fuzz\""
 done
-[ "$(uname -m)" != x86_64 ] || flags="$flags -DMERGE_ATTN_STATES_HAS_V3=1"
+# Clang takes the instruction set of the wider CPU kernel from its command line.
+wider=
+if [ "$(uname -m)" = x86_64 ]; then
+  flags="$flags -DMERGE_ATTN_STATES_HAS_V3=1"
+  wider="-mavx2 -mbmi -mbmi2 -mf16c -mfma"
+fi
 objects=
 for source in fuzz/*.cpp csrc/merge.cpp csrc/merge_args.cpp csrc/footprint.cpp \
   csrc/tensor_view.cpp csrc/cpu/merge.cpp csrc/cpu/kernels_baseline.cpp csrc/cpu/kernels_v3.cpp \
   csrc/cpu/parallel_serial.cpp; do
-  # Coverage guides by the library, not by the harness. Clang takes the instruction set of the
-  # wider build from its command line.
-  case $source-$(uname -m) in
+  # Coverage guides by the library, not by the harness.
+  case $source in
     fuzz/*) set -- -O2 ;;
-    */kernels_v3.cpp-x86_64)
-      set -- -O1 -fsanitize=fuzzer-no-link -mavx2 -mf16c -mfma -mbmi -mbmi2 ;;
+    */kernels_v3.cpp) set -- -O1 -fsanitize=fuzzer-no-link $wider ;;
     *) set -- -O1 -fsanitize=fuzzer-no-link ;;
   esac
   object=$build/$(echo "$source" | tr / _).o

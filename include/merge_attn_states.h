@@ -51,7 +51,7 @@ typedef struct merge_attn_states_tensor {
   int32_t rank;
   uint32_t dtype;
   int32_t device_type;
-  int32_t device_index;
+  int32_t device_index;  // of a CUDA device
   const void* memory;    // where the memory that holds the operand begins
   int64_t memory_bytes;  // its size; 0 = unknown. Where known, an element outside is refused.
 } merge_attn_states_tensor;

@@ -14,9 +14,24 @@ scripts/build.sh "$python"
 export PYTHONPATH="python:scripts${PYTHONPATH:+:$PYTHONPATH}"
 # One allocation a tensor: the caching allocator would hide a read past the end of one.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+# The filter names our kernels: PyTorch's own fill and compare operands, and are not under test.
+check() {
+  tool=$1
+  shift
+  "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-name kns=merge_attn_states "$python" "$@"
+}
+
+# First what it must see: a filter that matches nothing would find nothing.
+status=0
+check memcheck tests/sanitizer/planted_gpu.py > build/planted_gpu.log 2>&1 || status=$?
+if [ "$status" -ne 99 ] || ! grep -q "Invalid __global__" build/planted_gpu.log; then
+  cat build/planted_gpu.log
+  echo "merge_attn_states: compute-sanitizer did not see the planted overread." >&2
+  exit 1
+fi
+echo "== the planted overread was seen"
 for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
   echo "== compute-sanitizer --tool $tool"
-  # The filter names our kernels: PyTorch's own fill and compare operands, and are not under test.
-  "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-name kns=merge_attn_states \
-    "$python" -m pytest -p shard -p no:cacheprovider -k cuda tests/test_aliasing.py tests/test_layout.py
+  check "$tool" -m pytest -p shard -p no:cacheprovider -k cuda \
+    tests/test_aliasing.py tests/test_layout.py
 done

@@ -154,19 +154,22 @@ def _check(operands: _Operands, count: SupportsIndex | None) -> int | torch.SymI
             raise TypeError(f"{name}: expected {expected}, got {type(operand).__name__}")
     if count is None or isinstance(count, torch.SymInt):
         return count
-    # A tensor has __index__, but reading it would synchronise; a bool is a mistake.
-    if isinstance(count, (bool, torch.Tensor)) or not hasattr(count, "__index__"):
-        raise TypeError(
-            f"prefill_tokens_with_context: expected an int or None, got {type(count).__name__}"
-        )
-    value = operator.index(count)
-    if not -(2**63) <= value < 2**63:  # too long for the operator's schema to carry to C++
+    if type(count) is not int:
+        # A tensor has __index__, but reading it would synchronise; a bool is a mistake.
+        if isinstance(count, (bool, torch.Tensor)) or not hasattr(count, "__index__"):
+            raise TypeError(
+                f"prefill_tokens_with_context: expected an int or None, got {type(count).__name__}"
+            )
+        count = operator.index(count)
+    # Too long for the operator's schema to carry to C++, where a count is checked. Compiled code has
+    # none so long, and a comparison here would tie its graph to the count.
+    if not torch.compiler.is_compiling() and not -(2**63) <= count < 2**63:
         num_tokens = operands[0].shape[0] if operands[0] is not None else 0
         raise ValueError(
             f"prefill_tokens_with_context: expected a count in [0, {num_tokens}] = "
-            f"[0, num_tokens], got {value}"
+            f"[0, num_tokens], got {count}"
         )
-    return value
+    return count
 
 
 def _refuse_grad(operands: _Operands) -> None:

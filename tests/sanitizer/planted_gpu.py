@@ -1,0 +1,68 @@
+"""Merges past the end of an allocation: what compute-sanitizer must report, under the same filter.
+
+Through the C entry, where an operand's memory may be unknown; the operators refuse such a call.
+"""
+
+import ctypes
+
+import torch
+
+from merge_attn_states._library import OP_LIBRARY
+
+VERSION, CUDA, FLOAT32 = 1, 2, 2 | 32 << 8 | 1 << 16
+
+
+class Tensor(ctypes.Structure):
+    """merge_attn_states_tensor of include/merge_attn_states.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("sizes", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("rank", ctypes.c_int32),
+        ("dtype", ctypes.c_uint32),
+        ("device_type", ctypes.c_int32),
+        ("device_index", ctypes.c_int32),
+        ("memory", ctypes.c_void_p),
+        ("memory_bytes", ctypes.c_int64),
+    )
+
+
+class Args(ctypes.Structure):
+    """merge_attn_states_args."""
+
+    _fields_ = (
+        ("version", ctypes.c_int32),
+        ("has_prefill_tokens_with_context", ctypes.c_int32),
+        ("prefill_tokens_with_context", ctypes.c_int64),
+        *((name, ctypes.POINTER(Tensor)) for name in "opPsSlc"),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def view(tensor: torch.Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """`tensor`'s memory under contiguous sizes of one's own."""
+    strides = torch.empty(sizes, device="meta").stride()
+    array = ctypes.c_int64 * len(sizes)
+    return Tensor(
+        tensor.data_ptr(), array(*sizes), array(*strides), len(sizes), FLOAT32, CUDA, 0, None, 0
+    )
+
+
+def main() -> None:
+    rows = [torch.zeros(4, 2, 32, device="cuda") for _ in range(3)]
+    lses = [torch.zeros(2, 4, device="cuda") for _ in range(2)]
+    said = (4 * 1024, 2, 32)  # a megabyte where a kilobyte is
+    output, prefix, suffix = (view(x, said) for x in rows)
+    prefix_lse, suffix_lse = (view(x, (2, said[0])) for x in lses)
+    operands = (output, prefix, prefix_lse, suffix, suffix_lse)
+    args = Args(VERSION, 0, 0, *(ctypes.pointer(x) for x in operands), None, None, None)
+    entry = ctypes.CDLL(str(OP_LIBRARY)).merge_attn_states_merge
+    message = ctypes.create_string_buffer(1024)
+    status = entry(ctypes.byref(args), message, ctypes.c_size_t(len(message)))
+    assert status == 0, message.value.decode()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
