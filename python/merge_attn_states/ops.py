@@ -161,8 +161,8 @@ def _check(operands: _Operands, count: SupportsIndex | None) -> int | torch.SymI
                 f"prefill_tokens_with_context: expected an int or None, got {type(count).__name__}"
             )
         count = operator.index(count)
-    # Too long for the operator's schema to carry to C++, where a count is checked. Compiled code has
-    # none so long, and a comparison here would tie its graph to the count.
+    # Too long for the operator's schema to carry to C++, where a count is checked. Compiled code
+    # has none so long, and a comparison here would tie its graph to the count.
     if not torch.compiler.is_compiling() and not -(2**63) <= count < 2**63:
         num_tokens = operands[0].shape[0] if operands[0] is not None else 0
         raise ValueError(
