@@ -19,8 +19,16 @@ namespace merge_attn_states::cpu {
 
 // LSEs lie along the tokens and rows along the heads. Sixteen floats of an LSE are one cache line;
 // row by row instead, an LSE of 2^k tokens puts every head's line into the same few cache sets.
+// Heads in plenty keep the rows' memory contiguous: of torch.add's bandwidth at 100 MB, 64 heads of
+// 128, 8 / 32 / 128 heads a tile give 0.67 / 0.77 / 0.87 in float16, 0.74 / 0.83 / 0.91 in
+// bfloat16, 0.87 / 0.92 / 0.91 in float32 (two Zen cores, 2026-11).
 inline constexpr int64_t kTileTokens = 16;
-inline constexpr int64_t kTileHeads = 32;
+inline constexpr int64_t kTileHeads = 128;
+inline constexpr int64_t kTileHeadsOfFewTokens = 32;  // one tile of tokens: heads feed the threads
+
+MERGE_ATTN_STATES_HOST_DEVICE int64_t tile_heads(const MergeArgs& args) {
+  return args.num_tokens > kTileTokens ? kTileHeads : kTileHeadsOfFewTokens;
+}
 
 MERGE_ATTN_STATES_HOST_DEVICE int64_t tiles(int64_t count, int64_t size) {
   return (count + size - 1) / size;

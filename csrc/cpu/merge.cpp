@@ -56,9 +56,10 @@ constexpr int64_t kElementsPerThread = 32768;
 Selection choose() { return selection("cpu", build().name); }
 
 void run(const MergeArgs& args) {
-  const int64_t count = tiles(args.num_tokens, kTileTokens) * tiles(args.num_heads, kTileHeads);
+  const int64_t count =
+      tiles(args.num_tokens, kTileTokens) * tiles(args.num_heads, tile_heads(args));
   const int64_t elements = std::min(args.num_tokens, kTileTokens) *
-                           std::min(args.num_heads, kTileHeads) *
+                           std::min(args.num_heads, tile_heads(args)) *
                            std::max<int64_t>(1, args.head_size);
   // Chosen here, where it may throw: a thread of the pool may not.
   const struct {

@@ -1,4 +1,4 @@
-"""Merges past the end of an allocation: what compute-sanitizer must report, under the same filter.
+"""Reads past the end of an allocation: what compute-sanitizer must report, under the same filter.
 
 Through the C entry, where an operand's memory may be unknown; the operators refuse such a call.
 """
@@ -40,21 +40,19 @@ class Args(ctypes.Structure):
     )
 
 
-def view(tensor: torch.Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """`tensor`'s memory under contiguous sizes of one's own."""
-    strides = torch.empty(sizes, device="meta").stride()
-    array = ctypes.c_int64 * len(sizes)
-    return Tensor(
-        tensor.data_ptr(), array(*sizes), array(*strides), len(sizes), FLOAT32, CUDA, 0, None, 0
-    )
+def view(tensor: torch.Tensor, strides: tuple[int, ...] | None = None) -> Tensor:
+    """`tensor` as the C entry sees it, with strides of one's own."""
+    array = ctypes.c_int64 * tensor.dim()
+    sizes, strides = array(*tensor.shape), array(*(strides or tensor.stride()))
+    return Tensor(tensor.data_ptr(), sizes, strides, tensor.dim(), FLOAT32, CUDA, 0, None, 0)
 
 
 def main() -> None:
     rows = [torch.zeros(4, 2, 32, device="cuda") for _ in range(3)]
     lses = [torch.zeros(2, 4, device="cuda") for _ in range(2)]
-    said = (4 * 1024, 2, 32)  # a megabyte where a kilobyte is
-    output, prefix, suffix = (view(x, said) for x in rows)
-    prefix_lse, suffix_lse = (view(x, (2, said[0])) for x in lses)
+    output, suffix = view(rows[0]), view(rows[2])
+    prefix = view(rows[1], (2**14, 32, 1))  # tokens 64 KB apart in a tensor of 1 KB
+    prefix_lse, suffix_lse = view(lses[0]), view(lses[1])
     operands = (output, prefix, prefix_lse, suffix, suffix_lse)
     args = Args(VERSION, 0, 0, *(ctypes.pointer(x) for x in operands), None, None, None)
     entry = ctypes.CDLL(str(OP_LIBRARY)).merge_attn_states_merge
