@@ -132,9 +132,9 @@ void check_baseline(const Call& call) {
     std::copy(region.before.begin(), region.before.end(), region.bytes.get());
   }
   const MergeArgs args = validate(call.args);
-  cpu::baseline::merge_tiles(
-      args, 0,
-      cpu::tiles(args.num_tokens, cpu::kTileTokens) * cpu::tiles(args.num_heads, cpu::kTileHeads));
+  cpu::baseline::merge_tiles(args, 0,
+                             cpu::tiles(args.num_tokens, cpu::kTileTokens) *
+                                 cpu::tiles(args.num_heads, cpu::tile_heads(args)));
   check_untouched(call, true);
   for (Role role : {kOutput, kOutputLse}) {
     if (!call.operands[role].given) continue;
