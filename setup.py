@@ -108,7 +108,9 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
         if importlib.util.find_spec("ninja"):
             import ninja
 
-            os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ["PATH"]
+            # BIN_DIR is empty where another environment's site-packages are linked.
+            folder = ninja.BIN_DIR or str(Path(ninja.__file__).parents[4] / "bin")
+            os.environ["PATH"] = folder + os.pathsep + os.environ["PATH"]
         super().run()
 
     def build_extensions(self) -> None:
