@@ -49,7 +49,13 @@ struct ScalarMath {
   using Scalar = Acc;
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
-  static MERGE_ATTN_STATES_HOST_DEVICE Acc log1p(Acc x) { return std::log1p(x); }
+  // Of a number in [0, 1].
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc log1p(Acc x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(Acc) == sizeof(float)) return __log2f(1 + x) * 0.69314718056f;
+#endif
+    return std::log1p(x);
+  }
   // Of a number in [1, 2]. A GPU's IEEE division has a slow path that costs registers; its
   // approximation is within an ulp.
   static MERGE_ATTN_STATES_HOST_DEVICE Acc reciprocal(Acc x) {
@@ -111,7 +117,11 @@ MERGE_ATTN_STATES_HOST_DEVICE MergedLse<ScalarMath<Acc>, Acc> take_suffix(Acc su
 // V is Acc or a vector of values in one row.
 template <class V, class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE V blend(Weights<Acc> weights, V prefix, V suffix) {
+#ifdef __CUDA_ARCH__
+  return fma(weights.suffix, suffix, weights.prefix * prefix);
+#else
   return weights.prefix * prefix + weights.suffix * suffix;
+#endif
 }
 
 }  // namespace merge_attn_states

@@ -42,6 +42,14 @@ const merge_attn_states_args& given(const merge_attn_states_args* args) {
   return *args;
 }
 
+MergeArgs validated(const merge_attn_states_args* args) {
+  MergeArgs merge = validate(given(args));
+  if (merge.keeps_suffix_rows() && merge.keeps_suffix_lses()) {
+    merge.num_tokens = merge.num_tokens_with_context;
+  }
+  return merge;
+}
+
 Selection choose(const MergeArgs& args) {
   return args.device_type == MERGE_ATTN_STATES_CPU ? cpu::choose() : cuda::choose(args);
 }
@@ -70,7 +78,7 @@ merge_attn_states_status merge_attn_states_merge(const merge_attn_states_args* a
                                                  size_t message_size) noexcept {
   using namespace merge_attn_states;
   return guarded(message, message_size, [&] {
-    const MergeArgs merge = validate(given(args));
+    const MergeArgs merge = validated(args);
     if (!merge.nothing_to_do()) run(merge);
   });
 }
@@ -81,7 +89,7 @@ merge_attn_states_status merge_attn_states_select(const merge_attn_states_args* 
   using namespace merge_attn_states;
   return guarded(message, message_size, [&] {
     if (selection == nullptr) throw std::invalid_argument("selection: expected a struct, got null");
-    *selection = choose(validate(given(args)));
+    *selection = choose(validated(args));
   });
 }
 

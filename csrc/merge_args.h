@@ -48,6 +48,11 @@ struct MergeArgs {
   constexpr bool copies_bytes() const {
     return input_dtype == output_dtype && output_scale == nullptr;
   }
+  // In place on the suffix, what lies past the context count is already what it becomes.
+  bool keeps_suffix_rows() const { return output.data == suffix_output.data && copies_bytes(); }
+  bool keeps_suffix_lses() const {
+    return output_lse.data == nullptr || output_lse.data == suffix_lse.data;
+  }
 };
 
 // This build or machine lacks what the call needs.

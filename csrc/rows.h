@@ -16,13 +16,19 @@ MERGE_ATTN_STATES_HOST_DEVICE Acc* lse_of(const LseRows& rows, int64_t token, in
   return static_cast<Acc*>(rows.data) + head * rows.head_stride + token * rows.token_stride;
 }
 
+// `prefix_lse` means nothing where the row has no prefix.
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE auto weigh(bool has_prefix, Acc prefix_lse, Acc suffix_lse) {
+  return has_prefix ? merge_lse<ScalarMath<Acc>>(prefix_lse, suffix_lse) : take_suffix(suffix_lse);
+}
+
 // Reads a row's LSEs. In place the merged one replaces one of them, so a row is weighed once, by
 // the thread that then calls store_lse.
 template <class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE auto weigh_row(const MergeArgs& args, int64_t token, int64_t head) {
-  const Acc suffix_lse = *lse_of<Acc>(args.suffix_lse, token, head);
-  if (token >= args.num_tokens_with_context) return take_suffix(suffix_lse);
-  return merge_lse<ScalarMath<Acc>>(*lse_of<Acc>(args.prefix_lse, token, head), suffix_lse);
+  const bool has_prefix = token < args.num_tokens_with_context;
+  return weigh(has_prefix, has_prefix ? *lse_of<Acc>(args.prefix_lse, token, head) : Acc(0),
+               *lse_of<Acc>(args.suffix_lse, token, head));
 }
 
 template <class Acc>

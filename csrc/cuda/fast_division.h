@@ -9,19 +9,20 @@ namespace merge_attn_states::cuda {
 
 struct FastDivision {
   uint32_t divisor;
+  uint32_t factor;  // ceil(2^shift / divisor)
   uint32_t shift;
-  uint64_t factor;  // ceil(2^shift / divisor)
 
   FastDivision() = default;
+  // by <= 2^31. A power of two has the factor 2^31; any other lies a good deal below 2^32.
   explicit FastDivision(uint32_t by) : divisor(by), shift(31) {
     while ((uint64_t{1} << (shift - 31)) < by) ++shift;
-    factor = ((uint64_t{1} << shift) + by - 1) / by;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + by - 1) / by);
   }
 
   // factor - 2^shift / divisor < 1 and value < 2^31 <= 2^shift / divisor: the error stays below
   // 1 / divisor, too little to pass the next whole number.
   MERGE_ATTN_STATES_HOST_DEVICE uint32_t quotient(uint32_t value) const {
-    return static_cast<uint32_t>(value * factor >> shift);
+    return static_cast<uint32_t>(uint64_t{value} * factor >> shift);
   }
 };
 

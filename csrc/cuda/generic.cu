@@ -46,14 +46,7 @@ __global__ void __launch_bounds__(kGenericThreads)
     merge_generic(const __grid_constant__ MergeArgs args, const __grid_constant__ RowTile tile) {
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];
   const int64_t num_rows = args.num_tokens * args.num_heads;
-  const float* scale = nullptr;
-  float scale_value;
-  if constexpr (kIsFp8<Out>) {
-    if (args.output_scale != nullptr) {
-      scale_value = *args.output_scale;
-      scale = &scale_value;
-    }
-  }
+  const Scale scale = Scale::of<Out>(args.output_scale);
   const auto stride = [](const Rows& operand) {
     return kElements > 1 ? kElements : operand.element_stride;
   };

@@ -1,9 +1,11 @@
 // The CUDA side's entry: device guard, choice of the kernel, launch.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdio>
+#include <optional>
 #include <string>
 
 #include "../kernels.h"
@@ -82,16 +84,21 @@ bool consists_of_packs(const MergeArgs& args, int64_t bytes) {
          is_aligned(args.output, output_bytes, elements * output_bytes);
 }
 
-bool vectorizes(const MergeArgs& args) {
+// Null where the vectorized kernel cannot run.
+std::optional<Tile> tile_for(const MergeArgs& args) {
   const bool supported = args.input_dtype == DType::kFloat32 ||
                          args.input_dtype == DType::kFloat16 ||
                          args.input_dtype == DType::kBFloat16;
-  if (!supported || !consists_of_packs(args, 16)) return false;
-  // Indices inside a tile and of tiles are 32-bit; what is larger loops in the generic kernel.
+  if (!supported || !consists_of_packs(args, 16)) return std::nullopt;
+  // It counts tokens, heads, packs and tiles in 32 bits; what is larger loops in the generic
+  // kernel.
+  if (std::max({args.num_tokens, args.num_heads, packs_per_row(args)}) > kMaxGridX / 2) {
+    return std::nullopt;
+  }
   const Tile tile = choose_tile(args, packs_per_row(args));
-  const int64_t token_tiles = (args.num_tokens >> tile.token_bits) + 1;
-  const int64_t head_tiles = (args.num_heads >> tile.head_bits) + 1;
-  return packs_per_row(args) <= kMaxGridX / tile.rows() && token_tiles <= kMaxGridX / head_tiles;
+  const int64_t token_tiles = tile.token_tiles(args.num_tokens);
+  if (tile.head_tiles(args.num_heads) > kMaxGridX / token_tiles) return std::nullopt;
+  return tile;
 }
 
 GenericShape generic_shape(const MergeArgs& args) {
@@ -131,10 +138,11 @@ void check(cudaError_t status, int device) {
 Selection choose(const MergeArgs& args) {
   char variant[sizeof(Selection::variant)];
   if (args.nothing_to_do()) return selection("generic", "nothing to do");
-  if (vectorizes(args)) {
-    const Tile tile = choose_tile(args, packs_per_row(args));
-    std::snprintf(variant, sizeof(variant), "tile of %d tokens x %d heads, %d threads",
-                  1 << tile.token_bits, 1 << tile.head_bits, tile.threads);
+  if (const auto tile = tile_for(args)) {
+    std::snprintf(variant, sizeof(variant), "%d tokens x %d heads, %d threads%s%s",
+                  1 << tile->token_bits, 1 << tile->head_bits, tile->threads,
+                  tile->packs_a_thread == 2 ? ", two packs" : "",
+                  tile->launches_early ? ", early launch" : "");
     return selection("vectorized", variant);
   }
   const GenericShape shape = generic_shape(args);
@@ -145,9 +153,8 @@ Selection choose(const MergeArgs& args) {
 
 void run(const MergeArgs& args) {
   const DeviceGuard guard(args.device_index);
-  if (vectorizes(args)) {
-    launch_vectorized(args, choose_tile(args, packs_per_row(args)),
-                      overlaps_previous(args.device_index));
+  if (const auto tile = tile_for(args)) {
+    launch_vectorized(args, *tile, overlaps_previous(args.device_index));
   } else {
     launch_generic(args, generic_shape(args));
   }

@@ -10,23 +10,50 @@
 namespace merge_attn_states::cuda {
 
 // A block of the vectorized kernel takes 2^token_bits tokens x 2^head_bits heads, one 16-byte pack
-// a thread.
+// a thread or two.
 struct Tile {
   int token_bits;
   int head_bits;
   int threads;
+  int packs_a_thread;
+  bool tokens_first;    // which axis consecutive blocks walk along
+  bool launches_early;  // lets the next kernel start behind its loads, not behind its weights
 
-  int rows() const { return 1 << (token_bits + head_bits); }
+  int64_t rows() const { return int64_t{1} << (token_bits + head_bits); }
+  int64_t token_tiles(int64_t tokens) const { return tiles(tokens, token_bits); }
+  int64_t head_tiles(int64_t heads) const { return tiles(heads, head_bits); }
+
+ private:
+  static int64_t tiles(int64_t count, int bits) { return ((count - 1) >> bits) + 1; }
 };
 
-// 256 threads: 16 x 1 at D = 128 gives 1.00 to 1.03 of the triad cold on an H100 and an H200, 0.93
-// to 1.05 warm; blocks of 128 drop to 0.6 warm, where launching blocks binds (2026-11).
-inline constexpr int kTileThreads = 256;
-// Rows whose packs are no power of two: 8 tokens x 4 heads fill 192 to 448 threads without idle
-// lanes (D = 48, 80, 96, 112: 1.00 to 1.02 cold on both, 2026-11); 8 x 2 at D = 192.
-inline constexpr int kTileThreadsOdd = 448;
-// More threads than this for one row are no gain; a wider row loops.
+// Every figure: bfloat16, our bytes a second over the triad's, warm / cold, H100 (a) or H200 (b),
+// PyTorch-free laboratory of 2026-11-24. Beside each its alternative.
+
+// More threads for one row are no gain; a wider row loops.
 inline constexpr int kMaxThreads = 512;
+
+// The packs that an H100's or H200's 132 multiprocessors hold at a time, one a thread.
+inline constexpr int64_t kResidentPacks = 132 * 2048;
+
+// Up to this all blocks start at once, and what binds is the launch: 256 threads, and the next
+// kernel's launch begun behind the loads. 256x16x128 (b) 1.00 / 1.07, begun behind the weights
+// 0.97 / 0.95; 16x16x128 (b) 1.02 / 1.11. From 640x16x128 on it is worse warm, 0.81 for 0.90.
+inline constexpr int64_t kSmallPacks = kResidentPacks * 6 / 10;
+inline constexpr int kSmallThreads = 256;
+
+// Beyond: 512 threads. 1024x16x128 (b) 1.00 / 0.99, of 256 threads 0.89 / 0.98; 2048x16x128 (a)
+// 1.02 / 1.00 and 1.035 / 0.99; 512x16x512 (a) 0.99 / 1.01 and 1.00 / 0.99, (b) 0.93 / 1.005 and
+// 0.94 / 0.98. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
+inline constexpr int kThreads = 512;
+inline constexpr int kThreadsOfOddRows = 448;
+
+// Between one and one and a half times what is resident, the second wave of blocks would be half
+// empty: two packs a thread make it one wave. 19 MB (b): D = 96 1.01 / 0.96 instead of 0.90 / 1.00,
+// D = 192 1.00 / 0.96 for 0.89 / 0.99, D = 128 0.99 / 0.97 for 0.89 / 1.00. Such sizes are warm in
+// serving.
+inline constexpr int64_t kTwoPackLimit = kResidentPacks * 3 / 2;
+inline constexpr int kTwoPackThreads = 256;
 
 constexpr int bits_below(int64_t value) {  // floor(log2(value)), value > 0
   int bits = 0;
@@ -38,30 +65,69 @@ constexpr int bits_covering(int64_t value) {  // ceil(log2(value)), value > 0
   return value <= 1 ? 0 : bits_below(value - 1) + 1;
 }
 
-inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
+// Heads beside each other in a tile, as bits: short rows want some, so that what is read together
+// lies together. 8192x32x32, cold (a): four heads 1.00, one 0.96. D = 48 and 96, cold (b): four
+// 1.00, one 0.99 and less; D = 64 and 128 want none.
+constexpr int head_bits_of_rows(int64_t packs_per_row) {
   const bool power_of_two = (packs_per_row & (packs_per_row - 1)) == 0;
-  const int64_t threads = power_of_two && packs_per_row >= 8 ? kTileThreads : kTileThreadsOdd;
-  const int row_bits = bits_below(std::max<int64_t>(1, threads / packs_per_row));
+  if (power_of_two) return packs_per_row >= 8 ? 0 : 4 - bits_below(packs_per_row);
+  return packs_per_row < 16 ? 2 : 1;
+}
+
+// All three [N, H, D] operands have the same strides, and heads lie closer than tokens.
+inline bool is_plain(const MergeArgs& args, const Tile& tile) {
+  const auto same = [&](const Rows& other) {
+    return other.token_stride == args.prefix_output.token_stride &&
+           other.head_stride == args.prefix_output.head_stride;
+  };
+  return !tile.tokens_first && same(args.suffix_output) && same(args.output);
+}
+
+inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
+  // As many packs as there are: no such call would fit a GPU, but a count must not overflow.
+  const int64_t rows = args.num_tokens * args.num_heads;
+  const int64_t packs = rows > kTwoPackLimit ? rows : rows * packs_per_row;
+  const bool power_of_two = (packs_per_row & (packs_per_row - 1)) == 0;
+  const bool small = packs <= kSmallPacks;
+  const bool one_wave_of_two = packs > kResidentPacks && packs <= kTwoPackLimit;
+  const int threads = small             ? kSmallThreads
+                      : one_wave_of_two ? kTwoPackThreads
+                      : power_of_two    ? kThreads
+                                        : kThreadsOfOddRows;
+
+  // Consecutive blocks walk along the axis of the smaller stride: [H, N, D] storage 1.00 instead of
+  // 0.97 (cold, a and b).
+  Tile tile{.packs_a_thread = 1,
+            .tokens_first = args.num_tokens > 1 &&
+                            args.prefix_output.token_stride < args.prefix_output.head_stride,
+            .launches_early = small};
+  // Each row is weighed by a thread of its own, so that there are no more rows than threads.
+  if (one_wave_of_two && args.num_tokens > 1 && packs_per_row > 1 && is_plain(args, tile)) {
+    tile.packs_a_thread = 2;
+  }
+  const int row_bits = bits_below(std::max<int64_t>(1, threads / packs_per_row)) +
+                       (tile.packs_a_thread == 2 ? 1 : 0);
 
   // LSEs are read along the axis in which they are contiguous: row by row each costs a sector of 32
   // bytes. Where that axis is shorter than the tile, the other one fills it.
   const bool heads_first = args.suffix_lse.head_stride == 1 && args.suffix_lse.token_stride != 1;
   const int token_limit = bits_covering(args.num_tokens),
             head_limit = bits_covering(args.num_heads);
-  const int side = power_of_two || row_bits < 2 ? row_bits : row_bits - (row_bits > 4 ? 2 : 1);
-  int token_bits, head_bits;
   if (heads_first) {
-    head_bits = std::min(row_bits, head_limit);
-    token_bits = std::min(row_bits - head_bits, token_limit);
+    tile.head_bits = std::min(row_bits, head_limit);
+    tile.token_bits = std::min(row_bits - tile.head_bits, token_limit);
   } else {
-    token_bits = std::min(side, token_limit);
-    head_bits = std::min(row_bits - token_bits, head_limit);
+    // No fewer than eight tokens beside each other: a sector of LSEs.
+    const int wanted_heads = std::clamp(row_bits - 3, 0, head_bits_of_rows(packs_per_row));
+    const int heads = tile.packs_a_thread == 2 ? std::min(wanted_heads, 1) : wanted_heads;
+    tile.token_bits = std::min(row_bits - heads, token_limit);
+    tile.head_bits = std::min(row_bits - tile.token_bits, head_limit);
   }
-  const int64_t packs = packs_per_row << (token_bits + head_bits);
-  const int64_t whole_warps = (packs + 31) / 32 * 32;
-  return {.token_bits = token_bits,
-          .head_bits = head_bits,
-          .threads = static_cast<int>(std::min<int64_t>(whole_warps, kMaxThreads))};
+  if (tile.token_bits == 0) tile.packs_a_thread = 1;
+  const int64_t tile_packs = packs_per_row * tile.rows() / tile.packs_a_thread;
+  const int64_t whole_warps = (tile_packs + 31) / 32 * 32;
+  tile.threads = static_cast<int>(std::min<int64_t>(whole_warps, kMaxThreads));
+  return tile;
 }
 
 // The generic kernel: 256 threads, packs of 8 bytes where rows allow them (else single elements),

@@ -1,9 +1,12 @@
 // The vectorized kernel: 16-byte packs, one a thread, in tiles of tokens x heads.
 //
-// A block loads its packs and its LSEs, computes each row's weights once into shared memory, meets
+// A block loads its LSEs and its packs, computes each row's weights once into shared memory, meets
 // at one barrier, then scales and stores. In place is safe for every head size: all LSE reads of a
 // row precede the barrier, no other block touches the row, and a pack is read and written by one
 // thread. Nothing is __restrict__, and nothing is read through the non-coherent path.
+//
+// What a block does before its first load is what it takes too long for: every address is computed
+// before the wait for the kernel before, and the four loads stand together (docs/design.md).
 #include "../rows.h"
 #include "fast_division.h"
 #include "launch.h"
@@ -12,145 +15,167 @@
 namespace merge_attn_states::cuda {
 namespace {
 
-struct TileIndex {
-  FastDivision head_tiles;
-  FastDivision packs_per_row;
-  int32_t token_bits;
-  int32_t head_bits;
+// What a thread must know of its tile, computed on the host. Tokens and heads are 32-bit here: the
+// product of a 32-bit index and a 64-bit stride takes two instructions, of two 64-bit numbers four.
+struct Tiles {
+  FastDivision across;  // tiles along the axis that blocks walk first
+  uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
+  uint32_t packs_per_row;
+  uint32_t rows;         // of a tile
+  uint32_t rows_a_pass;  // the rows that the threads' first packs fill, and their second
+  uint32_t tokens_a_pass;
+  uint32_t token_bits;
+  uint32_t head_bits;
+  uint32_t token_mask;
+  uint32_t head_mask;
+  uint32_t num_tokens;
+  uint32_t num_heads;
+  uint32_t num_tokens_with_context;
+  uint32_t num_tokens_with_packs;  // in place, past the context count, a row is what it becomes
+  uint32_t num_tokens_in_tiles;    // further tokens have an LSE to be copied and nothing else
+  bool tokens_first;
+  bool launches_early;
 };
 
-constexpr int kMaxTileRows = kTileThreadsOdd;  // one pack a row at the least
+constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
+static_assert(kMaxThreads * kMaxThreads <= 1 << kRowShift);
 
 // Elements in the 16 bytes of an input's pack; the output's pack has as many.
 template <class In>
 inline constexpr int kPackElements = 16 / sizeof(In);
 
-// kPacksPerRow = 0: known at launch only.
-template <class In, class Out, int kPacksPerRow>
+template <class Strided>
+__device__ int64_t offset_of(const Strided& operand, uint32_t token, uint32_t head) {
+  return token * operand.token_stride + head * operand.head_stride;
+}
+
+// kPlain: one offset serves all three [N, H, D] operands, and blocks walk along the heads first.
+// kPacks: of a thread; the second lies half a tile's tokens further.
+// kWide: a row has more packs than the block threads, and is a tile of its own.
+template <class In, class Out, bool kPlain, int kPacks, bool kWide>
 __global__ void __launch_bounds__(kMaxThreads)
-    merge_vectorized(const __grid_constant__ MergeArgs args,
-                     const __grid_constant__ TileIndex tile) {
+    merge_tiles(const __grid_constant__ MergeArgs args, const __grid_constant__ Tiles tiles) {
   constexpr int kElements = kPackElements<In>;
-  __shared__ Weights<float> weights[kMaxTileRows];
-  wait_for_previous();
-
-  const uint32_t token_tile = tile.head_tiles.quotient(blockIdx.x);
-  const uint32_t head_tile = blockIdx.x - token_tile * tile.head_tiles.divisor;
-  const int64_t first_token = int64_t{token_tile} << tile.token_bits;
-  const int64_t first_head = int64_t{head_tile} << tile.head_bits;
-  const uint32_t packs_per_row = kPacksPerRow ? kPacksPerRow : tile.packs_per_row.divisor;
-  const uint32_t rows = 1u << (tile.token_bits + tile.head_bits);
-
-  // Rows of the tile: the heads of a token one after the other.
-  struct Place {
-    uint32_t row;
-    int64_t token, head, element;
-    bool inside, merges;
-  };
-  const auto place = [&](uint32_t pack) {
-    const uint32_t row = kPacksPerRow ? pack / kPacksPerRow : tile.packs_per_row.quotient(pack);
-    const int64_t token = first_token + (row >> tile.head_bits);
-    const int64_t head = first_head + (row & ((1u << tile.head_bits) - 1));
-    return Place{.row = row,
-                 .token = token,
-                 .head = head,
-                 .element = int64_t{pack - row * packs_per_row} * kElements,
-                 .inside = row < rows && token < args.num_tokens && head < args.num_heads,
-                 .merges = token < args.num_tokens_with_context};
-  };
   using InPack = Pack<In, kElements>;
-  const auto load = [&](const Rows& operand, const Place& at) {
-    return InPack::load(row_of<In>(operand, at.token, at.head) + at.element);
+  __shared__ Weights<float> weights[kMaxThreads];
+
+  const uint32_t slow = tiles.across.quotient(blockIdx.x);
+  const uint32_t fast = blockIdx.x - slow * tiles.across.divisor;
+  const bool tokens_first = !kPlain && tiles.tokens_first;
+  const uint32_t first_token = (tokens_first ? fast : slow) << tiles.token_bits;
+  const uint32_t first_head = (tokens_first ? slow : fast) << tiles.head_bits;
+
+  // Packs: the heads of a token one after the other.
+  const uint32_t row = kWide ? 0 : threadIdx.x * tiles.row_factor >> kRowShift;
+  const uint32_t token = first_token + (row >> tiles.head_bits);
+  const uint32_t head = first_head + (row & tiles.head_mask);
+  const uint32_t column = (threadIdx.x - row * tiles.packs_per_row) * kElements;
+  const int64_t prefix_offset = offset_of(args.prefix_output, token, head) + column;
+  const auto offset = [&](const Rows& operand) {
+    return kPlain ? prefix_offset : offset_of(operand, token, head) + column;
+  };
+  const In* prefix_output = static_cast<const In*>(args.prefix_output.data) + prefix_offset;
+  const In* suffix_output =
+      static_cast<const In*>(args.suffix_output.data) + offset(args.suffix_output);
+  compute_now(prefix_output, suffix_output);
+  const bool inside = row < tiles.rows_a_pass && head < tiles.num_heads;
+  const auto token_of = [&](int k) { return token + k * tiles.tokens_a_pass; };
+  const auto has_pack = [&](int k) { return inside && token_of(k) < tiles.num_tokens_with_packs; };
+  const auto merges = [&](int k) { return token_of(k) < tiles.num_tokens_with_context; };
+  const auto further = [&](int k, const Rows& operand) {
+    return k * tiles.tokens_a_pass * operand.token_stride;
   };
 
-  const Place first = place(threadIdx.x);
-  InPack prefix{}, suffix{};
-  if (first.inside) {
-    suffix = load(args.suffix_output, first);
-    if (first.merges) prefix = load(args.prefix_output, first);
-  }
-  float scale = 1.0f;
-  if constexpr (kIsFp8<Out>) scale = *args.output_scale;
-
-  // LSEs along the tokens, in which they are usually contiguous. The first threads weigh a row
-  // each; the merged LSE waits until the packs are stored, since its logarithm would keep the
-  // others at the barrier.
-  const uint32_t token_in_tile = threadIdx.x & ((1u << tile.token_bits) - 1);
-  const uint32_t head_in_tile = threadIdx.x >> tile.token_bits;
-  const int64_t lse_token = first_token + token_in_tile, lse_head = first_head + head_in_tile;
-  const bool weighs =
-      threadIdx.x < rows && lse_token < args.num_tokens && lse_head < args.num_heads;
-  MergedLse<ScalarMath<float>, float> merged{};
+  // LSEs: the first threads weigh a row each, along the tokens, in which LSEs are contiguous.
+  bool weighs = threadIdx.x < tiles.rows, weighs_prefix = false;
+  uint32_t lse_token = 0, lse_head = 0;
+  const float *prefix_lse = nullptr, *suffix_lse = nullptr;
   if (weighs) {
-    merged = weigh_row<float>(args, lse_token, lse_head);
-    weights[token_in_tile << tile.head_bits | head_in_tile] = merged.weights;
+    lse_token = first_token + (threadIdx.x & tiles.token_mask);
+    lse_head = first_head + (threadIdx.x >> tiles.token_bits);
+    weighs = lse_token < tiles.num_tokens && lse_head < tiles.num_heads;
+    weighs_prefix = weighs && lse_token < tiles.num_tokens_with_context;
+    prefix_lse = static_cast<const float*>(args.prefix_lse.data) +
+                 offset_of(args.prefix_lse, lse_token, lse_head);
+    suffix_lse = static_cast<const float*>(args.suffix_lse.data) +
+                 offset_of(args.suffix_lse, lse_token, lse_head);
+  }
+
+  wait_for_previous();
+  float prefix_lse_value = 0, suffix_lse_value = 0;
+  if (weighs) suffix_lse_value = load_global(suffix_lse);
+  if (weighs_prefix) prefix_lse_value = load_global(prefix_lse);
+  InPack prefix[kPacks], suffix[kPacks];
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    if (has_pack(k)) suffix[k] = InPack::load(suffix_output + further(k, args.suffix_output));
+    if (has_pack(k) && merges(k)) {
+      prefix[k] = InPack::load(prefix_output + further(k, args.prefix_output));
+    }
+  }
+  if (tiles.launches_early) launch_next();
+  const Scale scale = Scale::of<Out>(args.output_scale);
+
+  MergedLse<ScalarMath<float>, float> merged;
+  if (weighs) {
+    merged = weigh(weighs_prefix, prefix_lse_value, suffix_lse_value);
+    weights[(threadIdx.x & tiles.token_mask) << tiles.head_bits | threadIdx.x >> tiles.token_bits] =
+        merged.weights;
+    if (!tiles.launches_early) launch_next();
   }
   __syncthreads();
 
-  const auto store = [&](const Place& at, InPack prefix_pack, InPack suffix_pack) {
-    const float* scale_or_none = kIsFp8<Out> ? &scale : nullptr;
-    merge_pack<In, Out, kElements>(weights[at.row], scale_or_none, prefix_pack, suffix_pack)
-        .store(row_of<Out>(args.output, at.token, at.head) + at.element);
-  };
-  if (first.inside) store(first, prefix, suffix);
-  if constexpr (kPacksPerRow == 0) {  // a row wider than the block
-    const uint32_t packs = rows * packs_per_row;
-    for (uint32_t pack = threadIdx.x + blockDim.x; pack < packs; pack += blockDim.x) {
-      const Place at = place(pack);
-      if (!at.inside) continue;
-      suffix = load(args.suffix_output, at);
-      if (at.merges) prefix = load(args.prefix_output, at);
-      store(at, prefix, suffix);
+  Out* output = static_cast<Out*>(args.output.data) + offset(args.output);
+#pragma unroll
+  for (int k = 0; k < kPacks; ++k) {
+    if (!has_pack(k)) break;
+    merge_pack<In, Out, kElements>(weights[row + k * tiles.rows_a_pass], scale, prefix[k],
+                                   suffix[k])
+        .store(output + further(k, args.output));
+  }
+  if constexpr (kWide) {
+    const int64_t step = int64_t{blockDim.x} * kElements;
+    for (int64_t i = step; has_pack(0) && column + i < args.head_size; i += step) {
+      suffix[0] = InPack::load(suffix_output + i);
+      if (merges(0)) prefix[0] = InPack::load(prefix_output + i);
+      merge_pack<In, Out, kElements>(weights[0], scale, prefix[0], suffix[0]).store(output + i);
     }
   }
-  if (weighs) store_lse(args, lse_token, lse_head, merged.lse());
-}
-
-using Kernel = void (*)(MergeArgs, TileIndex);
-
-// Head sizes of today's models have their packs known at compile time; FP8 outputs do without.
-template <class In, class Out>
-Kernel kernel_for(int64_t packs_per_row) {
-  if constexpr (std::is_same_v<In, Out>) {
-    switch (packs_per_row) {
-      case 4:
-        return merge_vectorized<In, Out, 4>;
-      case 6:
-        return merge_vectorized<In, Out, 6>;
-      case 8:
-        return merge_vectorized<In, Out, 8>;
-      case 10:
-        return merge_vectorized<In, Out, 10>;
-      case 12:
-        return merge_vectorized<In, Out, 12>;
-      case 14:
-        return merge_vectorized<In, Out, 14>;
-      case 16:
-        return merge_vectorized<In, Out, 16>;
-      case 24:
-        return merge_vectorized<In, Out, 24>;
-      case 32:
-        return merge_vectorized<In, Out, 32>;
-      case 64:
-        return merge_vectorized<In, Out, 64>;
-      case 72:
-        return merge_vectorized<In, Out, 72>;
-    }
+  // After the packs: in front of the barrier its logarithm would keep every thread waiting.
+  if (!weighs) return;
+  store_lse(args, lse_token, lse_head, merged.lse());
+  const uint32_t stride = tiles.num_tokens_in_tiles;
+  for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
+    store_lse(args, at, lse_head, *lse_of<float>(args.suffix_lse, at, lse_head));
   }
-  return merge_vectorized<In, Out, 0>;
 }
 
 }  // namespace
 
 void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_previous) {
-  const auto tiles = [](int64_t count, int bits) { return (count + (1ll << bits) - 1) >> bits; };
-  const int64_t head_tiles = tiles(args.num_heads, tile.head_bits);
+  const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   const int64_t packs = packs_per_row(args);
-  const TileIndex index{.head_tiles = FastDivision(static_cast<uint32_t>(head_tiles)),
-                        .packs_per_row = FastDivision(static_cast<uint32_t>(packs)),
-                        .token_bits = tile.token_bits,
-                        .head_bits = tile.head_bits};
-  const Grid grid{.blocks = tiles(args.num_tokens, tile.token_bits) * head_tiles,
+  const int64_t tokens = args.keeps_suffix_rows() ? args.num_tokens_with_context : args.num_tokens;
+  const int64_t token_tiles = tile.token_tiles(std::max<int64_t>(1, tokens));
+  const int64_t head_tiles = tile.head_tiles(args.num_heads);
+  const Tiles tiles{.across = FastDivision(u32(tile.tokens_first ? token_tiles : head_tiles)),
+                    .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
+                    .packs_per_row = u32(packs),
+                    .rows = u32(tile.rows()),
+                    .rows_a_pass = u32(tile.rows() / tile.packs_a_thread),
+                    .tokens_a_pass = (1u << tile.token_bits) / tile.packs_a_thread,
+                    .token_bits = u32(tile.token_bits),
+                    .head_bits = u32(tile.head_bits),
+                    .token_mask = (1u << tile.token_bits) - 1,
+                    .head_mask = (1u << tile.head_bits) - 1,
+                    .num_tokens = u32(args.num_tokens),
+                    .num_heads = u32(args.num_heads),
+                    .num_tokens_with_context = u32(args.num_tokens_with_context),
+                    .num_tokens_with_packs = u32(tokens),
+                    .num_tokens_in_tiles = u32(token_tiles << tile.token_bits),
+                    .tokens_first = tile.tokens_first,
+                    .launches_early = tile.launches_early};
+  const Grid grid{.blocks = token_tiles * head_tiles,
                   .threads = tile.threads,
                   .overlaps_previous = overlaps_previous};
   dispatch_dtypes(args.input_dtype, args.output_dtype, [&](auto in, auto out) {
@@ -159,7 +184,11 @@ void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_pr
     if constexpr (kIsFp8<In> || std::is_same_v<In, double>) {
       throw std::logic_error("merge_attn_states: not a vectorized dtype");
     } else {
-      launch(kernel_for<In, Out>(packs), grid, args, args, index);
+      launch(packs > tile.threads       ? merge_tiles<In, Out, false, 1, true>
+             : tile.packs_a_thread == 2 ? merge_tiles<In, Out, true, 2, false>
+             : is_plain(args, tile)     ? merge_tiles<In, Out, true, 1, false>
+                                        : merge_tiles<In, Out, false, 1, false>,
+             grid, args, args, tiles);
     }
   });
 }

@@ -1,0 +1,148 @@
+"""Every variant of the vectorized kernel: which one runs, and that it is right in all its edges.
+
+The variant goes by the number of 16-byte packs: up to 0.6 of what a GPU holds at a time (270,336),
+up to all of it, up to one and a half times that, and beyond.
+"""
+
+import pytest
+import torch
+from support import BF16, E4M3, F16, F32, Call, assert_bits, bits, check, make_call
+
+from merge_attn_states import merge_attn_states as merge
+from merge_attn_states import selected_kernel
+
+# The tokens are no multiple of any tile, and neither are heads where a tile has several.
+SMALL = (101, 5, 128)
+ONE_WAVE = (1003, 15, 128)
+TWO_PACKS = (1501, 15, 128)
+LARGE = (2999, 15, 128)
+VARIANTS = {
+    SMALL: "16 tokens x 1 heads, 256 threads, early launch",
+    (101, 5, 64): "32 tokens x 1 heads, 256 threads, early launch",
+    (101, 5, 96): "8 tokens x 2 heads, 192 threads, early launch",
+    (1, 130, 128): "1 tokens x 16 heads, 256 threads, early launch",  # decode
+    (101, 5, 2400): "1 tokens x 1 heads, 320 threads, early launch",  # wider than 256 threads
+    (101, 5, 4104): "1 tokens x 1 heads, 512 threads, early launch",  # wider than a block
+    ONE_WAVE: "32 tokens x 1 heads, 512 threads",
+    (401, 15, 512): "8 tokens x 1 heads, 512 threads",
+    TWO_PACKS: "32 tokens x 1 heads, 256 threads, two packs",
+    (2001, 15, 96): "16 tokens x 2 heads, 192 threads, two packs",
+    (1001, 15, 192): "8 tokens x 2 heads, 192 threads, two packs",
+    (20011, 15, 8): "256 tokens x 2 heads, 512 threads",  # a pack a row: a thread a row
+    LARGE: "32 tokens x 1 heads, 512 threads",
+    (6001, 17, 32): "32 tokens x 4 heads, 512 threads",
+    (3001, 17, 96): "8 tokens x 4 heads, 384 threads",
+    (2001, 15, 576): "4 tokens x 1 heads, 288 threads",
+}
+SIZES = pytest.mark.parametrize(
+    "shape", [SMALL, ONE_WAVE, TWO_PACKS, LARGE], ids=["small", "one wave", "two packs", "large"]
+)
+
+
+def on_gpu(shape, dtype=BF16, **options) -> Call:
+    """As make_call, with the values made where they are needed: these are megabytes."""
+    call = make_call((shape[0], shape[1], 8), dtype, "cuda", **options)
+    wide = shape[2] // 8
+    spread = {
+        name: getattr(call, name).repeat(1, 1, wide) for name in ("prefix_output", "suffix_output")
+    }
+    columns = torch.rand(shape[2], device="cuda").to(dtype)
+    spread = {name: values * columns for name, values in spread.items()}
+    output = torch.full(shape, float("nan"), device="cuda").to(call.output.dtype)
+    return call._replace(output=output, **spread)
+
+
+@pytest.mark.parametrize("shape", VARIANTS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("count", [None, 77], ids=["all", "count"])
+def test_the_variant_is_the_one_and_right(shape, count, cuda, entry):
+    call = on_gpu(shape, count=None if shape[0] == 1 else count)
+    assert selected_kernel(*call).variant == VARIANTS[shape]
+    check(call, entry)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@SIZES
+def test_other_dtypes(shape, dtype, cuda):
+    check(on_gpu(shape, dtype))
+    check(on_gpu(shape, dtype, output_dtype=E4M3, scale=0.37))
+
+
+@SIZES
+def test_one_result_from_every_variant_and_kernel(shape, cuda):
+    """A row's bits depend on nothing but the row: here it is cut out of the large call."""
+    call = on_gpu(shape)
+    merge(*call)
+    rows = slice(40, 61)
+    alone = Call(
+        output=torch.empty_like(call.output[rows]),
+        prefix_output=call.prefix_output[rows].clone(),
+        prefix_lse=call.prefix_lse[:, rows].clone(),
+        suffix_output=call.suffix_output[rows].clone(),
+        suffix_lse=call.suffix_lse[:, rows].clone(),
+        output_lse=torch.empty_like(call.output_lse[:, rows]),
+    )
+    shifted = torch.empty(alone.output.numel() + 1, dtype=BF16, device=cuda)[1:]
+    for output in (alone.output, shifted.view(alone.output.shape)):  # vectorized, generic
+        merge(*alone._replace(output=output))
+        assert_bits(output, call.output[rows])
+        assert_bits(alone.output_lse, call.output_lse[:, rows])
+
+
+@SIZES
+@pytest.mark.parametrize("side", ["prefix", "suffix"])
+@pytest.mark.parametrize("count", [None, 0, 1, 40, 100])
+def test_in_place(side, count, shape, cuda):
+    """Rows past the count need no block; their LSE does where it goes elsewhere."""
+    for output_lse in ("in place", "elsewhere", "none"):
+        call = on_gpu(shape, count=count, empty=False)
+        other = call._replace(output=call.output.clone(), output_lse=call.output_lse.clone())
+        merge(*other)
+        lses = {"in place": getattr(call, f"{side}_lse"), "elsewhere": call.output_lse}
+        here = call._replace(
+            output=getattr(call, f"{side}_output"), output_lse=lses.get(output_lse)
+        )
+        merge(*here)
+        assert_bits(here.output, other.output)
+        if output_lse != "none":
+            assert_bits(here.output_lse, other.output_lse)
+
+
+@SIZES
+@pytest.mark.parametrize("layout", ["heads first", "padded heads", "LSEs [N, H]"])
+def test_other_strides(layout, shape, cuda):
+    plain = on_gpu(shape, count=77)
+    call = plain
+    for name in ("output", "prefix_output", "suffix_output"):
+        values = getattr(plain, name)
+        if layout == "heads first":
+            values = values.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "padded heads" and name != "output":
+            values = torch.cat([values, values], dim=2)[..., : shape[2]]
+        call = call._replace(**{name: values})
+    if layout == "LSEs [N, H]":
+        for name in ("prefix_lse", "suffix_lse", "output_lse"):
+            call = call._replace(**{name: getattr(plain, name).T.contiguous().T})
+    assert selected_kernel(*call).kernel == "vectorized"
+    merge(*plain), merge(*call)
+    assert_bits(call.output, plain.output)
+    assert_bits(call.output_lse, plain.output_lse)
+
+
+@SIZES
+def test_calls_that_follow_each_other_closely(shape, cuda):
+    """Each reads what the one before wrote, and is launched before that one has ended."""
+    call = on_gpu(shape, F32, empty=False)
+    state, lse = call.prefix_output, call.prefix_lse
+    start, start_lse = state.clone(), lse.clone()
+
+    def chain(wait):
+        state.copy_(start), lse.copy_(start_lse)
+        for _ in range(20):
+            merge(state, state, lse, call.suffix_output, call.suffix_lse, lse)
+            wait()
+        return bits(state), bits(lse)
+
+    alone = chain(torch.cuda.synchronize)
+    for _ in range(5):
+        together = chain(lambda: None)
+        assert all(map(torch.equal, together, alone))
