@@ -62,7 +62,7 @@ class Results:
         for key, here in self.environment.items():
             there = environment[key]
             if here != there and not (key in MAY_BE_MISSING and None in (here, there)):
-                return f"{key} is {there!r} here and {here!r} there"
+                return f"{key} is {there!r} now and {here!r} in the file"
         return ""
 
     def add(self, group: str, environment: dict[str, Any], run: Record, made: list[Record]) -> None:
