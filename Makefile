@@ -14,7 +14,7 @@ cxx_files = $(shell find csrc include benchmarks fuzz tests -name '*.cpp' -o -na
 python_files := setup.py python tests scripts benchmarks examples
 
 .NOTPARALLEL:
-.PHONY: help demo test build fuzz sanitize-cpu test-gpu sanitize format lint sdist wheel wheel-test clean
+.PHONY: help demo test bench build fuzz sanitize-cpu test-gpu sanitize format lint sdist wheel wheel-test clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
@@ -22,8 +22,11 @@ help:  ## show this list
 demo: $(VENV)/extra-demo $(VENV)/built  ## merge attention states of a real model and of real shapes
 	$(venv_python) -m merge_attn_states demo $(DEMO)
 
-test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/built  ## run every test
+test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/extra-bench $(VENV)/built  ## run every test
 	$(venv_python) -m pytest $(PYTEST)
+
+bench: $(VENV)/extra-bench $(VENV)/built  ## measure on this machine; BENCH="--only sweep --output FILE"
+	$(venv_python) -m benchmarks $(BENCH)
 
 build: $(VENV)/built  ## build in place and install the package into .venv as editable
 

@@ -1,0 +1,17 @@
+"""The benchmark: what a merge costs against the memory's limit, against others, and on the host.
+
+`python -m benchmarks --help`; docs/benchmarks.md says what each figure means. Its files:
+
+    cases.py        what is measured, in named groups
+    operands.py     the tensors of a case
+    providers.py    who is measured; formula.py, vllm.py, triad.py hold what they need
+    check.py        whether an answer is right, before it is timed
+    timing.py       the only timer
+    measure.py      one comparison: operands, checks, times, records
+    host.py         eager calls, in processes of their own; bare_launch.cu is their floor
+    environment.py  GPU, clocks, versions, the hashes of the sources
+    results.py      the JSON file, and how runs merge into it
+    run.py          the command that measures
+    targets.py      what we ask of ourselves
+    tables.py, pictures.py, report.py   what is published of a results file
+"""

@@ -1,21 +1,26 @@
-"""The one timer of the benchmarks.
+"""The one timer of the benchmarks: microseconds a call, the providers in turn in one process.
 
-GPU: each provider's calls are captured into a CUDA graph that walks over several sets of buffers
-(together more than twice the L2, so that every call finds its inputs in DRAM; one set: warm), the
-providers' graphs are replayed in turn within one process, and the median of the rounds counts.
-CPU: the same turns, by the monotonic clock.
+GPU: each provider's calls are captured into a CUDA graph that walks over the sets of buffers
+(together more than twice the L2, so that every call finds its inputs in DRAM; one set: warm), and
+the graphs are replayed in turn. CPU and host: the same turns, by the monotonic clock.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-Call = Callable[[], None]
+Call = Callable[[], object]
+TimedCalls = Callable[[int], float]  # seconds that so many calls take
+
+ROUNDS = 15
+WARM_UP_ROUNDS = 3  # bring the clocks up
+GRAPH_US = 2000.0  # a replay's own cost and the events' resolution vanish in it
+LEAD_CALLS = 16
 
 
 class Timing(NamedTuple):
@@ -27,59 +32,135 @@ class Timing(NamedTuple):
 
 
 def _summary(rounds: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(rounds, n=4)
+    if len(rounds) < 2:
+        return Timing(*rounds * 3)
+    low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
     return Timing(median, low, high)
+
+
+def _turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
+    """Every round begins with another provider, so that none always follows the same one."""
+    for round_ in range(rounds):
+        first = round_ % max(1, len(names))
+        yield round_, [*names[first:], *names[:first]]
+
+
+def _events() -> list[torch.cuda.Event]:
+    return [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
 
 
 def buffer_sets(bytes_a_set: int, device: torch.device) -> int:
     """How many sets of buffers it takes to exceed twice the L2."""
+    if device.type == "cpu":
+        return 2
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, -(-2 * l2 // bytes_a_set) + 1)
 
 
-def time_cuda(providers: dict[str, Sequence[Call]], rounds: int = 21) -> dict[str, Timing]:
-    """Time providers, each given as one call for every set of buffers.
+class _Replays:
+    """A provider's calls as two CUDA graphs: the one that is timed, and a lead of the same calls.
 
-    A graph holds at least 1 ms of work by a first estimate, so that the replay's own cost and the
-    events' resolution vanish.
+    The lead is replayed in front, so that the timed graph finds the caches as its own calls leave
+    them, and is itself launched while the GPU is busy.
     """
-    graphs, calls_in = {}, {}
-    for name, calls in providers.items():
-        for call in calls:
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        for call in calls:  # whatever happens once: compilation, allocation
             call()
+        passes = 1
+        if self._eager_us(calls) < GRAPH_US / LEAD_CALLS:
+            passes = -(-LEAD_CALLS // len(calls))
+        self.lead = self._capture(calls, passes, None)
+        self.lead.replay()
+        call_us = self._replay_us(self.lead) / (passes * len(calls))
+        repeats = max(1, -(-int(GRAPH_US) // max(1, int(call_us * len(calls)))))
+        self.graph = self._capture(calls, repeats, self.lead.pool())
+        self.calls = repeats * len(calls)
+
+    @staticmethod
+    def _eager_us(calls: Sequence[Call]) -> float:
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        for call in calls:
+        for call in calls[:LEAD_CALLS]:
             call()
         torch.cuda.synchronize()
-        estimate = (time.perf_counter() - begin) / len(calls)
-        repeats = max(1, round(1e-3 / max(estimate, 1e-6) / len(calls)))
+        return 1e6 * (time.perf_counter() - begin) / len(calls[:LEAD_CALLS])
+
+    @staticmethod
+    def _capture(calls: Sequence[Call], repeats: int, pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             for _ in range(repeats):
                 for call in calls:
                     call()
-        graphs[name], calls_in[name] = graph, repeats * len(calls)
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for round_ in range(rounds + 3):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return graph
+
+    @staticmethod
+    def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+        start, end = _events()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e3 * float(start.elapsed_time(end))
+
+
+def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time providers on the GPU, each given as one call for every set of buffers."""
+    replays = {name: _Replays(calls) for name, calls in providers.items()}
+    events = {name: [_events() for _ in range(rounds)] for name in providers}
+    for round_, names in _turns(list(providers), WARM_UP_ROUNDS + rounds):
+        # 50 us, in which the host gets ahead.
+        torch.cuda._sleep(100_000)  # type: ignore[no-untyped-call]
+        for name in names:
+            start, end = events[name][max(0, round_ - WARM_UP_ROUNDS)]
+            replays[name].lead.replay()
             start.record()
-            graph.replay()
+            replays[name].graph.replay()
             end.record()
-            end.synchronize()
-            if round_ >= 3:  # the first rounds bring the clocks up
-                times[name].append(1e3 * start.elapsed_time(end) / calls_in[name])
+        torch.cuda.synchronize()
+    return {
+        name: _summary([1e3 * s.elapsed_time(e) / replays[name].calls for s, e in events[name]])
+        for name in providers
+    }
+
+
+def time_cpu(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time providers on the CPU, calls as for time_cuda; short ones are repeated for 0.1 ms."""
+
+    def passes(calls: Sequence[Call]) -> TimedCalls:
+        def timed(repeats: int) -> float:
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                for call in calls:
+                    call()
+            return (time.perf_counter() - begin) / len(calls)
+
+        return timed
+
+    timed = {name: passes(calls) for name, calls in providers.items()}
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    repeats = {}
+    for name, run in timed.items():
+        run(1)
+        repeats[name] = max(1, round(1e-4 / (run(1) * len(providers[name]))))
+    for round_, names in _turns(list(providers), WARM_UP_ROUNDS + rounds):
+        for name in names:
+            seconds = timed[name](repeats[name]) / repeats[name]
+            if round_ >= WARM_UP_ROUNDS:
+                times[name].append(1e6 * seconds)
     return {name: _summary(values) for name, values in times.items()}
 
 
-def time_cpu(providers: dict[str, Call], rounds: int = 21) -> dict[str, Timing]:
-    """Time providers on the CPU, in turn."""
+def time_host(
+    providers: dict[str, TimedCalls], calls: int, rounds: int, before: Callable[[], object]
+) -> dict[str, Timing]:
+    """Time what a call costs the host: `calls` in a row, `before()` ahead of each row, untimed."""
     times: dict[str, list[float]] = {name: [] for name in providers}
-    for round_ in range(rounds + 2):
-        for name, call in providers.items():
-            begin = time.perf_counter()
-            call()
-            if round_ >= 2:
-                times[name].append(1e6 * (time.perf_counter() - begin))
+    for round_, names in _turns(list(providers), WARM_UP_ROUNDS + rounds):
+        for name in names:
+            before()
+            seconds = providers[name](calls) / calls
+            if round_ >= WARM_UP_ROUNDS:
+                times[name].append(1e6 * seconds)
     return {name: _summary(values) for name, values in times.items()}

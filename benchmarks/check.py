@@ -1,0 +1,54 @@
+"""Whether a provider's answer is right: nobody is timed before."""
+
+from __future__ import annotations
+
+import torch
+
+from merge_attn_states.reference import merge_attn_states_reference, saturate
+
+from .operands import Operands
+from .providers import Bound
+
+SAMPLED_TOKENS = 64
+
+
+def check(bound: Bound, operands: Operands) -> str:
+    """Run a provider once and say what is wrong with its answer; empty where it is right.
+
+    Outputs start as NaN. Everything is searched for NaN, and tokens from end to end are compared
+    with the reference, within what shows a wrong answer, not an imprecise one.
+    """
+    tokens = operands.output.shape[0]
+    places = [i * (tokens - 1) // max(1, SAMPLED_TOKENS - 1) for i in range(SAMPLED_TOKENS)]
+    sample = torch.tensor(sorted(set(places)), device=operands.output.device)
+    count = operands.prefill_tokens_with_context
+    expected, expected_lse = merge_attn_states_reference(
+        operands.prefix_output[sample],
+        operands.prefix_lse[:, sample],
+        operands.suffix_output[sample],
+        operands.suffix_lse[:, sample],
+        None if count is None else int((sample < count).sum()),
+        operands.output_scale,
+    )
+    dtype = operands.output.dtype
+    if dtype.itemsize == 1:
+        expected = saturate(expected, dtype).double()
+    if operands.output is not operands.suffix_output:
+        operands.output.fill_(torch.nan)
+        operands.output_lse.fill_(torch.nan)
+
+    bound.call()
+    output, output_lse = bound.answer()
+    if bool(torch.isnan(output if dtype.itemsize > 1 else output.half()).any()):
+        return "NaN in the output"
+    tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)
+    try:
+        torch.testing.assert_close(
+            output[sample].double(), expected, rtol=tolerance, atol=tolerance
+        )
+        torch.testing.assert_close(
+            output_lse[:, sample].double(), expected_lse, rtol=1e-5, atol=1e-4
+        )
+    except AssertionError as error:
+        return " ".join(str(error).split())
+    return ""

@@ -1,0 +1,113 @@
+"""The results file: one JSON for each GPU, into which the groups of several runs merge.
+
+    {"schema": 1,
+     "environment": {gpu, driver, torch, ..., trees: {csrc, python}, dirty},  agrees for all groups
+     "runs": {group: {date, commit, cpu, threads, clocks, seconds, missing: {provider: why}}},
+     "records": [{group, case, regime, provider, bytes, median_us, low_us, high_us, ...}]}
+
+A record has the case's fields (tokens, heads, head_size; those with their default value left out:
+cases.py), `bytes` counted from the contract, the median and the quartiles in microseconds; or no
+times, but `status` ("not supported", "wrong", "failed") and `reason`. Ours also names its kernel
+and variant, and the host's carry `processes`, the medians of each process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+SCHEMA = 1
+MAY_BE_MISSING = ("vllm", "vllm_op_library", "flashinfer")
+
+
+class Results:
+    """A results file in memory."""
+
+    def __init__(self, environment: dict[str, Any]) -> None:
+        self.environment = environment
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.records: list[Record] = []
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("schema") != SCHEMA:
+            raise SystemExit(f"{path}: expected schema {SCHEMA}, got {data.get('schema')}")
+        results = cls(data["environment"])
+        results.runs, results.records = data["runs"], data["records"]
+        return results
+
+    def save(self, path: Path) -> None:
+        """One record a line, so that a difference can be read."""
+
+        def lines(values: Iterator[str]) -> str:
+            return ",\n".join(f"  {value}" for value in values)
+
+        runs = (f"{json.dumps(group)}: {json.dumps(run)}" for group, run in self.runs.items())
+        environment = json.dumps(self.environment, indent=2).replace("\n", "\n ")
+        text = (
+            f'{{\n "schema": {SCHEMA},\n "environment": {environment},\n'
+            f' "runs": {{\n{lines(runs)}\n }},\n'
+            f' "records": [\n{lines(json.dumps(record) for record in self.records)}\n ]\n}}\n'
+        )
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+
+    def refuses(self, environment: dict[str, Any]) -> str:
+        """Why results of that environment may not stand in this file; empty where they may."""
+        for key, here in self.environment.items():
+            there = environment[key]
+            if here != there and not (key in MAY_BE_MISSING and None in (here, there)):
+                return f"{key} is {there!r} now and {here!r} in the file"
+        return ""
+
+    def add(self, group: str, environment: dict[str, Any], run: Record, made: list[Record]) -> None:
+        """Put a group's records in, in place of those of an earlier run."""
+        for key in MAY_BE_MISSING:
+            self.environment[key] = self.environment[key] or environment[key]
+        self.runs[group] = run
+        self.records = [one for one in self.records if one["group"] != group] + made
+
+    @property
+    def gpu(self) -> str:
+        """The GPU's name as people say it: "H100"; the CPU's where there is none."""
+        name: str | None = self.environment["gpu"]
+        if name is None:
+            return "CPU"
+        return next((word for word in ("H100", "H200") if word in name), name)
+
+    def select(self, group: str, chosen: Callable[[Record], bool] = lambda _: True) -> list[Record]:
+        return [one for one in self.records if one["group"] == group and chosen(one)]
+
+    def of(self, record: Record, provider: str) -> Record | None:
+        """The same case's record of another provider."""
+        return self.find(record["group"], record["case"], record["regime"], provider)
+
+    def find(self, group: str, case: str, regime: str, provider: str) -> Record | None:
+        wanted = (group, case, regime, provider)
+        for one in self.records:
+            if (one["group"], one["case"], one["regime"], one["provider"]) == wanted:
+                return one
+        return None
+
+    def us(self, record: Record | None) -> float | None:
+        found: float | None = record.get("median_us") if record else None
+        return found
+
+    def of_limit(self, record: Record) -> float | None:
+        """Bytes over time, divided by the same of the memory's limit in the same run."""
+        limit = self.of(record, "triad") or self.of(record, "add")
+        if limit is None or "median_us" not in record or "median_us" not in limit:
+            return None
+        rate: float = record["bytes"] / record["median_us"]
+        return rate / float(limit["bytes"] / limit["median_us"])
+
+    def speed_up(self, record: Record, over: str) -> float | None:
+        """Another provider's time over this record's."""
+        theirs = self.us(self.of(record, over))
+        ours = self.us(record)
+        return theirs / ours if theirs and ours else None

@@ -1,0 +1,167 @@
+"""vLLM's merge: an installed package's, or its compiled op alone.
+
+The op takes its arguments in another order than the Python function, and releases differ in how
+many there are: they are matched by the names in its schema.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .operands import Operands
+
+DISPATCHER = "vllm.v1.attention.ops.merge_attn_states"
+ORDER_OF_TODAY = [  # 0.26 to 0.33
+    "output",
+    "output_lse",
+    "prefix_output",
+    "prefix_lse",
+    "suffix_output",
+    "suffix_lse",
+    "prefill_tokens_with_context",
+    "output_scale",
+]
+
+
+@functools.cache
+def load(op_library: str | None) -> str:
+    """Register the op; why it cannot be had, empty where it can."""
+    try:
+        if op_library:
+            torch.ops.load_library(op_library)  # type: ignore[no-untyped-call]
+        else:
+            importlib.import_module("vllm._custom_ops")
+    except (ImportError, OSError) as error:
+        return str(error).splitlines()[0]
+    if not hasattr(torch.ops._C, "merge_attn_states"):
+        return "torch.ops._C.merge_attn_states is not registered"
+    unknown = set(argument_names()) - set(Operands._fields)
+    return f"the op has unknown arguments: {', '.join(sorted(unknown))}" if unknown else ""
+
+
+def argument_names() -> list[str]:
+    """Of the op, in its own order."""
+    schema = torch.ops._C.merge_attn_states.default._schema
+    return [argument.name for argument in schema.arguments]
+
+
+def version() -> str | None:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def arguments(operands: Operands) -> tuple[Any, ...]:
+    """The operands in the op's order."""
+    return tuple(getattr(operands, name) for name in argument_names())
+
+
+def refuses(operands: Operands) -> str:
+    """Why the op must not be given these: some of them would end in a dead CUDA context."""
+    output, prefix, suffix = operands[0], operands.prefix_output, operands.suffix_output
+    heads, head_size = output.shape[1:]
+    if prefix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no {prefix.dtype} inputs"
+    if head_size % (16 // prefix.element_size()):
+        return f"head size {head_size} is no multiple of 16 bytes"
+    for rows in (output, prefix, suffix):
+        if rows.stride(2) != 1 or rows.stride(0) != heads * rows.stride(1):
+            return "a token's heads must follow one another"
+        pack = 16 // prefix.element_size() * rows.element_size()
+        if rows.data_ptr() % pack or rows.stride(1) * rows.element_size() % pack:
+            return f"every row must be {pack}-byte aligned"
+    if prefix.stride(1) != suffix.stride(1):
+        return "both parts must have one head stride"
+    for name in ("prefill_tokens_with_context", "output_scale"):
+        if getattr(operands, name) is not None and name not in argument_names():
+            return f"this release has no {name}"
+    return ""
+
+
+def dispatcher() -> Callable[..., None] | None:
+    """VLLM's own where the package is installed, else the same steps around an op of today."""
+    if version() is not None:
+        function: Callable[..., None] = importlib.import_module(DISPATCHER).merge_attn_states
+        return function
+    return merge_behind_checks if argument_names() == ORDER_OF_TODAY else None
+
+
+class _Platform:
+    """Stands for vLLM's: one method call to ask for the kind of device."""
+
+    def is_cuda(self) -> bool:
+        return True
+
+
+_platform = _Platform()
+_KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def merge_behind_checks(
+    output: torch.Tensor,
+    prefix_output: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    suffix_output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+    output_lse: torch.Tensor | None = None,
+    prefill_tokens_with_context: int | None = None,
+    output_scale: torch.Tensor | None = None,
+) -> None:
+    """What vLLM's dispatcher does with a call that its kernel takes, step by step.
+
+    Written after it: the platform, the dtype and the head size are asked for, the wrapper function
+    is imported inside the function, and the wrapper looks the op up and calls it.
+    """
+
+    def dtype_is_supported(tensor: torch.Tensor) -> bool:
+        return tensor.dtype in _KERNEL_DTYPES
+
+    def head_size_is_supported(tensor: torch.Tensor) -> bool:
+        pack = 4 if tensor.dtype == torch.float32 else 8
+        return tensor.shape[2] % pack == 0
+
+    if not (_platform.is_cuda() and dtype_is_supported(output) and head_size_is_supported(output)):
+        raise NotImplementedError("vLLM would go to its Triton kernel here")
+    from benchmarks.vllm import call_op
+
+    call_op(
+        output,
+        prefix_output,
+        prefix_lse,
+        suffix_output,
+        suffix_lse,
+        output_lse,
+        prefill_tokens_with_context,
+        output_scale,
+    )
+
+
+def call_op(
+    output: torch.Tensor,
+    prefix_output: torch.Tensor,
+    prefix_lse: torch.Tensor,
+    suffix_output: torch.Tensor,
+    suffix_lse: torch.Tensor,
+    output_lse: torch.Tensor | None = None,
+    prefill_tokens_with_context: int | None = None,
+    output_scale: torch.Tensor | None = None,
+) -> None:
+    """Stand for `vllm._custom_ops.merge_attn_states`: positional, in the op's order."""
+    torch.ops._C.merge_attn_states(
+        output,
+        output_lse,
+        prefix_output,
+        prefix_lse,
+        suffix_output,
+        suffix_lse,
+        prefill_tokens_with_context,
+        output_scale,
+    )
