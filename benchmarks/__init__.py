@@ -12,6 +12,6 @@
     environment.py  GPU, clocks, versions, the hashes of the sources
     results.py      the JSON file, and how runs merge into it
     run.py          the command that measures
-    targets.py      what we ask of ourselves
+    targets.py      what we ask of ourselves: target_list.py, of the kinds in target_kinds.py
     tables.py, pictures.py, report.py   what is published of a results file
 """

@@ -20,6 +20,7 @@ from typing import Any
 
 Record = dict[str, Any]
 SCHEMA = 1
+KEY = ("group", "case", "regime", "provider")
 MAY_BE_MISSING = ("vllm", "vllm_op_library", "flashinfer")
 
 
@@ -30,6 +31,7 @@ class Results:
         self.environment = environment
         self.runs: dict[str, dict[str, Any]] = {}
         self.records: list[Record] = []
+        self._found: dict[tuple[str, ...], Record] = {}
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -37,7 +39,8 @@ class Results:
         if data.get("schema") != SCHEMA:
             raise SystemExit(f"{path}: expected schema {SCHEMA}, got {data.get('schema')}")
         results = cls(data["environment"])
-        results.runs, results.records = data["runs"], data["records"]
+        results.runs = data["runs"]
+        results._hold(data["records"])
         return results
 
     def save(self, path: Path) -> None:
@@ -70,7 +73,11 @@ class Results:
         for key in MAY_BE_MISSING:
             self.environment[key] = self.environment[key] or environment[key]
         self.runs[group] = run
-        self.records = [one for one in self.records if one["group"] != group] + made
+        self._hold([one for one in self.records if one["group"] != group] + made)
+
+    def _hold(self, records: list[Record]) -> None:
+        self.records = records
+        self._found = {tuple(one[field] for field in KEY): one for one in records}
 
     @property
     def gpu(self) -> str:
@@ -88,11 +95,7 @@ class Results:
         return self.find(record["group"], record["case"], record["regime"], provider)
 
     def find(self, group: str, case: str, regime: str, provider: str) -> Record | None:
-        wanted = (group, case, regime, provider)
-        for one in self.records:
-            if (one["group"], one["case"], one["regime"], one["provider"]) == wanted:
-                return one
-        return None
+        return self._found.get((group, case, regime, provider))
 
     def us(self, record: Record | None) -> float | None:
         found: float | None = record.get("median_us") if record else None
