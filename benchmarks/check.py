@@ -32,7 +32,7 @@ def check(bound: Bound, operands: Operands) -> str:
     )
     dtype = operands.output.dtype
     if dtype.itemsize == 1:
-        expected = saturate(expected, dtype).double()
+        expected = saturate(expected.contiguous(), dtype).double()
     if operands.output is not operands.suffix_output:
         operands.output.fill_(torch.nan)
     if operands.output_lse is not operands.suffix_lse:

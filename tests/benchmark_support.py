@@ -41,9 +41,9 @@ HOST = {  # tight, swept
 }
 
 
-def environment(gpu, trees=TREES, **changed):
+def environment(machine, trees=TREES, **changed):
     return {
-        "gpu": NAMES.get(gpu, gpu),
+        "gpu": NAMES.get(machine, machine),
         "driver": "580.00",
         "torch": "2.11.0+cu130",
         "torch_cuda": "13.0",
