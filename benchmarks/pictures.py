@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("svg", "png")
-DPI = 110
+DPI = 130
 STYLE = {
     "svg.hashsalt": "merge_attn_states",
     "svg.fonttype": "path",  # a reader's fonts are not ours, and labels must not overlap
