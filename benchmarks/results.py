@@ -56,6 +56,7 @@ class Results:
             f' "runs": {{\n{lines(runs)}\n }},\n'
             f' "records": [\n{lines(json.dumps(record) for record in self.records)}\n ]\n}}\n'
         )
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
@@ -85,7 +86,7 @@ class Results:
         name: str | None = self.environment["gpu"]
         if name is None:
             return "CPU"
-        return next((word for word in ("H100", "H200") if word in name), name)
+        return next((word for word in ("H100", "H200") if word in name.split()), name)
 
     def select(self, group: str, chosen: Callable[[Record], bool] = lambda _: True) -> list[Record]:
         return [one for one in self.records if one["group"] == group and chosen(one)]

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from .cases import ALL_GROUPS, HOST_CASE
-from .picture_rows import SHAPED
+from .picture_rows import ROWS, SHAPED
 from .providers import TITLES
 from .results import Record, Results
 from .tables import CASE_HEADER, case_row, host_times, markdown, megabytes, microseconds, number
@@ -45,7 +45,7 @@ def readme(machines: Sequence[Results]) -> str:
         f"buffers and writes one. Over vLLM: the time of {vllm}'s own op over ours. Cold: "
         "the inputs come from DRAM; warm: they lie in L2.",
         _shapes_table(machines),
-        f"![{PICTURES['limit']}](docs/benchmarks/limit.svg)",
+        *_pictures(machines, ["limit"], "docs/benchmarks"),
         *(_summary(results) for results in machines),
         f"An eager call at {HOST_CASE.shape}, microseconds of the host, launch included, in a "
         "tight loop / with 16 MB of other memory touched before each call:",
@@ -64,13 +64,20 @@ def docs(machines: Sequence[Results]) -> str:
     if not machines:
         return NO_RESULTS
     paragraphs = ["\n".join(f"- {_origin(results)}" for results in machines)]
-    for name, title in PICTURES.items():
-        paragraphs += [f"### {title}", f"![{title}](benchmarks/{name}.svg)"]
+    for picture in _pictures(machines, PICTURES, "benchmarks"):
+        paragraphs += [f"### {picture.partition(']')[0][2:]}", picture]
     for results in machines:
         paragraphs += [f"### Targets, {results.gpu}", _targets(results)]
     for results in machines:
         paragraphs += [f"### Every case, {results.gpu}", *_every_case(results)]
     return "\n\n".join(paragraphs)
+
+
+def _pictures(machines: Sequence[Results], names: Iterable[str], folder: str) -> Iterator[str]:
+    """Those that have something to show."""
+    for name in names:
+        if any(ROWS[name](machines)):
+            yield f"![{PICTURES[name]}]({folder}/{name}.svg)"
 
 
 def _joined(values: Iterable[str | None]) -> str:

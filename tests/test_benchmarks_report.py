@@ -161,7 +161,15 @@ def test_report_of_one_unknown_gpu_measured_in_part(root):
     assert "| 256x16x128 | cold | 3.2 |" in text
     assert "8192x16x128 | cold" not in text
     assert list(ROWS["host"]([results])) == []
-    assert "<details><summary>small" in report.SECTIONS["docs/benchmarks.md"]([results])
+    docs = report.SECTIONS["docs/benchmarks.md"]([results])
+    assert "<details><summary>small" in docs
+    assert "](benchmarks/limit.svg)" in docs
+    assert "host.svg" not in docs  # nothing of it was measured
+
+
+def test_gpus_by_the_name_that_people_say():
+    named = {name: Results(environment(name)).gpu for name in ("NVIDIA GH200 480GB", "H200", None)}
+    assert named == {"NVIDIA GH200 480GB": "NVIDIA GH200 480GB", "H200": "H200", None: "CPU"}
 
 
 def test_pictures_are_the_same_each_time(tmp_path):
