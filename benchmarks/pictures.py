@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ COLORS = {  # Okabe and Ito's, told apart by everyone
 MARKERS = {"ours": "o", "vllm": "s", "flashinfer": "^", "compile": "D", "eager": "v"}
 BARS = {True: ("#0072b2", "#7fb8d8"), False: ("#8c8c8c", "#c6c6c6")}  # ours or not, by GPU
 GPU_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+SPEED_UPS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3, 4, 6, 8)
 MB = 1e6
 
 
@@ -58,15 +59,11 @@ def save(name: str, rows: Sequence[Row], folder: Path) -> list[Path]:
     return paths
 
 
-def _in_order(values: Iterator[str]) -> list[str]:
-    return list(dict.fromkeys(values))
-
-
 def draw_limit(figure: Figure, rows: Sequence[Row]) -> None:
     """A point a case: percent of the limit over bytes; a row of panels a GPU, cold and warm."""
     from matplotlib.ticker import FuncFormatter
 
-    gpus = _in_order(row[0] for row in rows)
+    gpus = sorted({row[0] for row in rows})
     figure.set_size_inches(11, 1.4 + 3.2 * len(gpus))
     panels = figure.subplots(len(gpus), 2, sharex=True, sharey=True, squeeze=False)
     regimes = {"cold": "inputs in DRAM (cold)", "warm": "inputs in L2 (warm)"}
@@ -123,7 +120,10 @@ def draw_vllm(figure: Figure, rows: Sequence[Row]) -> None:
     figure.set_size_inches(13, 1.2 + 0.155 * longest)
     values = [float(row[5]) for row in rows]
     for panel, lines in zip(figure.subplots(1, 2), (left, right), strict=True):
-        panel.axvspan(0, 1, color="#f6f1ee", zorder=0)
+        panel.set_xscale("log")  # half as fast is as far from 1.0 as twice as fast
+        panel.set_xticks(SPEED_UPS, [f"{one:g}" for one in SPEED_UPS])
+        panel.set_xticks([], minor=True)
+        panel.axvspan(1e-3, 1, color="#f6f1ee", zorder=0)
         panel.axvline(1, color="black", linewidth=1)
         for place, (label, line) in enumerate(lines):
             if not line:
@@ -153,7 +153,7 @@ def draw_vllm(figure: Figure, rows: Sequence[Row]) -> None:
         panel.set_yticks(places, [label for label, line in lines if line], fontsize=7)
         panel.tick_params(axis="y", length=0)
         panel.set_ylim(longest - 0.4, -0.6)
-        panel.set_xlim(min(0.9, *values) - 0.03, max(1.1, *values) + 0.05)
+        panel.set_xlim(min(0.9, *values) / 1.03, max(1.2, *values) * 1.03)
         panel.grid(axis="x")
         panel.set_xlabel("vLLM's time over ours; above 1.0 ours is faster")
     _gpu_legend(figure, gpus)
