@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
 def prepare_gpu(device: torch.device) -> None:
     if merge_attn_states.build_info()["cuda"] is None:
         raise SystemExit("benchmarks: merge_attn_states was built without CUDA kernels")
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)
     for name in ("triad", "bare_launch"):
         library(name)
 
