@@ -234,7 +234,7 @@ class Scale {
   static constexpr float kExact = 0x1p20f;     // the largest FP8 number is 57344
   static constexpr float kModerate = 0x1p60f;  // keeps each residual that matters a normal number
 
-  __device__ Scale() = default;
+  Scale() = default;
   explicit __device__ Scale(float scale)
       : given_(true),
         moderate_(fabsf(scale) >= 1 / kModerate && fabsf(scale) <= kModerate),
