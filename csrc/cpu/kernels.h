@@ -26,6 +26,13 @@ inline constexpr int64_t kTileTokens = 16;
 inline constexpr int64_t kTileHeads = 128;
 inline constexpr int64_t kTileHeadsOfFewTokens = 32;  // one tile of tokens: heads feed the threads
 
+// Heads between the LSEs that are weighed and those that are asked for.
+inline constexpr int64_t kHeadsAhead = 8;
+
+// An output of this many bytes is stored past the caches where it may be: with two inputs as large
+// it would leave most of them. A store through them first reads what it overwrites.
+inline constexpr int64_t kStreamedBytes = 16 << 20;
+
 MERGE_ATTN_STATES_HOST_DEVICE int64_t tile_heads(const MergeArgs& args) {
   return args.num_tokens > kTileTokens ? kTileHeads : kTileHeadsOfFewTokens;
 }
