@@ -6,14 +6,13 @@
 #include <array>
 #include <cstring>
 
+#include "../include/merge_attn_states.h"
 #include "running_torch.h"
-#include "translate.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using merge_attn_states::kMessageSize;
 using merge_attn_states::RunningTorch;
 using merge_attn_states::TensorHandle;
 
@@ -77,16 +76,13 @@ bool describe(PyObject* object, bool grad_mode, merge_attn_states_tensor& view) 
     return false;
   }
   DLTensor described;
-  int64_t bytes, offset;
   running_torch.describe(tensor, &described);
-  if (!running_torch.storage_size(tensor, &bytes) ||
-      !running_torch.storage_offset(tensor, &offset)) {
+  // Another backend, or a dtype that is not merged: PyTorch has more of them than DLPack has names.
+  constexpr uint32_t kMerged =
+      1u << kDLFloat | 1u << kDLBfloat | 1u << kDLFloat8_e4m3fn | 1u << kDLFloat8_e5m2;
+  if (described.device.device_type > kDLCUDA || described.dtype.code > kDLFloat8_e5m2 ||
+      (kMerged >> described.dtype.code & 1) == 0) {
     return false;
-  }
-  if (described.data == nullptr) {  // without elements, or without its memory
-    bytes = 0;
-    const int64_t* const sizes = described.shape;
-    if (std::find(sizes, sizes + described.ndim, 0) == sizes + described.ndim) return false;
   }
   static_assert(sizeof(described.dtype) == sizeof(view.dtype));
   std::memcpy(&view.dtype, &described.dtype, sizeof(view.dtype));
@@ -96,9 +92,19 @@ bool describe(PyObject* object, bool grad_mode, merge_attn_states_tensor& view) 
   view.rank = described.ndim;
   view.device_type = described.device.device_type;
   view.device_index = described.device.device_id;
-  view.memory = static_cast<const char*>(described.data) - offset * (described.dtype.bits / 8);
-  view.memory_bytes = bytes;
-  return true;
+  int64_t offset;
+  if (!running_torch.storage_size(tensor, &view.memory_bytes) ||
+      !running_torch.storage_offset(tensor, &offset)) {
+    return false;
+  }
+  // Addresses as numbers: behind an offset, a storage without memory has a pointer beside null.
+  const uintptr_t memory =
+      reinterpret_cast<uintptr_t>(described.data) - offset * (described.dtype.bits / 8);
+  view.memory = reinterpret_cast<const void*>(memory);
+  if (described.data != nullptr && memory != 0 && view.memory_bytes != 0) return true;
+  view.data = nullptr;
+  view.memory_bytes = 0;
+  return std::count(described.shape, described.shape + described.ndim, 0) > 0;
 }
 
 // An op registered from C++ does not tell autograd of its write, and neither does this call: a
@@ -146,7 +152,7 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
     Py_RETURN_FALSE;
   }
 
-  char message[kMessageSize];
+  char message[1024];
   merge_attn_states_status status;
   Py_BEGIN_ALLOW_THREADS;
   status = merge_attn_states_merge(&args, message, sizeof(message));

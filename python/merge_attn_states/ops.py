@@ -1,10 +1,10 @@
 """The operation as typed, documented Python functions.
 
-An eager call with plain tensors goes straight to the kernels (csrc/module.cpp); every other one, and
-each that a tracer, a mode or a transform has to see, goes through `torch.ops.merge_attn_states`. The
-arguments themselves are checked in one place for both, in C++ (csrc/merge_args.cpp). Here stands
-only what C++ cannot see: that an argument is a tensor at all, that a count is a plain integer, and
-what autograd has to know of a write.
+An eager call with plain tensors goes straight to the kernels (csrc/module.cpp); every other one,
+each that a tracer, a mode or a transform has to see among them, through
+`torch.ops.merge_attn_states`. The arguments themselves are checked in one place for both, in C++
+(csrc/merge_args.cpp). Here stands only what C++ cannot see: that an argument is a tensor at all,
+that a count is a plain integer, and what autograd has to know of a write.
 """
 
 from __future__ import annotations
