@@ -208,9 +208,10 @@ def test_a_million_calls_leave_nothing_behind():
     memory = resident_bytes()
     many(1_000_000)
     gc.collect()
-    # 3.12 and newer: None, True, False and 1 are immortal, and never change.
+    # The rarest way is taken 20,000 times. None, True, False and 1 belong to everyone: what other
+    # tests left behind may let go of them meanwhile (from 3.12 on they never change).
     grown = [sys.getrefcount(x) - old for x, old in zip(objects, references, strict=True)]
-    assert all(abs(change) < 100 for change in grown), grown
+    assert all(abs(change) < 10_000 for change in grown), grown
     assert resident_bytes() - memory < 2**22
 
 
