@@ -76,7 +76,7 @@ bool describe(PyObject* object, bool grad_mode, merge_attn_states_tensor& view) 
     return false;
   }
   DLTensor described;
-  running_torch.describe(tensor, &described);
+  if (!running_torch.describe(object, &described)) return false;
   // Another backend, or a dtype that is not merged: PyTorch has more of them than DLPack has names.
   constexpr uint32_t kMerged =
       1u << kDLFloat | 1u << kDLBfloat | 1u << kDLFloat8_e4m3fn | 1u << kDLFloat8_e5m2;

@@ -39,12 +39,16 @@ void expect(bool agrees, const char* what) {
 }
 
 template <class F>
+void seek_symbol(void* library, const char* name, F& found) {
+  found = reinterpret_cast<F>(library != nullptr ? dlsym(library, name) : nullptr);
+}
+
+template <class F>
 void find_symbol(void* library, const char* name, F& found) {
-  void* const symbol = library != nullptr ? dlsym(library, name) : nullptr;
-  if (symbol == nullptr) {
+  seek_symbol(library, name, found);
+  if (found == nullptr) {
     throw std::runtime_error(std::string("this PyTorch does not export ") + name);
   }
-  found = reinterpret_cast<F>(symbol);
 }
 
 // Plain tensors of one, two and three dimensions, and a view with an offset and other strides.
@@ -92,7 +96,8 @@ void RunningTorch::look_up() {
   const void* keys;  // of this thread; every other one has its own
   find_symbol(libc10_, kIncludedKeys, keys);
   find_symbol(libc10_, "_ZNK3c1010TensorImpl13requires_gradEv", requires_grad_);
-  find_symbol(libtorch, "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor", to_dlpack_);
+  seek_symbol(libtorch, "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor", to_dlpack_);
+  seek_symbol(libtorch, "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensorb", to_dlpack_of_214_);
   find_symbol(libtorch, "_ZN2at6native6is_negERKNS_6TensorE", is_neg_);
   find_symbol(libtorch, "_ZN2at4impl27torch_function_mode_enabledEv", function_mode_enabled_);
   find_symbol(libtorch, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", raise_version_);
@@ -135,7 +140,7 @@ void RunningTorch::prove_tensors() const {
   for (const py::object& tensor : samples()) {
     const TensorHandle here = handle(tensor.ptr());
     DLTensor own{}, known{};
-    describe(here, &own);
+    expect(describe(tensor.ptr(), &own), "a tensor in DLPack's words");
     exchange_->dltensor_from_py_object_no_sync(tensor.ptr(), &known);
     expect(own.data == known.data && own.shape == known.shape && own.strides == known.strides &&
                own.ndim == known.ndim && own.device.device_type == kDLCPU && own.byte_offset == 0 &&

@@ -46,9 +46,19 @@ class RunningTorch {
   bool requires_grad(TensorHandle tensor) const {
     return requires_grad_(*static_cast<void**>(tensor));
   }
-  // Throws where DLPack has no words for the tensor. This is what the exchange API calls behind a
-  // pybind11 cast, which costs three times as much.
-  void describe(TensorHandle tensor, DLTensor* described) const { to_dlpack_(tensor, described); }
+  // Throws or returns false where DLPack has no words for the tensor. The functions behind the
+  // exchange API, where they are exported: a pybind11 cast around them costs three times as much.
+  bool describe(PyObject* object, DLTensor* described) const {
+    if (to_dlpack_ != nullptr) {
+      to_dlpack_(handle(object), described);
+    } else if (to_dlpack_of_214_ != nullptr) {
+      to_dlpack_of_214_(handle(object), described, /*read_only=*/false);
+    } else if (exchange_->dltensor_from_py_object_no_sync(object, described) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return true;
+  }
   bool storage_size(TensorHandle tensor, int64_t* bytes) const {
     return storage_size_(tensor, bytes) == 0;
   }
@@ -88,7 +98,8 @@ class RunningTorch {
   bool (*grad_mode_enabled_)() = nullptr;
   bool (*is_neg_)(TensorHandle) = nullptr;
   bool (*requires_grad_)(const void* tensor_impl) = nullptr;
-  void (*to_dlpack_)(TensorHandle, DLTensor*) = nullptr;
+  void (*to_dlpack_)(TensorHandle, DLTensor*) = nullptr;  // PyTorch 2.11 to 2.13
+  void (*to_dlpack_of_214_)(TensorHandle, DLTensor*, bool) = nullptr;
   int32_t (*storage_size_)(TensorHandle, int64_t*) = nullptr;
   int32_t (*storage_offset_)(TensorHandle, int64_t*) = nullptr;
   void (*raise_version_)(TensorHandle) = nullptr;
