@@ -53,7 +53,7 @@ RELEASE_FLAGS = ["-O3", "-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZE_FLAGS = ["-O1", "-g", *SANITIZE, "-fno-wrapv", "-fno-omit-frame-pointer"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr"]
-NVCC_FLAGS += ["-Xfatbin", "-compress-all"]
+NVCC_FLAGS += ["-Xfatbin", "-compress-all", "--threads", "2"]  # architectures beside each other
 NVCC_FLAGS += ["-Xcompiler", "-fvisibility=hidden,-ffp-contract=off"]
 
 

@@ -199,8 +199,7 @@ struct Pack {
 // An FP8 output's scale. A quotient is rounded as an IEEE division rounds, which costs the GPU some
 // ten instructions an element: a product with the reciprocal is put right by one residual instead
 // (Markstein), exactly as long as nothing over- or underflows. Beyond kExact a quotient saturates
-// whatever its last bit says; inf and NaN have no residual, and -0 would lose its sign. With an
-// extreme scale the product is double, which is too precise to round to a wrong float.
+// whatever its last bit says; inf and NaN have no residual, and -0 would lose its sign.
 class Scale {
  public:
   template <class Out>
@@ -224,6 +223,7 @@ class Scale {
         value = has_residual ? __fmaf_rn(residual, reciprocal_, quotient) : quotient;
       }
     } else {
+      // Too precise to round to a wrong float.
       const double reciprocal = 1.0 / double{scale_};
 #pragma unroll
       for (float& value : values) value = static_cast<float>(value * reciprocal);

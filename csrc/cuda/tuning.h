@@ -97,8 +97,8 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
                             args.prefix_output.token_stride < args.prefix_output.head_stride,
             .launches_early = small};
   // Each row is weighed by a thread of its own, so that there are no more rows than threads.
-  const bool allows_two =
-      packs_per_row > 1 && packs_per_row <= kTwoPackThreads && args.num_tokens > 1;
+  const bool allows_two = packs_per_row > 1 && packs_per_row <= kTwoPackThreads &&
+                          args.num_tokens > 1 && args.input_dtype == args.output_dtype;
   if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(args, tile)) {
     tile.packs_a_thread = 2;
   }
