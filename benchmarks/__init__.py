@@ -12,6 +12,8 @@
     environment.py  GPU, clocks, versions, the hashes of the sources
     results.py      the JSON file, and how runs merge into it
     run.py          the command that measures
-    targets.py      what we ask of ourselves
-    tables.py, pictures.py, report.py   what is published of a results file
+    targets.py      what we ask of ourselves: target_list.py, of the kinds in target_kinds.py
+    tables.py       results as tables
+    report.py       what is published of results files: the text of sections.py, the pictures of
+                    pictures.py, whose rows (picture_rows.py) are embedded in them
 """

@@ -32,15 +32,18 @@ def check(bound: Bound, operands: Operands) -> str:
     )
     dtype = operands.output.dtype
     if dtype.itemsize == 1:
-        expected = saturate(expected, dtype).double()
+        expected = saturate(expected.contiguous(), dtype).double()
     if operands.output is not operands.suffix_output:
         operands.output.fill_(torch.nan)
+    if operands.output_lse is not operands.suffix_lse:
         operands.output_lse.fill_(torch.nan)
 
     bound.call()
     output, output_lse = bound.answer()
     if bool(torch.isnan(output if dtype.itemsize > 1 else output.half()).any()):
         return "NaN in the output"
+    if bool(torch.isnan(output_lse).any()):
+        return "NaN in output_lse"
     tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)
     try:
         torch.testing.assert_close(

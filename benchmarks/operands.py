@@ -63,7 +63,9 @@ def vary(operands: Operands, case: Case) -> Operands:
     """The same memory as another case of the comparison uses it."""
     changed = operands._replace(prefill_tokens_with_context=case.context_tokens)
     if case.in_place:
-        changed = changed._replace(output=operands.suffix_output, output_lse=operands.suffix_lse)
+        changed = changed._replace(output=operands.suffix_output)
+        if not case.lse_elsewhere:
+            changed = changed._replace(output_lse=operands.suffix_lse)
     if case.empty_blocks:
         block = min(EMPTY_BLOCK, max(1, case.tokens // 2))
         tokens = torch.arange(case.tokens, device=operands.prefix_lse.device)

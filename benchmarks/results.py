@@ -20,6 +20,7 @@ from typing import Any
 
 Record = dict[str, Any]
 SCHEMA = 1
+KEY = ("group", "case", "regime", "provider")
 MAY_BE_MISSING = ("vllm", "vllm_op_library", "flashinfer")
 
 
@@ -30,6 +31,7 @@ class Results:
         self.environment = environment
         self.runs: dict[str, dict[str, Any]] = {}
         self.records: list[Record] = []
+        self._found: dict[tuple[str, ...], Record] = {}
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -37,7 +39,8 @@ class Results:
         if data.get("schema") != SCHEMA:
             raise SystemExit(f"{path}: expected schema {SCHEMA}, got {data.get('schema')}")
         results = cls(data["environment"])
-        results.runs, results.records = data["runs"], data["records"]
+        results.runs = data["runs"]
+        results._hold(data["records"])
         return results
 
     def save(self, path: Path) -> None:
@@ -53,6 +56,7 @@ class Results:
             f' "runs": {{\n{lines(runs)}\n }},\n'
             f' "records": [\n{lines(json.dumps(record) for record in self.records)}\n ]\n}}\n'
         )
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
@@ -70,7 +74,11 @@ class Results:
         for key in MAY_BE_MISSING:
             self.environment[key] = self.environment[key] or environment[key]
         self.runs[group] = run
-        self.records = [one for one in self.records if one["group"] != group] + made
+        self._hold([one for one in self.records if one["group"] != group] + made)
+
+    def _hold(self, records: list[Record]) -> None:
+        self.records = records
+        self._found = {tuple(one[field] for field in KEY): one for one in records}
 
     @property
     def gpu(self) -> str:
@@ -78,7 +86,7 @@ class Results:
         name: str | None = self.environment["gpu"]
         if name is None:
             return "CPU"
-        return next((word for word in ("H100", "H200") if word in name), name)
+        return next((word for word in ("H100", "H200") if word in name.split()), name)
 
     def select(self, group: str, chosen: Callable[[Record], bool] = lambda _: True) -> list[Record]:
         return [one for one in self.records if one["group"] == group and chosen(one)]
@@ -88,11 +96,7 @@ class Results:
         return self.find(record["group"], record["case"], record["regime"], provider)
 
     def find(self, group: str, case: str, regime: str, provider: str) -> Record | None:
-        wanted = (group, case, regime, provider)
-        for one in self.records:
-            if (one["group"], one["case"], one["regime"], one["provider"]) == wanted:
-                return one
-        return None
+        return self._found.get((group, case, regime, provider))
 
     def us(self, record: Record | None) -> float | None:
         found: float | None = record.get("median_us") if record else None

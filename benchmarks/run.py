@@ -146,7 +146,8 @@ def measure_group(
         missing = missing | {"compile": "not asked"}
     comparisons = quick(GROUPS[group]) if options.quick else GROUPS[group]
     for comparison in progress.follow(group, comparisons):
-        records += measure(group, comparison, providers(missing), device, options.rounds)
+        most_sets = 3 if options.quick else None  # a tiny shape would take thousands
+        records += measure(group, comparison, providers(missing), device, options.rounds, most_sets)
     return records
 
 

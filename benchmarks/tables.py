@@ -43,6 +43,7 @@ def megabytes(moved: int) -> str:
 
 
 OTHERS = ("vllm", "flashinfer", "compile", "eager")
+CASE_HEADER = ("case", "MB", "of limit", "vs vLLM", "us", "quartiles", "limit", *OTHERS)
 
 
 def case_row(results: Results, record: Record) -> list[str]:
@@ -69,22 +70,26 @@ def case_row(results: Results, record: Record) -> list[str]:
 def print_groups(results: Results, groups: Iterable[str]) -> None:
     """What was measured, for people: all but ours through torch.ops, which is the same kernel."""
     print("\n".join(f"{key}: {value}" for key, value in results.environment.items()))
-    header = ["case", "MB", "of limit", "vs vLLM", "us", "quartiles", "limit", *OTHERS]
     for group in groups:
         print(f"\n{group}")
         if group == "host":
             print(plain(("us a call, 4x8x128", "tight", "swept"), host_rows(results)))
         else:
             ours = results.select(group, lambda record: record["provider"] == "ours")
-            print(plain(header, [case_row(results, record) for record in ours]))
+            print(plain(CASE_HEADER, [case_row(results, record) for record in ours]))
+
+
+def host_times(results: Results, provider: str) -> list[str]:
+    """Its tight and swept microseconds; empty where it was not asked."""
+    found = {r["regime"]: r for r in results.select("host") if r["provider"] == provider}
+    return [
+        found[regime].get("status") or microseconds(results.us(found[regime]))
+        for regime in ("tight", "swept")
+        if regime in found
+    ]
 
 
 def host_rows(results: Results) -> list[list[str]]:
     """A provider a row: tight and swept microseconds."""
-    rows = []
-    for provider, title in TITLES.items():
-        found = [r for r in results.select("host") if r["provider"] == provider]
-        if found:
-            by_regime = {r["regime"]: results.us(r) for r in found}
-            rows.append([title, *(microseconds(by_regime.get(r)) for r in ("tight", "swept"))])
-    return rows
+    rows = ([title, *host_times(results, provider)] for provider, title in TITLES.items())
+    return [row for row in rows if len(row) > 1]
