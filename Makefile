@@ -68,13 +68,13 @@ lint: $(VENV)/extra-dev  ## check format, style and types
 	$(venv_python) -m ruff format --check $(python_files)
 	$(venv_python) -m mypy
 
-sdist: $(VENV)/extra-dev  ## build the source distribution into dist/
+sdist: $(VENV)/extra-release  ## build the source distribution into dist/
 	$(venv_python) -m build --no-isolation --sdist
 
-wheel: $(VENV)/extra-dev  ## build the source distribution and, from it, the wheel into dist/
-	$(venv_python) -m build --no-isolation
+wheel: $(VENV)/extra-release  ## build what a release publishes, checked, into dist/: sdist and wheel
+	@$(venv_python) scripts/release_wheel.py
 
-wheel-test: $(VENV)/extra-dev  ## build the wheel from the sdist and test it in a fresh environment
+wheel-test: $(VENV)/extra-release  ## build the wheel from the sdist and test it in a fresh environment
 	TORCH="$(TORCH)" scripts/wheel_test.sh $(venv_python) $(PYTHON)
 
 clean:  ## remove what was built; .venv stays

@@ -41,6 +41,7 @@ from cuda_toolkit import choose_toolkit, note, refuse  # noqa: E402  pip's sys.p
 
 OWN_HEADERS = [str(ROOT / "include"), str(ROOT / "csrc")]
 OP_LIBRARY = "libmerge_attn_states.so"
+MODULE_SOURCES = ["module.cpp", "running_torch.cpp"]  # of _C; every other one is the op library's
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the same release in its own form
 
@@ -52,7 +53,7 @@ RELEASE_FLAGS = ["-O3", "-g0"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SANITIZE_FLAGS = ["-O1", "-g", *SANITIZE, "-fno-wrapv", "-fno-omit-frame-pointer"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "--expt-relaxed-constexpr"]
-NVCC_FLAGS += ["-Xfatbin", "-compress-all"]
+NVCC_FLAGS += ["-Xfatbin", "-compress-all", "--threads", "2"]  # architectures beside each other
 NVCC_FLAGS += ["-Xcompiler", "-fvisibility=hidden,-ffp-contract=off"]
 
 
@@ -165,7 +166,7 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
         }
         defines = [f'-DMERGE_ATTN_STATES_BUILD_{key}="{text}"' for key, text in built.items()]
         defines.append(STABLE_ABI)
-        ext.sources += op_sources("csrc/*.cpp", "module.cpp")
+        ext.sources += op_sources("csrc/*.cpp", *MODULE_SOURCES)
         ext.sources += op_sources("csrc/cpu/*.cpp", "parallel_serial.cpp")
         ext.include_dirs += [*OWN_HEADERS, str(generated), *cpp_extension.include_paths()]
         ext.library_dirs += cpp_extension.library_paths()
@@ -198,7 +199,7 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
         import pybind11
 
         # PyTorch's headers serve for ATen/dlpack.h alone.
-        ext.sources += ["csrc/module.cpp"]
+        ext.sources += [f"csrc/{name}" for name in MODULE_SOURCES]
         ext.include_dirs += [*OWN_HEADERS, pybind11.get_include(), *cpp_extension.include_paths()]
         ext.library_dirs += [str(op_library_folder)]
         ext.extra_compile_args = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitizing() else RELEASE_FLAGS)]

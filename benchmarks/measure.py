@@ -32,11 +32,13 @@ def measure(
     providers: list[Provider],
     device: torch.device,
     rounds: int,
+    most_sets: int | None = None,
 ) -> list[Record]:
     """Time every provider on every case of a comparison, in turn; a record for each."""
     sets = 1
     if comparison[0].regime == "cold":
         sets = buffer_sets(min(case.footprint for case in comparison), device)
+        sets = min(sets, most_sets or sets)
     shared = make_operands(comparison[0], sets, device)
     records: list[Record] = []
     timed: dict[str, list[Call]] = {}

@@ -41,44 +41,64 @@ constexpr int kSearchBudget = 4096;
 
 }  // namespace
 
-std::optional<Footprint> footprint(const void* data, const int64_t* sizes, const int64_t* strides,
-                                   int rank, int64_t element_bytes) {
-  const uint64_t address = reinterpret_cast<uintptr_t>(data);
-  Footprint result;
-  if (std::any_of(sizes, sizes + rank, [](int64_t size) { return size == 0; })) return result;
-
+bool find_checked_extent(const void* data, const int64_t* sizes, const int64_t* strides, int rank,
+                         int64_t element_bytes, Extent& result) {
+  result = {};
+  if (std::any_of(sizes, sizes + rank, [](int64_t size) { return size == 0; })) return true;
   uint64_t below = 0, above = static_cast<uint64_t>(element_bytes);
-  int64_t counts[kMaxRank], steps[kMaxRank];
-  int dims = 0;
   for (int i = 0; i < rank; ++i) {
     if (sizes[i] == 1) continue;
     int64_t step, reach;
     if (__builtin_mul_overflow(strides[i], element_bytes, &step) ||
         __builtin_mul_overflow(sizes[i] - 1, step, &reach) || reach == INT64_MIN) {
-      return std::nullopt;
+      return false;
     }
     uint64_t& side = reach < 0 ? below : above;
     if (__builtin_add_overflow(side, static_cast<uint64_t>(reach < 0 ? -reach : reach), &side)) {
-      return std::nullopt;
+      return false;
     }
+  }
+  const uint64_t address = reinterpret_cast<uintptr_t>(data);
+  uint64_t length;
+  return !__builtin_add_overflow(below, above, &length) && length <= INT64_MAX &&
+         !__builtin_sub_overflow(address, below, &result.begin) &&
+         !__builtin_add_overflow(address, above, &result.end);
+}
+
+bool nests_in_some_order(const int64_t* sizes, const int64_t* strides, int rank) {
+  const auto step = [&](int i) {
+    return sizes[i] == 1 ? 0 : strides[i] < 0 ? -strides[i] : strides[i];
+  };
+  for (int i = 0; i < rank; ++i) {
+    int64_t reach = 0;
+    for (int j = 0; j < rank; ++j) {
+      if (j != i && step(j) <= step(i)) reach += (sizes[j] - 1) * step(j);
+    }
+    if (sizes[i] != 1 && step(i) <= reach) return false;
+  }
+  return true;
+}
+
+Footprint footprint(const Extent& extent, const int64_t* sizes, const int64_t* strides, int rank,
+                    int64_t element_bytes) {
+  Footprint result{extent};
+  if (extent.empty()) return result;
+  int64_t counts[kMaxRank], steps[kMaxRank];
+  int dims = 0;
+  for (int i = 0; i < rank; ++i) {
+    if (sizes[i] == 1) continue;
+    const int64_t step = (strides[i] < 0 ? -strides[i] : strides[i]) * element_bytes;
     if (step == 0) {
       result.repeats = true;
       continue;
     }
     int at = dims++;  // insertion by descending stride
-    const int64_t positive = step < 0 ? -step : step;
-    for (; at > 0 && steps[at - 1] < positive; --at) {
+    for (; at > 0 && steps[at - 1] < step; --at) {
       steps[at] = steps[at - 1];
       counts[at] = counts[at - 1];
     }
-    steps[at] = positive;
+    steps[at] = step;
     counts[at] = sizes[i];
-  }
-  uint64_t extent;
-  if (__builtin_add_overflow(below, above, &extent) || extent > INT64_MAX ||
-      __builtin_sub_overflow(address, below, &result.begin) ||
-      __builtin_add_overflow(address, above, &result.end)) {
-    return std::nullopt;
   }
   result.run = element_bytes;
   for (; dims > 0 && steps[dims - 1] == result.run; --dims) result.run *= counts[dims - 1];
@@ -89,7 +109,7 @@ std::optional<Footprint> footprint(const void* data, const int64_t* sizes, const
 }
 
 bool overlaps(const Footprint& a, const Footprint& b) {
-  if (a.empty() || b.empty() || a.end <= b.begin || b.end <= a.begin) return false;
+  if (!a.meets(b)) return false;
   // A common byte: a.begin + sum_a + [0, a.run) meets b.begin + sum_b + [0, b.run). Terms of equal
   // stride are one term, so that two slices of one buffer cost a handful of steps.
   Term terms[2 * kMaxRank];

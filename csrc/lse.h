@@ -49,10 +49,15 @@ struct ScalarMath {
   using Scalar = Acc;
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
-  // Of a number in [0, 1].
+  // Of a number in [0, 1]. A GPU's own logarithm of 1 + x is within 2.3 eps (2^-22 by its manual,
+  // and two roundings) and takes 4 instructions, the C library's 35.
   static MERGE_ATTN_STATES_HOST_DEVICE Acc log1p(Acc x) {
 #ifdef __CUDA_ARCH__
-    if constexpr (sizeof(Acc) == sizeof(float)) return __log2f(1 + x) * 0.69314718056f;
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      float log2;
+      asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(1 + x));
+      return log2 * 0.693147181f;
+    }
 #endif
     return std::log1p(x);
   }

@@ -25,30 +25,34 @@ void check_dtypes(const Operand& prefix, const Operand& suffix, const Operand& o
     case DType::kFloat8E5M2:
       break;
     default:
-      refuse(prefix.name,
-             "expected float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2, got " +
-                 dtype_name(prefix.view->dtype));
+      refuse(prefix.name, [&] {
+        return "expected float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2, got " +
+               dtype_name(prefix.view->dtype);
+      });
   }
   check_dtype(suffix, prefix.dtype(), kSameAsPrefix);
 
+  const bool may_quantize = !is_fp8(prefix.dtype()) && prefix.dtype() != DType::kFloat64;
   const bool quantizes = is_fp8(output.dtype()) && output.dtype() != prefix.dtype();
-  if (quantizes && (is_fp8(prefix.dtype()) || prefix.dtype() == DType::kFloat64)) {
-    check_dtype(output, prefix.dtype(), kSameAsPrefix);
-  }
+  if (quantizes && !may_quantize) check_dtype(output, prefix.dtype(), kSameAsPrefix);
   if (!quantizes && output.dtype() != prefix.dtype()) {
-    const std::string same = dtype_name(prefix.view->dtype) + ", " + kSameAsPrefix;
-    const bool may_quantize = !is_fp8(prefix.dtype()) && prefix.dtype() != DType::kFloat64;
-    refuse(output.name, "expected " + same +
-                            (may_quantize ? " (or, with output_scale, an FP8 dtype)" : "") +
-                            ", got " + dtype_name(output.view->dtype));
+    refuse(output.name, [&] {
+      return "expected " + dtype_name(prefix.view->dtype) + ", " + kSameAsPrefix +
+             (may_quantize ? " (or, with output_scale, an FP8 dtype)" : "") + ", got " +
+             dtype_name(output.view->dtype);
+    });
   }
   if (quantizes && !scale.given()) {
-    refuse(scale.name, "expected one float32 for a " + dtype_name(output.view->dtype) +
-                           " output of " + dtype_name(prefix.view->dtype) + " inputs, got none");
+    refuse(scale.name, [&] {
+      return "expected one float32 for a " + dtype_name(output.view->dtype) + " output of " +
+             dtype_name(prefix.view->dtype) + " inputs, got none";
+    });
   }
   if (scale.given() && !is_fp8(output.dtype())) {
-    refuse(scale.name, "expected none for a " + dtype_name(output.view->dtype) +
-                           " output, since only an FP8 output is scaled, got a tensor");
+    refuse(scale.name, [&] {
+      return "expected none for a " + dtype_name(output.view->dtype) +
+             " output, since only an FP8 output is scaled, got a tensor";
+    });
   }
 }
 
@@ -64,64 +68,58 @@ struct Operands {
         suffix_lse{"suffix_lse", args.suffix_lse},
         output_lse{"output_lse", args.output_lse},
         output_scale{"output_scale", args.output_scale} {}
-
-  std::array<Operand*, 7> all() {
-    return {&output,     &prefix_output, &prefix_lse,  &suffix_output,
-            &suffix_lse, &output_lse,    &output_scale};
-  }
 };
 
-void check_presence(Operands& operands) {
-  for (Operand* operand : operands.all()) {
-    const bool optional = operand == &operands.output_lse || operand == &operands.output_scale;
-    if (!operand->given() && !optional) refuse(operand->name, "expected a tensor, got none");
-    if (operand->given()) check_described(*operand);
+void check_needed(const Operand& operand) {
+  if (!operand.given()) {
+    refuse(operand.name, [] { return "expected a tensor, got none"; });
   }
+  check_described(operand);
+}
+
+void check_presence(const Operands& operands) {
+  check_needed(operands.output);
+  check_needed(operands.prefix_output);
+  check_needed(operands.prefix_lse);
+  check_needed(operands.suffix_output);
+  check_needed(operands.suffix_lse);
+  if (operands.output_lse.given()) check_described(operands.output_lse);
+  if (operands.output_scale.given()) check_described(operands.output_scale);
 }
 
 // The output says what N, H, D and the device are.
 void check_output(const Operand& output) {
   check_rank(output, 3, kOutputAxes);
-  if (output.size(0) < 0 || output.size(1) < 0 || output.size(2) < 0) {
-    refuse(output.name, "expected sizes of 0 or more, got " + list(output.view->sizes, 3));
+  if ((output.size(0) | output.size(1) | output.size(2)) < 0) {
+    refuse(output.name, [&] { return "expected sizes of 0 or more, got " + output.sizes(); });
   }
   const TensorView& view = *output.view;
   if (view.device_type != MERGE_ATTN_STATES_CPU && view.device_type != MERGE_ATTN_STATES_CUDA) {
-    refuse(output.name, "expected a CPU or CUDA device, got " +
-                            device_name(view.device_type, view.device_index));
+    refuse(output.name, [&] {
+      return "expected a CPU or CUDA device, got " +
+             device_name(view.device_type, view.device_index);
+    });
   }
 }
 
-void check_inputs(const Operands& operands) {
-  const Operand& output = operands.output;
-  for (const Operand* operand : {&operands.prefix_output, &operands.suffix_output}) {
-    check_device(*operand, *output.view);
-    check_shape<3>(*operand, {output.size(0), output.size(1), output.size(2)}, kOutputAxes);
-  }
-  check_dtypes(operands.prefix_output, operands.suffix_output, output, operands.output_scale);
+void check_input(const Operand& input, const Operand& output) {
+  check_device(input, *output.view);
+  check_shape<3>(input, {output.size(0), output.size(1), output.size(2)}, kOutputAxes);
 }
 
-void check_lses(const Operands& operands) {
-  const Operand& output = operands.output;
-  const bool wide = operands.prefix_output.dtype() == DType::kFloat64;
-  for (const Operand* operand :
-       {&operands.prefix_lse, &operands.suffix_lse, &operands.output_lse}) {
-    if (!operand->given()) continue;
-    check_device(*operand, *output.view);
-    check_shape<2>(*operand, {output.size(1), output.size(0)}, kLseAxes);
-    check_dtype(*operand, wide ? DType::kFloat64 : DType::kFloat32,
-                wide ? "the dtype of an LSE of float64 outputs" : "the dtype of every LSE");
-  }
+void check_lse(const Operand& lse, const Operand& output, bool wide) {
+  check_device(lse, *output.view);
+  check_shape<2>(lse, {output.size(1), output.size(0)}, kLseAxes);
+  check_dtype(lse, wide ? DType::kFloat64 : DType::kFloat32,
+              wide ? "the dtype of an LSE of float64 outputs" : "the dtype of every LSE");
 }
 
 void check_scale(const Operand& scale, const Operand& output) {
-  if (!scale.given()) return;
   check_device(scale, *output.view);
   check_dtype(scale, DType::kFloat32, "the dtype of a scale");
   for (int32_t i = 0; i < scale.view->rank; ++i) {
     if (scale.size(i) != 1) {
-      refuse(scale.name,
-             "expected one element, got shape " + list(scale.view->sizes, scale.view->rank));
+      refuse(scale.name, [&] { return "expected one element, got shape " + scale.sizes(); });
     }
   }
 }
@@ -130,38 +128,44 @@ int64_t checked_count(const merge_attn_states_args& args, int64_t num_tokens) {
   if (!args.has_prefill_tokens_with_context) return num_tokens;
   const int64_t count = args.prefill_tokens_with_context;
   if (count < 0 || count > num_tokens) {
-    refuse("prefill_tokens_with_context", "expected a count in [0, " + std::to_string(num_tokens) +
-                                              "] = [0, num_tokens], got " + std::to_string(count));
+    refuse("prefill_tokens_with_context", [&] {
+      return "expected a count in [0, " + std::to_string(num_tokens) + "] = [0, num_tokens], got " +
+             std::to_string(count);
+    });
   }
   return count;
 }
 
 void check_addresses(Operands& operands) {
-  for (Operand* operand : operands.all()) {
-    if (operand->given()) check_memory(*operand);
-  }
-  const Operand& output = operands.output;
+  auto& [output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse, scale] =
+      operands;
+  check_memory<3>(output);
+  check_memory<3>(prefix_output);
+  check_memory<2>(prefix_lse);
+  check_memory<3>(suffix_output);
+  check_memory<2>(suffix_lse);
+  if (output_lse.given()) check_memory<2>(output_lse);
+  if (scale.given()) check_memory<0>(scale);
+
   check_written_once(output);
-  check_overlap(output, operands.prefix_output, true);
-  check_overlap(output, operands.suffix_output, true);
-  for (const Operand* other :
-       {&operands.prefix_lse, &operands.suffix_lse, &operands.output_scale}) {
-    check_overlap(output, *other, false);
-  }
-  const Operand& output_lse = operands.output_lse;
+  check_overlap(output, prefix_output, true);
+  check_overlap(output, suffix_output, true);
+  check_overlap(output, prefix_lse, false);
+  check_overlap(output, suffix_lse, false);
+  check_overlap(output, scale, false);
   if (!output_lse.given()) return;
   check_written_once(output_lse);
-  check_overlap(output_lse, operands.prefix_lse, true);
-  check_overlap(output_lse, operands.suffix_lse, true);
-  for (const Operand* other : {&operands.output, &operands.prefix_output, &operands.suffix_output,
-                               &operands.output_scale}) {
-    check_overlap(output_lse, *other, false);
-  }
+  check_overlap(output_lse, prefix_lse, true);
+  check_overlap(output_lse, suffix_lse, true);
+  check_overlap(output_lse, output, false);
+  check_overlap(output_lse, prefix_output, false);
+  check_overlap(output_lse, suffix_output, false);
+  check_overlap(output_lse, scale, false);
 }
 
 // Without an element there is no address to compute, whatever the strides.
 int64_t stride(const Operand& operand, int dimension) {
-  return operand.memory.empty() ? 0 : operand.stride(dimension);
+  return operand.extent.empty() ? 0 : operand.stride(dimension);
 }
 
 Rows rows(const Operand& operand) {
@@ -182,15 +186,23 @@ LseRows lse_rows(const Operand& operand) {
 
 MergeArgs validate(const merge_attn_states_args& args) {
   if (args.version != MERGE_ATTN_STATES_VERSION) {
-    refuse("version", "expected " + std::to_string(MERGE_ATTN_STATES_VERSION) + ", got " +
-                          std::to_string(args.version));
+    refuse("version", [&] {
+      return "expected " + std::to_string(MERGE_ATTN_STATES_VERSION) + ", got " +
+             std::to_string(args.version);
+    });
   }
   Operands operands(args);
   check_presence(operands);
   check_output(operands.output);
-  check_inputs(operands);
-  check_lses(operands);
-  check_scale(operands.output_scale, operands.output);
+  check_input(operands.prefix_output, operands.output);
+  check_input(operands.suffix_output, operands.output);
+  check_dtypes(operands.prefix_output, operands.suffix_output, operands.output,
+               operands.output_scale);
+  const bool wide = operands.prefix_output.dtype() == DType::kFloat64;
+  check_lse(operands.prefix_lse, operands.output, wide);
+  check_lse(operands.suffix_lse, operands.output, wide);
+  if (operands.output_lse.given()) check_lse(operands.output_lse, operands.output, wide);
+  if (operands.output_scale.given()) check_scale(operands.output_scale, operands.output);
   const int64_t count = checked_count(args, operands.output.size(0));
   check_addresses(operands);
 

@@ -1,121 +1,190 @@
-// Python's side: a plain torch.Tensor by way of the DLPack C exchange API to a TensorView, and on
-// to the op library's C entry. No Torch header but DLPack's; decides nothing.
-#include <ATen/dlpack.h>
+// Python's side: the eager fast path, a plain torch.Tensor to a TensorView and on to the op
+// library's C entry. No Torch header but DLPack's; decides nothing but which way a call takes.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
-#include <optional>
-#include <stdexcept>
 
-#include "translate.h"
+#include "../include/merge_attn_states.h"
+#include "running_torch.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using merge_attn_states::Call;
-using merge_attn_states::merge_call;
-using merge_attn_states::select_call;
+using merge_attn_states::RunningTorch;
+using merge_attn_states::TensorHandle;
 
-// PyTorch's table of functions; null where this PyTorch has none.
-const DLPackExchangeAPI* exchange_api() {
-  static const DLPackExchangeAPI* const api = []() -> const DLPackExchangeAPI* {
-    const py::object tensor = py::module_::import("torch").attr("Tensor");
-    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return nullptr;
-    const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
-    const void* table = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
-    if (table == nullptr) throw py::error_already_set();
-    const auto* found = static_cast<const DLPackExchangeAPI*>(table);
-    return found->header.version.major == DLPACK_MAJOR_VERSION ? found : nullptr;
-  }();
-  return api;
-}
+RunningTorch running_torch;
 
-const DLPackExchangeAPI& needed_exchange_api() {
-  if (exchange_api() == nullptr) {
-    throw std::runtime_error("this PyTorch offers no DLPack C exchange API");
-  }
-  return *exchange_api();
-}
-
-// One operand, borrowed from Python for the call.
-class Operand {
- public:
-  explicit Operand(py::handle tensor) : given_(!tensor.is_none()) {
-    if (!given_) return;
-    DLTensor described;
-    if (needed_exchange_api().dltensor_from_py_object_no_sync(tensor.ptr(), &described) != 0) {
-      throw py::error_already_set();
-    }
-    static_assert(sizeof(described.dtype) == sizeof(view_.dtype));
-    std::memcpy(&view_.dtype, &described.dtype, sizeof(view_.dtype));
-    view_.data = static_cast<char*>(described.data) + described.byte_offset;
-    view_.sizes = described.shape;
-    view_.strides = described.strides;
-    view_.rank = described.ndim;
-    view_.device_type = described.device.device_type;
-    view_.device_index = described.device.device_id;
-  }
-
-  const merge_attn_states_tensor* get() const { return given_ ? &view_ : nullptr; }
-
- private:
-  bool given_;
-  merge_attn_states_tensor view_{};
+// The schema's order.
+enum Argument {
+  kOutput,
+  kPrefixOutput,
+  kPrefixLse,
+  kSuffixOutput,
+  kSuffixLse,
+  kOutputLse,
+  kCount,
+  kOutputScale,
+  kArguments
 };
+constexpr Argument kFirstOptional = kOutputLse;
 
-Call<Operand> describe(py::handle output, py::handle prefix_output, py::handle prefix_lse,
-                       py::handle suffix_output, py::handle suffix_lse, py::handle output_lse,
-                       py::handle count, py::handle output_scale) {
-  return {.output = Operand(output),
-          .prefix_output = Operand(prefix_output),
-          .prefix_lse = Operand(prefix_lse),
-          .suffix_output = Operand(suffix_output),
-          .suffix_lse = Operand(suffix_lse),
-          .output_lse = Operand(output_lse),
-          .prefill_tokens_with_context = count.cast<std::optional<int64_t>>(),
-          .output_scale = Operand(output_scale)};
+using Arguments = std::array<PyObject*, kArguments>;
+
+Arguments argument_names() {
+  return {PyUnicode_InternFromString("output"),
+          PyUnicode_InternFromString("prefix_output"),
+          PyUnicode_InternFromString("prefix_lse"),
+          PyUnicode_InternFromString("suffix_output"),
+          PyUnicode_InternFromString("suffix_lse"),
+          PyUnicode_InternFromString("output_lse"),
+          PyUnicode_InternFromString("prefill_tokens_with_context"),
+          PyUnicode_InternFromString("output_scale")};
 }
 
-void* current_stream(const merge_attn_states_tensor* output) {
-  if (output == nullptr || output->device_type != MERGE_ATTN_STATES_CUDA) return nullptr;
-  void* stream = nullptr;
-  if (needed_exchange_api().current_work_stream(kDLCUDA, output->device_index, &stream) != 0) {
-    throw py::error_already_set();
+// False for what the signature does not take.
+bool bind(PyObject* const* given, Py_ssize_t positional, PyObject* keywords, Arguments& bound) {
+  if (positional > kArguments) return false;
+  bound.fill(nullptr);
+  std::copy(given, given + positional, bound.begin());
+  const Py_ssize_t named = keywords != nullptr ? PyTuple_GET_SIZE(keywords) : 0;
+  if (named > 0) {
+    static const Arguments names = argument_names();
+    for (Py_ssize_t k = 0; k < named; ++k) {
+      // Names in a program's text are interned: equal ones are one object.
+      const auto at = std::find(names.begin(), names.end(), PyTuple_GET_ITEM(keywords, k));
+      if (at == names.end()) return false;
+      PyObject*& argument = bound[at - names.begin()];
+      if (argument != nullptr) return false;
+      argument = given[positional + k];
+    }
   }
-  return stream;
+  for (int i = kFirstOptional; i < kArguments; ++i) {
+    if (bound[i] == nullptr) bound[i] = Py_None;
+  }
+  return std::find(bound.begin(), bound.end(), nullptr) == bound.end();
 }
 
-template <class... Operands>
-void merge(Operands... operands) {
-  const Call<Operand> call = describe(operands...);
-  void* const stream = current_stream(call.output.get());
-  const py::gil_scoped_release release;
-  merge_call(call, stream);
+// False where torch.ops has to answer: what is more than memory with strides, or less.
+bool describe(PyObject* object, bool grad_mode, merge_attn_states_tensor& view) {
+  if (!running_torch.is_plain_tensor(object)) return false;
+  const TensorHandle tensor = running_torch.handle(object);
+  if (running_torch.is_neg(tensor) || (grad_mode && running_torch.requires_grad(tensor))) {
+    return false;
+  }
+  DLTensor described;
+  if (!running_torch.describe(object, &described)) return false;
+  // Another backend, or a dtype that is not merged: PyTorch has more of them than DLPack has names.
+  constexpr uint32_t kMerged =
+      1u << kDLFloat | 1u << kDLBfloat | 1u << kDLFloat8_e4m3fn | 1u << kDLFloat8_e5m2;
+  if (described.device.device_type > kDLCUDA || described.dtype.code > kDLFloat8_e5m2 ||
+      (kMerged >> described.dtype.code & 1) == 0) {
+    return false;
+  }
+  static_assert(sizeof(described.dtype) == sizeof(view.dtype));
+  std::memcpy(&view.dtype, &described.dtype, sizeof(view.dtype));
+  view.data = described.data;
+  view.sizes = described.shape;
+  view.strides = described.strides;
+  view.rank = described.ndim;
+  view.device_type = described.device.device_type;
+  view.device_index = described.device.device_id;
+  int64_t offset;
+  if (!running_torch.storage_size(tensor, &view.memory_bytes) ||
+      !running_torch.storage_offset(tensor, &offset)) {
+    return false;
+  }
+  // Addresses as numbers: behind an offset, a storage without memory has a pointer beside null.
+  const uintptr_t memory =
+      reinterpret_cast<uintptr_t>(described.data) - offset * (described.dtype.bits / 8);
+  view.memory = reinterpret_cast<const void*>(memory);
+  if (described.data != nullptr && memory != 0 && view.memory_bytes != 0) return true;
+  view.data = nullptr;
+  view.memory_bytes = 0;
+  return std::count(described.shape, described.shape + described.ndim, 0) > 0;
 }
 
-template <class... Operands>
-py::tuple selected_kernel(Operands... operands) {
-  const merge_attn_states_selection selection = select_call(describe(operands...));
-  return py::make_tuple(selection.kernel, selection.variant);
+// An op registered from C++ does not tell autograd of its write, and neither does this call: a
+// tensor saved for backward and then overwritten would give a silently wrong gradient.
+void raise_version(PyObject* written) {
+  try {
+    running_torch.raise_version(running_torch.handle(written));
+  } catch (...) {  // an inference tensor has no version
+  }
 }
 
-// The operands' names, once for both functions.
-template <class F>
-void define(py::module_& module, const char* name, F function) {
-  module.def(name, function, py::arg("output"), py::arg("prefix_output"), py::arg("prefix_lse"),
-             py::arg("suffix_output"), py::arg("suffix_lse"), py::arg("output_lse") = py::none(),
-             py::arg("prefill_tokens_with_context") = py::none(),
-             py::arg("output_scale") = py::none());
+// True where it merged; False where it stepped aside and nothing happened; or the op's error.
+PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t positional,
+                                 PyObject* keywords) {
+  Arguments bound;
+  if (!running_torch.ready() || running_torch.is_watched() ||
+      !bind(given, positional, keywords, bound)) {
+    Py_RETURN_FALSE;
+  }
+  std::array<merge_attn_states_tensor, kArguments> views;
+  merge_attn_states_args args{.version = MERGE_ATTN_STATES_VERSION};
+  const std::array<const merge_attn_states_tensor**, kArguments> targets = {
+      &args.output,     &args.prefix_output, &args.prefix_lse, &args.suffix_output,
+      &args.suffix_lse, &args.output_lse,    nullptr,          &args.output_scale};
+  try {
+    const bool grad_mode = running_torch.grad_mode();
+    for (int i = 0; i < kArguments; ++i) {
+      if (i == kCount || (bound[i] == Py_None && i >= kFirstOptional)) continue;
+      if (!describe(bound[i], grad_mode, views[i])) Py_RETURN_FALSE;
+      *targets[i] = &views[i];
+    }
+  } catch (...) {  // a layout that DLPack has no words for
+    Py_RETURN_FALSE;
+  }
+  if (bound[kCount] != Py_None) {
+    int overflow = 0;
+    if (!PyLong_CheckExact(bound[kCount])) Py_RETURN_FALSE;
+    args.has_prefill_tokens_with_context = 1;
+    args.prefill_tokens_with_context = PyLong_AsLongLongAndOverflow(bound[kCount], &overflow);
+    if (overflow != 0) Py_RETURN_FALSE;
+  }
+  if (args.output->device_type == MERGE_ATTN_STATES_CUDA &&
+      running_torch.current_stream({kDLCUDA, args.output->device_index}, &args.stream) != 0) {
+    PyErr_Clear();
+    Py_RETURN_FALSE;
+  }
+
+  char message[1024];
+  merge_attn_states_status status;
+  // 0.07 us, but a launch waits where the stream's queue is full, and what it waits for may want
+  // the lock: a host function of Python's in that stream.
+  Py_BEGIN_ALLOW_THREADS;
+  status = merge_attn_states_merge(&args, message, sizeof(message));
+  Py_END_ALLOW_THREADS;
+  if (status != MERGE_ATTN_STATES_OK) {
+    const bool invalid = status == MERGE_ATTN_STATES_INVALID_ARGUMENT;
+    PyErr_SetString(invalid ? PyExc_ValueError : PyExc_RuntimeError, message);
+    return nullptr;
+  }
+  if (!running_torch.inference_mode()) {
+    raise_version(bound[kOutput]);
+    if (args.output_lse != nullptr) raise_version(bound[kOutputLse]);
+  }
+  Py_RETURN_TRUE;
 }
+
+// Not by pybind11, whose own dispatcher takes 0.2 us for eight arguments and 0.9 us by keyword.
+PyMethodDef fast_calls[] = {
+    {"merge_attn_states",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(merge_attn_states_fast)),
+     METH_FASTCALL | METH_KEYWORDS,
+     "Merge if these are plain tensors in a plain state of PyTorch, and return whether it did."},
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  using H = py::handle;
-  define(module, "merge_attn_states", &merge<H, H, H, H, H, H, H, H>);
-  define(module, "selected_kernel", &selected_kernel<H, H, H, H, H, H, H, H>);
+  running_torch.find();
+  if (PyModule_AddFunctions(module.ptr(), fast_calls) != 0) throw py::error_already_set();
+  module.def("why_no_fast_path", [] { return running_torch.why_not(); });
   module.def("build_info", &merge_attn_states_build_info);
-  module.def("has_exchange_api", [] { return exchange_api() != nullptr; });
 }

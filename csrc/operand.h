@@ -1,6 +1,9 @@
 // One operand of a call, and the checks that concern it alone or beside another one. With
 // merge_args.cpp, which says what each operand of the operation must be, this is the only
 // validation.
+//
+// A check is a short test, inlined, and a cold lambda with its sentence: a legal call pays for a
+// run of compares and touches no text.
 #pragma once
 
 #include <array>
@@ -13,35 +16,45 @@
 
 namespace merge_attn_states {
 
-[[noreturn]] inline void refuse(const char* name, const std::string& sentence) {
-  throw std::invalid_argument(std::string(name) + ": " + sentence);
+// The sentence is made only here; neither this nor what makes it is inlined into the checks.
+template <class Sentence>
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const char* name, const Sentence& sentence) {
+  throw std::invalid_argument(std::string(name) + ": " + sentence());
 }
 
-// One operand under its name, with the bytes that it touches.
+// One operand under its name.
 struct Operand {
   const char* name;
   const TensorView* view;  // null: not given
-  Footprint memory{};
+  Extent extent{};         // set by check_memory
 
+  bool given() const { return view != nullptr; }
+  DType dtype() const { return static_cast<DType>(view->dtype); }
   int64_t size(int i) const { return view->sizes[i]; }
   int64_t stride(int i) const { return view->sizes[i] == 1 ? 0 : view->strides[i]; }
-  DType dtype() const { return static_cast<DType>(view->dtype); }
-  bool given() const { return view != nullptr; }
+
+  std::string sizes() const { return list(view->sizes, view->rank); }
+  std::string layout() const {
+    return "sizes " + sizes() + " with strides " + list(view->strides, view->rank);
+  }
 };
 
 inline void check_described(const Operand& operand) {
   const TensorView& view = *operand.view;
   if (view.rank < 0 || (view.rank > 0 && (view.sizes == nullptr || view.strides == nullptr))) {
-    refuse(operand.name, "expected a rank of 0 or more with its sizes and strides, got rank " +
-                             std::to_string(view.rank));
+    refuse(operand.name, [&] {
+      return "expected a rank of 0 or more with its sizes and strides, got rank " +
+             std::to_string(view.rank);
+    });
   }
 }
 
 inline void check_rank(const Operand& operand, int rank, const char* axes) {
   if (operand.view->rank != rank) {
-    refuse(operand.name, "expected " + std::to_string(rank) + " dimensions " + axes + ", got " +
-                             std::to_string(operand.view->rank) + ": " +
-                             list(operand.view->sizes, operand.view->rank));
+    refuse(operand.name, [&] {
+      return "expected " + std::to_string(rank) + " dimensions " + axes + ", got " +
+             std::to_string(operand.view->rank) + ": " + operand.sizes();
+    });
   }
 }
 
@@ -49,11 +62,13 @@ template <size_t rank>
 void check_shape(const Operand& operand, const std::array<int64_t, rank>& expected,
                  const char* axes) {
   check_rank(operand, rank, axes);
-  for (size_t i = 0; i < rank; ++i) {
-    if (operand.size(i) != expected[i]) {
-      refuse(operand.name, "expected shape " + list(expected.data(), rank) + " = " + axes +
-                               ", got " + list(operand.view->sizes, rank));
-    }
+  bool same = true;
+  for (size_t i = 0; i < rank; ++i) same &= operand.size(i) == expected[i];
+  if (!same) {
+    refuse(operand.name, [&] {
+      return "expected shape " + list(expected.data(), rank) + " = " + axes + ", got " +
+             operand.sizes();
+    });
   }
 }
 
@@ -62,46 +77,53 @@ inline void check_device(const Operand& operand, const TensorView& output) {
   const bool indexed = view.device_type != MERGE_ATTN_STATES_CPU;  // there is one CPU
   if (view.device_type != output.device_type ||
       (indexed && view.device_index != output.device_index)) {
-    refuse(operand.name, "expected device " + device_name(output.device_type, output.device_index) +
-                             ", the device of output, got " +
-                             device_name(view.device_type, view.device_index));
+    refuse(operand.name, [&] {
+      return "expected device " + device_name(output.device_type, output.device_index) +
+             ", the device of output, got " + device_name(view.device_type, view.device_index);
+    });
   }
 }
 
 inline void check_dtype(const Operand& operand, DType expected, const char* why) {
   if (operand.dtype() != expected) {
-    refuse(operand.name, "expected " + dtype_name(static_cast<uint32_t>(expected)) + ", " + why +
-                             ", got " + dtype_name(operand.view->dtype));
+    refuse(operand.name, [&] {
+      return "expected " + dtype_name(static_cast<uint32_t>(expected)) + ", " + why + ", got " +
+             dtype_name(operand.view->dtype);
+    });
   }
 }
 
 // Elements that exist, lie in the memory that is said to hold them, and are aligned to their size.
-inline void check_memory(Operand& operand) {
+// `rank` is the view's, or 0 where every size is 1. Not inlined seven times: in an engine a call
+// finds its code outside the processor's first cache, and short code is sooner there.
+template <int rank>
+[[gnu::noinline]] void check_memory(Operand& operand) {
   const TensorView& view = *operand.view;
   const int64_t bytes = size_of(operand.dtype());
-  const bool scalar = view.rank > kMaxRank;  // output_scale: any number of dimensions of size 1
-  const auto memory = footprint(view.data, view.sizes, view.strides, scalar ? 0 : view.rank, bytes);
-  if (!memory) {
-    refuse(operand.name, "expected elements within 64-bit addresses, got sizes " +
-                             list(view.sizes, view.rank) + " with strides " +
-                             list(view.strides, view.rank));
+  Extent& extent = operand.extent;
+  if (!find_extent(view.data, view.sizes, view.strides, rank, bytes, extent)) {
+    refuse(operand.name,
+           [&] { return "expected elements within 64-bit addresses, got " + operand.layout(); });
   }
-  operand.memory = *memory;
-  if (memory->empty()) return;
-  if (view.data == nullptr) refuse(operand.name, "expected memory, got a null data pointer");
-  if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0) {
-    refuse(operand.name, "expected an address that is a multiple of " + std::to_string(bytes) +
-                             " bytes, the size of " + dtype_name(view.dtype) + ", got " +
-                             std::to_string(reinterpret_cast<uintptr_t>(view.data)));
+  if (extent.empty()) return;
+  const uint64_t address = reinterpret_cast<uintptr_t>(view.data);
+  if (address == 0) {
+    refuse(operand.name, [] { return "expected memory, got a null data pointer"; });
+  }
+  if ((address & (bytes - 1)) != 0) {  // a power of two
+    refuse(operand.name, [&] {
+      return "expected an address that is a multiple of " + std::to_string(bytes) +
+             " bytes, the size of " + dtype_name(view.dtype) + ", got " + std::to_string(address);
+    });
   }
   if (view.memory_bytes == 0) return;
   const uint64_t begin = reinterpret_cast<uintptr_t>(view.memory);
-  if (view.memory_bytes < 0 || memory->begin < begin ||
-      memory->end - begin > static_cast<uint64_t>(view.memory_bytes)) {
-    refuse(operand.name, "expected elements inside its memory of " +
-                             std::to_string(view.memory_bytes) + " bytes, got sizes " +
-                             list(view.sizes, view.rank) + " with strides " +
-                             list(view.strides, view.rank) + " that reach outside");
+  if (view.memory_bytes < 0 || extent.begin < begin ||
+      extent.end - begin > static_cast<uint64_t>(view.memory_bytes)) {
+    refuse(operand.name, [&] {
+      return "expected elements inside its memory of " + std::to_string(view.memory_bytes) +
+             " bytes, got " + operand.layout() + " that reach outside";
+    });
   }
 }
 
@@ -114,22 +136,37 @@ inline bool is_same(const Operand& a, const Operand& b) {
   return true;
 }
 
-inline void check_written_once(const Operand& written) {
-  if (overlaps_itself(written.memory)) {
-    refuse(written.name, "expected memory of its own for each element, got sizes " +
-                             list(written.view->sizes, written.view->rank) + " with strides " +
-                             list(written.view->strides, written.view->rank) +
-                             " that overlap themselves");
-  }
+inline Footprint footprint(const Operand& operand) {
+  const TensorView& view = *operand.view;
+  return footprint(operand.extent, view.sizes, view.strides, view.rank > kMaxRank ? 0 : view.rank,
+                   size_of(operand.dtype()));
 }
 
-inline void check_overlap(const Operand& written, const Operand& other, bool may_be_same) {
-  if (!other.given() || !overlaps(written.memory, other.memory)) return;
+inline void check_written_once(const Operand& written) {
+  const TensorView& view = *written.view;
+  if (written.extent.empty() || nests(view.sizes, view.strides, view.rank)) return;
+  if (!overlaps_itself(footprint(written))) return;
+  refuse(written.name, [&] {
+    return "expected memory of its own for each element, got " + written.layout() +
+           " that overlap themselves";
+  });
+}
+
+// For two operands within one range of addresses.
+[[gnu::noinline]] inline void check_sharing(const Operand& written, const Operand& other,
+                                            bool may_be_same) {
   if (may_be_same && is_same(written, other)) return;
-  refuse(written.name,
-         std::string("expected no memory in common with ") + other.name +
-             (may_be_same ? " or exactly its memory with its strides, got a partial overlap"
-                          : ", got an overlap"));
+  if (!overlaps(footprint(written), footprint(other))) return;
+  refuse(written.name, [&] {
+    return std::string("expected no memory in common with ") + other.name +
+           (may_be_same ? " or exactly its memory with its strides, got a partial overlap"
+                        : ", got an overlap");
+  });
+}
+
+// What is not given touches nothing.
+inline void check_overlap(const Operand& written, const Operand& other, bool may_be_same) {
+  if (written.extent.meets(other.extent)) check_sharing(written, other, may_be_same);
 }
 
 }  // namespace merge_attn_states

@@ -14,7 +14,6 @@
 #include <tuple>
 
 #include "tensor_view.h"
-#include "translate.h"
 
 namespace merge_attn_states {
 namespace {
@@ -101,17 +100,67 @@ class Operand {
     view_.rank = static_cast<int32_t>(rank);
     view_.dtype = dlpack_dtype(dtype);
     view_.device_type = dlpack_device(device_type);
-    if (view_.data == nullptr) {  // a freed storage, or no elements: nothing to measure from
+    // Addresses as numbers: behind an offset, a storage without memory has a pointer beside null.
+    const int64_t offset_bytes =
+        offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+    const uintptr_t memory = reinterpret_cast<uintptr_t>(view_.data) - offset_bytes;
+    if (view_.data == nullptr || memory == 0 || view_.memory_bytes == 0) {
+      view_.data = nullptr;  // no elements, or freed: refused where there is one to read
       view_.memory_bytes = 0;
     } else {
-      view_.memory = static_cast<const char*>(view_.data) -
-                     offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+      view_.memory = reinterpret_cast<const void*>(memory);
     }
   }
 
   bool given_;
   TensorView view_{};
 };
+
+// The operands of one call, alive as long as the args that point at them.
+struct Call {
+  Operand output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse;
+  std::optional<int64_t> prefill_tokens_with_context;
+  Operand output_scale;
+
+  merge_attn_states_args args(void* stream) const {
+    return {.version = MERGE_ATTN_STATES_VERSION,
+            .has_prefill_tokens_with_context = prefill_tokens_with_context.has_value(),
+            .prefill_tokens_with_context = prefill_tokens_with_context.value_or(0),
+            .output = output.get(),
+            .prefix_output = prefix_output.get(),
+            .prefix_lse = prefix_lse.get(),
+            .suffix_output = suffix_output.get(),
+            .suffix_lse = suffix_lse.get(),
+            .output_lse = output_lse.get(),
+            .output_scale = output_scale.get(),
+            .stream = stream};
+  }
+};
+
+constexpr size_t kMessageSize = 1024;
+
+// A std::invalid_argument arrives in Python as a ValueError with just its text, a
+// std::runtime_error as a RuntimeError.
+void expect_ok(merge_attn_states_status status, const char* message) {
+  if (status == MERGE_ATTN_STATES_OK) return;
+  if (status == MERGE_ATTN_STATES_INVALID_ARGUMENT) throw std::invalid_argument(message);
+  throw std::runtime_error(message);
+}
+
+void merge_call(const Call& call, void* stream) {
+  const merge_attn_states_args args = call.args(stream);
+  char message[kMessageSize];
+  expect_ok(merge_attn_states_merge(&args, message, sizeof(message)), message);
+}
+
+// Needs no stream: nothing is launched.
+merge_attn_states_selection select_call(const Call& call) {
+  const merge_attn_states_args args = call.args(nullptr);
+  merge_attn_states_selection selection;
+  char message[kMessageSize];
+  expect_ok(merge_attn_states_select(&args, &selection, message, sizeof(message)), message);
+  return selection;
+}
 
 // PyTorch's current stream of a device, from a libtorch_cuda that is already loaded if there is
 // one.
@@ -134,10 +183,10 @@ void* current_stream(const TensorView* output) {
 }
 
 // The operands in the schema's order, count included.
-Call<Operand> describe(const Tensor& output, const Tensor& prefix_output, const Tensor& prefix_lse,
-                       const Tensor& suffix_output, const Tensor& suffix_lse,
-                       const std::optional<Tensor>& output_lse, const std::optional<int64_t>& count,
-                       const std::optional<Tensor>& output_scale) {
+Call describe(const Tensor& output, const Tensor& prefix_output, const Tensor& prefix_lse,
+              const Tensor& suffix_output, const Tensor& suffix_lse,
+              const std::optional<Tensor>& output_lse, const std::optional<int64_t>& count,
+              const std::optional<Tensor>& output_scale) {
   return {.output = Operand(output),
           .prefix_output = Operand(prefix_output),
           .prefix_lse = Operand(prefix_lse),
@@ -150,7 +199,7 @@ Call<Operand> describe(const Tensor& output, const Tensor& prefix_output, const 
 
 template <class... Operands>
 void merge(Operands... operands) {
-  const Call<Operand> call = describe(operands...);
+  const Call call = describe(operands...);
   merge_call(call, current_stream(call.output.get()));
 }
 

@@ -1,15 +1,13 @@
 #!/bin/sh
-# sdist -> wheel -> fresh environment: builds both with the interpreter $1, installs the wheel where
-# nothing of the checkout is, and tests it there. $2 is the interpreter for the fresh environment.
+# sdist -> wheel -> fresh environment: builds both with the interpreter $1, as a release does but for
+# the architectures that the environment asks for, installs the wheel where nothing of the checkout
+# is, and tests it there. $2 is the interpreter for the fresh environment.
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$1" -m build --no-isolation --outdir "$work/dist" > "$work/build.log" 2>&1 || {
-  tail -n 60 "$work/build.log"
-  exit 1
-}
+"$1" scripts/release_wheel.py --trial --outdir "$work/dist"
 "$2" scripts/environment.py "$work/venv" --extra test ${TORCH:+--torch "$TORCH"}
 "$work/venv/bin/python" -m pip install -qq --no-index --no-deps --force-reinstall "$work"/dist/*.whl
 cd "$work"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import merge_attn_states
+from merge_attn_states._library import fast_path
 
 
 def cuda_missing() -> str:
@@ -41,16 +42,47 @@ def cuda():
     return "cuda"
 
 
+def without_fast_path(*args, **kwargs):
+    """The Python function as it is where the fast path is missing or steps aside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_attn_states.ops, "_fast", None)
+        return merge_attn_states.merge_attn_states(*args, **kwargs)
+
+
 ENTRIES = {
     "python": merge_attn_states.merge_attn_states,
+    "python without the fast path": without_fast_path,
     "torch.ops": torch.ops.merge_attn_states.merge_attn_states,
 }
 
 
 @pytest.fixture(params=ENTRIES)
 def entry(request):
-    """Both ways in take the same arguments and give the same results and the same errors."""
+    """Every way in takes the same arguments and gives the same results and the same errors."""
     return ENTRIES[request.param]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What the fast path said to each call of the Python function.
+
+    True: it merged. False: it stepped aside. None: it raised.
+    """
+    path, why = fast_path()
+    if path is None:
+        pytest.skip(why)
+    answers = []
+
+    def record(*args):
+        answer = None  # of a call that raises
+        try:
+            answer = path(*args)
+        finally:
+            answers.append(answer)
+        return answer
+
+    monkeypatch.setattr(merge_attn_states.ops, "_fast", record)
+    return answers
 
 
 @pytest.fixture

@@ -90,6 +90,17 @@ def test_a_storage_that_was_taken_away(left, name, entry):
 
 
 @pytest.mark.parametrize("name", [*ROWS, *LSES])
+def test_a_storage_taken_away_from_behind_an_offset(name, entry):
+    """Its pointer is not null but as far from it as the offset."""
+    call = make_call((N, H, D), F32, "cpu", empty=False)
+    operand = torch.stack([getattr(call, name)] * 2)[1]
+    operand.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"^{name}: expected memory, got a null data pointer"):
+        entry(*call._replace(**{name: operand}))
+    assert call.output.isnan().all()
+
+
+@pytest.mark.parametrize("name", [*ROWS, *LSES])
 def test_an_address_inside_an_element(name, entry):
     call = make_call((N, H, D), F32, "cpu", empty=False)
     own = getattr(call, name)

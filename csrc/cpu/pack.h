@@ -117,7 +117,22 @@ void store_codes(void* to, Words words) {
   __builtin_memcpy(to, &codes, sizeof(codes));
 }
 
-// Pack<T>: eight elements at an address of T.
+// Pack<T>: eight elements at an address of T. Where kStreams<T>, stream() is a store past the
+// caches, to an address that is aligned to the pack, and finish_streams() orders such stores before
+// all that follows.
+#ifdef MERGE_ATTN_STATES_V3
+template <class T>
+inline constexpr bool kStreams =
+    std::is_same_v<T, float> || std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>;
+
+inline void finish_streams() { _mm_sfence(); }
+#else
+template <class T>
+inline constexpr bool kStreams = false;
+
+inline void finish_streams() {}
+#endif
+
 template <class T>
 struct Pack {  // float, double
   using Values = Vector<T>;
@@ -127,6 +142,9 @@ struct Pack {  // float, double
     return values;
   }
   static void store(T* to, Values values) { __builtin_memcpy(to, &values, sizeof(values)); }
+#ifdef MERGE_ATTN_STATES_V3
+  static void stream(T* to, Values values) { _mm256_stream_ps(to, bits_as<__m256>(values)); }
+#endif
 };
 
 template <>
@@ -141,6 +159,13 @@ struct Pack<BFloat16> {
     const Words nan = Words(values != values);
     store_codes<uint16_t>(to, choose(nan, (bits >> 16) | 0x40u, rounded));
   }
+#ifdef MERGE_ATTN_STATES_V3
+  static void stream(BFloat16* to, Floats values) {
+    BFloat16 codes[kLanes];
+    store(codes, values);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), bits_as<__m128i>(codes));
+  }
+#endif
 };
 
 template <>
@@ -151,9 +176,14 @@ struct Pack<Half> {
     return bits_as<Floats>(
         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
+  static __m128i encode(Floats values) {
+    return _mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT);
+  }
   static void store(Half* to, Floats values) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), encode(values));
+  }
+  static void stream(Half* to, Floats values) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), encode(values));
   }
 #else
   static Floats load(const Half* from) { return HalfFormat::decode(load_codes<uint16_t>(from)); }

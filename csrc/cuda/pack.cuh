@@ -199,8 +199,7 @@ struct Pack {
 // An FP8 output's scale. A quotient is rounded as an IEEE division rounds, which costs the GPU some
 // ten instructions an element: a product with the reciprocal is put right by one residual instead
 // (Markstein), exactly as long as nothing over- or underflows. Beyond kExact a quotient saturates
-// whatever its last bit says, and inf and NaN have no residual. With an extreme scale the product
-// is double, which is too precise to round to a wrong float.
+// whatever its last bit says; inf and NaN have no residual, and -0 would lose its sign.
 class Scale {
  public:
   template <class Out>
@@ -220,9 +219,11 @@ class Scale {
       for (float& value : values) {
         const float quotient = value * reciprocal_;
         const float residual = __fmaf_rn(-quotient, scale_, value);
-        value = fabsf(quotient) < kExact ? __fmaf_rn(residual, reciprocal_, quotient) : quotient;
+        const bool has_residual = fabsf(quotient) < kExact && quotient != 0;
+        value = has_residual ? __fmaf_rn(residual, reciprocal_, quotient) : quotient;
       }
     } else {
+      // Too precise to round to a wrong float.
       const double reciprocal = 1.0 / double{scale_};
 #pragma unroll
       for (float& value : values) value = static_cast<float>(value * reciprocal);
@@ -233,7 +234,7 @@ class Scale {
   static constexpr float kExact = 0x1p20f;     // the largest FP8 number is 57344
   static constexpr float kModerate = 0x1p60f;  // keeps each residual that matters a normal number
 
-  __device__ Scale() = default;
+  Scale() = default;
   explicit __device__ Scale(float scale)
       : given_(true),
         moderate_(fabsf(scale) >= 1 / kModerate && fabsf(scale) <= kModerate),

@@ -89,11 +89,6 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
   const int64_t packs = rows > kTwoPackLimit ? rows : rows * packs_per_row;
   const bool power_of_two = (packs_per_row & (packs_per_row - 1)) == 0;
   const bool small = packs <= kSmallPacks;
-  const bool one_wave_of_two = packs > kResidentPacks && packs <= kTwoPackLimit;
-  const int threads = small             ? kSmallThreads
-                      : one_wave_of_two ? kTwoPackThreads
-                      : power_of_two    ? kThreads
-                                        : kThreadsOfOddRows;
 
   // Consecutive blocks walk along the axis of the smaller stride: [H, N, D] storage 1.00 instead of
   // 0.97 (cold, a and b).
@@ -102,9 +97,15 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
                             args.prefix_output.token_stride < args.prefix_output.head_stride,
             .launches_early = small};
   // Each row is weighed by a thread of its own, so that there are no more rows than threads.
-  if (one_wave_of_two && args.num_tokens > 1 && packs_per_row > 1 && is_plain(args, tile)) {
+  const bool allows_two = packs_per_row > 1 && packs_per_row <= kTwoPackThreads &&
+                          args.num_tokens > 1 && args.input_dtype == args.output_dtype;
+  if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(args, tile)) {
     tile.packs_a_thread = 2;
   }
+  const int threads = small                      ? kSmallThreads
+                      : tile.packs_a_thread == 2 ? kTwoPackThreads
+                      : power_of_two             ? kThreads
+                                                 : kThreadsOfOddRows;
   const int row_bits = bits_below(std::max<int64_t>(1, threads / packs_per_row)) +
                        (tile.packs_a_thread == 2 ? 1 : 0);
 

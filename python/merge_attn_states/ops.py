@@ -1,8 +1,10 @@
-"""The operation as typed, documented Python functions over `torch.ops.merge_attn_states`.
+"""The operation as typed, documented Python functions.
 
-The arguments themselves are checked in one place, in C++ (csrc/merge_args.cpp). Here stands only
-what C++ cannot see: that an argument is a tensor at all, that a count is a plain integer, and what
-autograd has to know of a write.
+An eager call with plain tensors goes straight to the kernels (csrc/module.cpp); every other one,
+each that a tracer, a mode or a transform has to see among them, through
+`torch.ops.merge_attn_states`. The arguments themselves are checked in one place for both, in C++
+(csrc/merge_args.cpp). Here stands only what C++ cannot see: that an argument is a tensor at all,
+that a count is a plain integer, and what autograd has to know of a write.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from typing import NamedTuple, SupportsIndex
 
 import torch
 
+from ._library import fast_path
+
 __all__ = ["SelectedKernel", "merge_attn_states", "selected_kernel"]
 
 _op = torch.ops.merge_attn_states
+_fast, _ = fast_path()  # None where there is none
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
 
 class SelectedKernel(NamedTuple):
@@ -83,6 +89,22 @@ def merge_attn_states(
     >>> float(suffix_output[0, 0, 0])
     0.5
     """
+    # Dynamo takes this test for false while it compiles, so its graph holds what stands below.
+    if (
+        _fast is not None
+        and not _is_dynamo_compiling()
+        and _fast(
+            output,
+            prefix_output,
+            prefix_lse,
+            suffix_output,
+            suffix_lse,
+            output_lse,
+            prefill_tokens_with_context,
+            output_scale,
+        )
+    ):
+        return
     tensors = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     count = _check((*tensors, output_scale), prefill_tokens_with_context)
     _refuse_grad((*tensors, output_scale))

@@ -1,0 +1,313 @@
+"""The eager fast path: plain tensors take it and get what torch.ops gives.
+
+What it leaves to torch.ops is in test_fast_path_aside.py.
+"""
+
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from support import BF16, E4M3, F16, F32, F64, LSES, ROWS, Call, assert_bits, check, make_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from merge_attn_states import merge_attn_states as merge
+from merge_attn_states._library import fast_path, load_python_module
+
+OP = torch.ops.merge_attn_states.merge_attn_states
+N, H, D = 5, 3, 64
+
+
+def plain(device="cpu", **options) -> Call:
+    return make_call((N, H, D), options.pop("dtype", F32), device, **options)
+
+
+def test_it_is_there():
+    pytest.importorskip("merge_attn_states._C", reason="_C is not built for this CPython")
+    assert fast_path()[1] == ""
+
+
+# Plain tensors.
+
+PLAIN = {
+    "contiguous": {},
+    "no output_lse": {"output_lse": False},
+    "a count": {"count": 2},
+    "an FP8 output": {"dtype": BF16, "output_dtype": E4M3, "scale": 0.5},
+    "FP8": {"dtype": E4M3, "scale": 0.5},
+    "float16": {"dtype": F16},
+    "float64": {"dtype": F64},
+    "LSEs stored [N, H]": {"strides": dict.fromkeys(LSES, (1, H))},
+    "LSE rows of longer buffers": {"strides": dict.fromkeys(LSES, (N + 4, 1))},
+    "LSEs with no stride of 1": {"strides": dict.fromkeys(LSES, (2 * N, 2))},
+    "padded heads": {"strides": dict.fromkeys(ROWS, (H * 96, 96, 1))},
+    "[H, N, D] storage": {"strides": dict.fromkeys(ROWS, (D, N * D, 1))},
+    "an element stride": {"strides": dict.fromkeys(ROWS, (2 * H * D, 2 * D, 2))},
+    "an offset": {"offsets": dict.fromkeys(ROWS, 8)},
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_plain_tensors_take_it(case, device, taken):
+    options = PLAIN[case]
+    check(plain(device, **options))
+    by_keyword = plain(device, **options)
+    check(by_keyword, lambda *args: merge(**Call(*args)._asdict()))
+    assert taken == [True, True]
+    dispatched = plain(device, **options)
+    OP(*dispatched)
+    assert_bits(by_keyword.output, dispatched.output)
+    if by_keyword.output_lse is not None:
+        assert_bits(by_keyword.output_lse, dispatched.output_lse)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_every_grad_mode_takes_it(context, taken):
+    with context():
+        check(plain())
+    assert taken == [True]
+
+
+def test_autocast_takes_it(taken):
+    with torch.autocast("cpu", BF16):
+        check(plain())
+    assert taken == [True]
+
+
+@pytest.mark.parametrize("shape", [(0, H, D), (N, 0, D), (N, H, 0)])
+def test_operands_without_elements_take_it(shape, device, taken):
+    merge(*make_call(shape, F32, device, empty=False))
+    assert taken == [True]
+
+
+def test_a_leaf_under_no_grad_takes_it(taken):
+    call = plain()
+    call.prefix_output.requires_grad_()
+    with torch.no_grad():
+        check(call)
+    assert taken == [True]
+
+
+def test_the_module_takes_positions_and_names():
+    path, why = fast_path()
+    if path is None:
+        pytest.skip(why)
+    for split in range(len(Call._fields) + 1):
+        call = plain(count=3)
+        named = {name: getattr(call, name) for name in Call._fields[split:]}
+        check(call, lambda *args, split=split, named=named: path(*args[:split], **named))
+    call = plain()
+    assert path(*call[:5]) is True
+    untouched = plain()
+    assert path(*untouched[:4]) is False
+    assert path(*untouched, None) is False
+    assert path(*untouched, out=None) is False
+    assert path(*untouched[:5], output=untouched.output) is False
+    assert untouched.output.isnan().all()
+
+
+# Errors.
+
+DTYPES = sorted({x for x in vars(torch).values() if isinstance(x, torch.dtype)}, key=str)
+
+
+@pytest.mark.parametrize("name", ["output", "prefix_output", "suffix_lse", "output_scale"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_refused_dtype_has_one_text(dtype, name):
+    try:
+        other = torch.empty(1 if name == "output_scale" else (N, H, D), dtype=dtype)
+        other = other.expand(1) if name == "output_scale" else other
+    except (RuntimeError, NotImplementedError):
+        pytest.skip("this PyTorch makes no tensor of it")
+    call = plain(dtype=BF16)._replace(**{name: other})
+    texts = []
+    for way in (merge, OP):
+        try:
+            way(*call)
+            texts.append(None)
+        except Exception as error:
+            texts.append((type(error), str(error)))
+    assert texts[0] == texts[1]
+
+
+def test_an_error_comes_from_it(device, taken):
+    call = plain(device)
+    with pytest.raises(ValueError, match=r"^suffix_lse: expected shape "):
+        merge(*call._replace(suffix_lse=call.suffix_lse.T))
+    assert taken == [None]
+    assert call.output.isnan().all()
+
+
+# Autograd.
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_version_counter_is_raised(context, device, taken):
+    call = plain(device)
+    before = [x._version for x in call[:6]]
+    with context():
+        merge(*call)
+    raised = [x._version - old for x, old in zip(call[:6], before, strict=True)]
+    assert raised == ([0] * 6 if context is torch.inference_mode else [1, 0, 0, 0, 0, 1])
+    assert taken == [True]
+
+
+def test_an_inference_tensor_has_no_version(taken):
+    with torch.inference_mode():
+        call = plain()
+    check(call)
+    with torch.no_grad():
+        check(call._replace(output_lse=None))
+    assert taken == [True, True]
+
+
+def test_backward_refuses_a_saved_tensor_that_was_overwritten(device, taken):
+    call = plain(device, empty=False)
+    weight = torch.ones((N, H, D), device=device, requires_grad=True)
+    loss = (weight * call.output).sum()  # saves output
+    merge(*call)
+    assert taken == [True]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# A million calls, and many threads.
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_million_calls_leave_nothing_behind():
+    path, why = fast_path()
+    if path is None:
+        pytest.skip(why)
+    call = make_call((1, 1, 8), F32, count=1)
+    refused = call._replace(prefix_lse=call.prefix_lse.new_zeros(2, 2))
+    aside = call._replace(suffix_lse=torch.nn.Parameter(call.suffix_lse, requires_grad=False))
+    objects = [*call, *refused, *aside, True, False, None, 1]
+
+    def many(times):
+        for _ in range(times):
+            path(*call)
+        for _ in range(times // 50):
+            path(*aside)
+            path(**aside._asdict())
+            with contextlib.suppress(ValueError):
+                path(*refused)
+
+    many(1000)
+    gc.collect()
+    references = [sys.getrefcount(x) for x in objects]
+    memory = resident_bytes()
+    many(1_000_000)
+    gc.collect()
+    # The rarest way is taken 20,000 times. None, True, False and 1 belong to everyone: what other
+    # tests left behind may let go of them meanwhile (from 3.12 on they never change).
+    grown = [sys.getrefcount(x) - old for x, old in zip(objects, references, strict=True)]
+    assert all(abs(change) < 10_000 for change in grown), grown
+    assert resident_bytes() - memory < 2**22
+
+
+def test_threads_have_states_of_their_own(taken):
+    """One thread is traced, the others are not; and what they share is not mixed up."""
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def traced():
+        with Recording():
+            inside.set()
+            done.wait(60)
+            merge(*plain())
+
+    watcher = threading.Thread(target=traced)
+    watcher.start()
+    assert inside.wait(60)
+    calls = [plain(seed=seed) for seed in range(16)]
+    workers = [threading.Thread(target=merge, args=call) for call in calls]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert taken == [True] * 16
+    done.set()
+    watcher.join()
+    assert taken[16:] == [False]
+    assert OP.default in seen
+    for seed, call in enumerate(calls):
+        assert_bits(call.output, check(plain(seed=seed)).output)
+
+
+# CUDA; graphs, streams and devices for every way in are in test_cuda.py.
+
+
+@pytest.mark.parametrize("where", ["a graph", "a side stream", "another device"])
+def test_it_is_taken_there_too(where, cuda, taken):
+    if where == "another device":
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one CUDA device")
+        check(plain(f"{cuda}:1"))
+    elif where == "a graph":
+        call = plain(cuda)
+        merge(*call)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            merge(*call)
+    else:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            check(plain(cuda))
+    assert taken
+    assert set(taken) == {True}
+
+
+# Without it.
+
+MISSING = {
+    "_C": "import sys; sys.modules['merge_attn_states._C'] = None",
+    "the DLPack exchange API": "import torch; del torch.Tensor.__dlpack_c_exchange_api__",
+    "PyTorch's word on a thread": "import torch; del torch._C._dispatch_tls_local_include_set",
+    "PyTorch's word on a tensor": "import torch; del torch._neg_view",
+}
+WITHOUT = """
+from support import F32, make_call, check
+from merge_attn_states import _info, ops
+assert ops._fast is None
+check(make_call((5, 3, 64), F32, count=2))
+print(next(line for line in _info.lines() if line.startswith("eager fast path")))
+"""
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_without_it_every_call_goes_through_torch_ops(missing, child_environment):
+    ran = subprocess.run(
+        [sys.executable, "-c", MISSING[missing] + WITHOUT],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("eager fast path       no: ")
+    assert ran.stdout.endswith("; calls go through torch.ops\n")
+
+
+@pytest.mark.parametrize("context", ["inference_mode()", "no_grad()", "device('meta')"])
+def test_it_is_there_wherever_the_package_is_imported(context, child_environment):
+    load = "import torch\nwith torch." + context + ":\n    from merge_attn_states import ops\n"
+    if load_python_module()[0] is None:
+        pytest.skip("_C is not built for this CPython")
+    subprocess.run(
+        [sys.executable, "-c", load + "assert ops._fast is not None"],
+        env=child_environment,
+        check=True,
+    )

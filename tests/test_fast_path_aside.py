@@ -1,0 +1,218 @@
+"""What the eager fast path leaves to torch.ops: operands, modes and transforms, each by itself."""
+
+import contextlib
+
+import pytest
+import torch
+from support import F32, LSES, ROWS, Call, assert_bits, check, make_call
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from merge_attn_states import merge_attn_states as merge
+
+OP = torch.ops.merge_attn_states.merge_attn_states
+N, H, D = 5, 3, 64
+
+
+def plain(device="cpu", **options) -> Call:
+    return make_call((N, H, D), F32, device, **options)
+
+
+class Watching(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Watching, Recording])
+def test_a_mode_sees_the_op(mode, taken):
+    call = plain()
+    with mode() as mode:
+        merge(*call)
+    assert any(func in (OP, OP.default) for func in mode.seen)
+    assert taken == [False]
+    check(plain())
+    assert taken[1:] == [True], "the mode is over"
+
+
+def test_a_default_device_is_a_mode(taken):
+    call = plain()
+    with torch.device("cpu"):
+        merge(*call)
+    assert taken == [False]
+
+
+def test_compiled_code_does_not_ask(taken):
+    torch._dynamo.reset()
+    check(plain(), torch.compile(lambda *args: merge(*args), fullgraph=True, backend="aot_eager"))
+    assert taken == []
+
+
+def test_make_fx_records_the_op(taken):
+    call = plain(empty=False)
+    graph = make_fx(lambda *args: merge(*args))(*call[:6])
+    assert OP.default in [node.target for node in graph.graph.nodes]
+    assert True not in taken
+
+
+def test_make_fx_before_dispatch_records_the_op(taken):
+    graph = make_fx(lambda *args: merge(*args), pre_dispatch=True)(*plain(empty=False)[:6])
+    assert OP.default in [node.target for node in graph.graph.nodes]
+    assert True not in taken
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_jit_trace_records_the_op(taken):
+    def step(*args):
+        merge(*args)
+        return args[0] + 0
+
+    traced = torch.jit.trace(step, plain()[:5], check_trace=False)
+    assert "merge_attn_states" in str(traced.graph)
+    assert True not in taken
+
+
+def test_fake_tensors(taken):
+    with FakeTensorMode() as mode:
+        merge(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in plain()))
+    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in plain()]
+    merge(*fakes)  # outside of their mode
+    assert taken == [False, False]
+
+
+TRANSFORMS = {
+    "vmap": lambda run, call: torch.vmap(run)(*(torch.stack([x, x]) for x in call[:5])),
+    "functionalize": lambda run, call: torch.func.functionalize(run)(*call[:5]),
+    "grad": lambda run, call: torch.func.grad(lambda x: (run(*call[:5]), x.sum())[1])(
+        torch.ones(3)
+    ),
+    "jvp": lambda run, call: torch.func.jvp(
+        lambda x: (run(*call[:5]), x)[1], (torch.ones(3),), (torch.ones(3),)
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_passes_it_by(transform, taken):
+    with contextlib.suppress(RuntimeError):  # what PyTorch says of the op is in test_library.py
+        TRANSFORMS[transform](lambda *args: merge(*args), plain(empty=False))
+    assert taken == [False]
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def negative(values: torch.Tensor) -> torch.Tensor:
+    """The same values by memory of the other sign, with the strides of any tensor."""
+    return torch._neg_view(-values)
+
+
+def freed(values: torch.Tensor, left: int = 0) -> torch.Tensor:
+    values.untyped_storage().resize_(left)
+    return values
+
+
+# (what becomes of an operand, whether the call is still right)
+UNUSUAL = {
+    "a subclass": (lambda x: x.as_subclass(Subclass), True),
+    "a parameter": (lambda x: torch.nn.Parameter(x, requires_grad=False), True),
+    "the negative bit": (negative, True),
+    "the negative bit and a stride": (lambda x: torch.complex(x, -x).conj().imag, True),
+    "zeros without memory": (lambda x: torch._efficientzerotensor(x.shape), True),
+    "a freed storage": (lambda x: freed(x.clone()), False),
+    "a freed storage behind an offset": (lambda x: freed(torch.stack([x, x])[1]), False),
+    "meta": (lambda x: x.to("meta"), False),
+    "sparse": (torch.Tensor.to_sparse, False),
+    "mkldnn": (torch.Tensor.to_mkldnn, False),
+    "nested": (lambda x: torch.nested.as_nested_tensor([*x]), False),
+    "jagged": (lambda x: torch.nested.as_nested_tensor([*x], layout=torch.jagged), False),
+    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), False),
+    "a functional wrapper": (torch._to_functional_tensor, False),
+    "a functional wrapper with an offset": (
+        lambda x: torch._to_functional_tensor(torch.stack([x, x])[1]),
+        False,
+    ),
+    "a list": (torch.Tensor.tolist, False),
+    "none": (lambda _: None, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|quantiz).*")
+@pytest.mark.parametrize("name", ["output", "suffix_output"])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_operand_passes_it_by(kind, name, taken):
+    make, right = UNUSUAL[kind]
+    call = plain(empty=False)
+    still = plain(empty=False)
+    if "zeros" in kind:
+        still.suffix_output.zero_()
+    expected = check(still).output
+    taken.clear()
+    if name == "output" and ("negative" in kind or "zeros" in kind):
+        right = False
+    values = getattr(call, name)
+    unusual = make(torch.zeros_like(values) if name == "output" else values)
+    if right:
+        changed = call._replace(**{name: unusual})
+        merge(*changed)
+        assert_bits(changed.output.as_subclass(torch.Tensor).data, expected)
+    else:
+        with pytest.raises(Exception):  # noqa: B017, PT011  PyTorch's own for half of them
+            merge(*call._replace(**{name: unusual}))
+    assert taken == [False]
+
+
+@pytest.mark.parametrize("name", [*ROWS, *LSES])
+def test_a_storage_that_is_too_small_is_seen(name, device, taken):
+    """On a GPU too, where a write past it would change another tensor in silence."""
+    call = plain(device, empty=False)
+    small = freed(getattr(call, name).clone(), left=16)
+    with pytest.raises(ValueError, match=rf"^{name}: expected elements inside its memory of 16"):
+        merge(*call._replace(**{name: small}))
+    assert taken == [None]
+
+
+@pytest.mark.parametrize("name", [*ROWS, *LSES])
+def test_what_requires_grad_passes_it_by(name, taken):
+    call = plain()
+    getattr(call, name).requires_grad_()
+    with pytest.raises(ValueError, match=rf"^{name}: .*grad"):
+        merge(*call)
+    assert taken == [False]
+
+
+def test_what_was_computed_from_it_requires_grad_too(taken):
+    call = plain()
+    with pytest.raises(ValueError, match=r"^prefix_output: .*grad"):
+        merge(*call._replace(prefix_output=call.prefix_output.requires_grad_() * 1))
+    assert taken == [False]
+
+
+class Two:
+    def __index__(self):
+        return 2
+
+
+@pytest.mark.parametrize("count", [Two(), True, 2.0, torch.tensor(2), 2**63], ids=repr)
+def test_a_count_that_is_no_plain_int_passes_it_by(count, taken):
+    call = plain(count=2)._replace(prefill_tokens_with_context=count)
+    with contextlib.nullcontext() if type(count) is Two else pytest.raises((TypeError, ValueError)):
+        merge(*call)
+    assert taken == [False]
