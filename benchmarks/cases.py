@@ -88,7 +88,8 @@ class Case:
 Comparison = tuple[Case, ...]
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576)
-TOKENS_AND_HEADS = ((1024, 16), (2048, 16), (4096, 32), (8192, 16), (8192, 64), (8192, 128))
+TOKENS_AND_HEADS = ((1024, 16), (2048, 16), (4096, 32), (8192, 16))
+LARGEST = ((8192, 64, 64), (8192, 64, 128), (8192, 128, 128))
 LEAST_SWEEP_BYTES = 12_000_000
 PAIRED_SHAPES = ((2048, 16, 128), (8192, 16, 128), (8192, 128, 128))
 WARM_BYTES = 40_000_000  # what still lies in the L2 of an H100 or H200 after the attention wrote it
@@ -111,6 +112,7 @@ MODEL_TOKENS = (16, 128, 2048, 8192)  # decode, decode, and two sizes of a prefi
 
 def _sweep() -> list[Comparison]:
     cases = [Case(n, h, d) for d in HEAD_SIZES for n, h in TOKENS_AND_HEADS]
+    cases += [Case(*shape) for shape in LARGEST]
     cases += [Case(2048, 32, 64)]  # cold beside the one in `warm`
     cases += [Case(n, h, 128, "float16") for n, h in ((1024, 16), (8192, 16), (8192, 128))]
     cases += [Case(n, h, d, "float16") for n, h, d in ((2048, 32, 64), (4096, 32, 96))]
