@@ -42,10 +42,21 @@ inline constexpr int64_t kResidentPacks = 132 * 2048;
 inline constexpr int64_t kSmallPacks = kResidentPacks * 6 / 10;
 inline constexpr int kSmallThreads = 256;
 
+// With a block or less a multiprocessor, 128 threads: (b) 16x16x128 1.12 / 1.12 and 1.02 / 1.11 of
+// 256 threads, 64x16x128 1.20 / 1.10 and 1.06 / 1.11, 128x16x128 1.10 / 1.09 and 1.06 / 1.07. But
+// 256x16x128 0.82 / 1.07 and 1.00 / 1.07.
+inline constexpr int64_t kTinyPacks = 128 * 256;
+inline constexpr int kTinyThreads = 128;
+
 // Beyond: 512 threads. 1024x16x128 (b) 1.00 / 0.99, of 256 threads 0.89 / 0.98; 2048x16x128 (a)
-// 1.02 / 1.00 and 1.035 / 0.99; 512x16x512 (a) 0.99 / 1.01 and 1.00 / 0.99, (b) 0.93 / 1.005 and
-// 0.94 / 0.98. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
+// 1.02 / 1.00 and 1.035 / 0.99. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
 inline constexpr int kThreads = 512;
+
+// 256 for rows of 32 packs and more while they may be warm (40 MB): 512x16x512 (a) 1.00 / 0.99 and
+// 0.99 / 1.01 of 512 threads, (b) 0.94 / 0.98 and 0.93 / 1.005; 1024x16x256 (a) 1.01 / 1.00 and
+// 1.00 / 1.00, (b) 0.94 / 0.99 and 0.93 / 1.00.
+inline constexpr int64_t kLongRowPacks = 32;
+inline constexpr int64_t kWarmPacks = 40'000'000 / 48;
 inline constexpr int kThreadsOfOddRows = 448;
 
 // Between one and one and a half times what is resident, the second wave of blocks would be half
@@ -102,7 +113,9 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
   if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(args, tile)) {
     tile.packs_a_thread = 2;
   }
-  const int threads = small                      ? kSmallThreads
+  const bool long_and_warm = power_of_two && packs_per_row >= kLongRowPacks && packs <= kWarmPacks;
+  const int threads = packs <= kTinyPacks        ? kTinyThreads
+                      : small || long_and_warm   ? kSmallThreads
                       : tile.packs_a_thread == 2 ? kTwoPackThreads
                       : power_of_two             ? kThreads
                                                  : kThreadsOfOddRows;
