@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the alias and layout tests on the GPU under compute-sanitizer, with the interpreter $1: memcheck
+# Runs the alias, layout and variant tests on the GPU under compute-sanitizer, with the interpreter $1: memcheck
 # (reads and writes outside an allocation), then racecheck (races through shared memory).
 # SHARD=k/n runs a part; SANITIZER_TOOLS="memcheck" runs one tool.
 set -eu
@@ -33,5 +33,5 @@ echo "== the planted overread was seen"
 for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
   echo "== compute-sanitizer --tool $tool"
   check "$tool" -m pytest -p shard -p no:cacheprovider -k cuda \
-    tests/test_aliasing.py tests/test_layout.py
+    tests/test_aliasing.py tests/test_layout.py tests/test_cuda_variants.py
 done
