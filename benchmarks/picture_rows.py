@@ -84,4 +84,9 @@ def _panel_and_label(record: Record) -> tuple[str, str]:
     if record["group"] == "models":
         heads, head_size = record["heads"], record["head_size"]
         return "models", f"{record['model']}, {heads}x{head_size}, {record['tokens']} tokens"
-    return ("shapes", shape) if special == "bf16" else ("special", record["case"])
+    if special == "bf16":
+        return "shapes", shape
+    if "," not in special:
+        return "dtypes", record["case"]
+    short = record["case"].replace(" bf16,", ",")
+    return "special", short.replace("half the tokens have context", "half with context")

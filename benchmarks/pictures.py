@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .picture_rows import COMPARED, Row, description
 from .providers import TITLES
-from .tables import megabytes
+from .tables import megabytes, microseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,6 +64,7 @@ def draw_limit(figure: Figure, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     gpus = sorted({row[0] for row in rows})
+    shown = [one for one in reversed(COMPARED) if any(row[2] == one for row in rows)]  # ours on top
     figure.set_size_inches(11, 1.4 + 3.2 * len(gpus))
     panels = figure.subplots(len(gpus), 2, sharex=True, sharey=True, squeeze=False)
     regimes = {"cold": "inputs in DRAM (cold)", "warm": "inputs in L2 (warm)"}
@@ -71,7 +72,7 @@ def draw_limit(figure: Figure, rows: Sequence[Row]) -> None:
         ((gpu, regime) for gpu in gpus for regime in regimes), panels.flat, strict=True
     ):
         panel.axhline(100, color="black", linewidth=1)
-        for provider in reversed(COMPARED):  # ours on top
+        for provider in shown:
             points = [(row[3], row[4]) for row in rows if row[:3] == (gpu, regime, provider)]
             panel.plot(
                 [float(moved) / MB for moved, _ in points],
@@ -113,8 +114,8 @@ def draw_vllm(figure: Figure, rows: Sequence[Row]) -> None:
     """A line a shape: vLLM's time over ours, a colour a GPU, filled where cold."""
     gpus = sorted({row[3] for row in rows})
     left, right = (
-        _lines(rows, {"shapes": "bf16, tokens x heads x head size"}),
-        _lines(rows, {"models": "models, heads x head size on one GPU, bf16", "special": "other"}),
+        _lines(rows, {"shapes": "bf16, tokens x heads x head size", "dtypes": "other dtypes"}),
+        _lines(rows, {"models": "models, heads x head size on one GPU", "special": "special"}),
     )
     longest = max(len(left), len(right))
     figure.set_size_inches(13, 1.2 + 0.155 * longest)
@@ -224,7 +225,7 @@ def draw_host(figure: Figure, rows: Sequence[Row]) -> None:
                 error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
             )
             panel.annotate(
-                f"{median:.1f}  {row[0]}",
+                f"{microseconds(median)}  {row[0]}",
                 (high, place),
                 xytext=(4, 0),
                 textcoords="offset points",
