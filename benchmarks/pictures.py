@@ -89,8 +89,9 @@ def draw_limit(figure: Figure, rows: Sequence[Row]) -> None:
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        panel.set_ylim(bottom=0)
         panel.grid(which="major")
+    # Not before every panel is drawn: it ends the scaling of the axis that all of them share.
+    panels[0, 0].set_ylim(bottom=0, top=1.05 * max(float(row[4]) for row in rows))
     for panel in panels[:, 1]:  # right of what fits into L2 nothing is warm
         panel.annotate(
             "100 %: the triad, a plain kernel that\nreads two buffers and writes one",
