@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "../csrc/cuda/launch.h"
+#include "triad.cu"
 
 namespace merge_attn_states::cuda {
 void check(cudaError_t status, int) {
@@ -34,13 +35,6 @@ using namespace merge_attn_states;
 using namespace merge_attn_states::cuda;
 
 void check(cudaError_t status) { cuda::check(status, 0); }
-
-__global__ void triad(const uint4* a, const uint4* b, uint4* c, int64_t packs) {
-  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i >= packs) return;
-  const uint4 x = a[i], y = b[i];
-  c[i] = {x.x ^ y.x, x.y ^ y.y, x.z ^ y.z, x.w ^ y.w};
-}
 
 // Numbers in (-3.3, 3.3); read as 16-bit ones every other is small.
 __global__ void fill(float* values, int64_t count, uint32_t seed) {
@@ -64,7 +58,8 @@ struct Case {
   int64_t bytes() const {
     return rows() * (head_size * (2 * element() + (has("fp8") ? 1 : element())) + 12);
   }
-  int64_t triad_packs() const { return bytes() / 48; }
+  // An FP8 output's triad writes half of what it reads from each.
+  int64_t triad_packs() const { return bytes() / (has("fp8") ? 40 : 48); }
 };
 
 struct Buffers {
@@ -150,10 +145,8 @@ void run(const Case& c, const std::vector<std::string>& tiles) {
   check(cudaDeviceSynchronize());
 
   std::vector<Provider> providers{{"triad", [&](const Buffers& set) {
-                                     const int64_t packs = c.triad_packs();
-                                     triad<<<(packs + 511) / 512, 512, 0, stream>>>(
-                                         static_cast<uint4*>(set.a), static_cast<uint4*>(set.b),
-                                         static_cast<uint4*>(set.c), packs);
+                                     triad_launch(set.a, set.b, set.c, c.triad_packs(),
+                                                  c.has("fp8"), stream);
                                    }}};
   for (const std::string& text : tiles) {
     providers.push_back({text, [&c, stream, tile = tile_of(c, text)](const Buffers& set) {
