@@ -24,6 +24,11 @@ KEY = ("group", "case", "regime", "provider")
 MAY_BE_MISSING = ("vllm", "vllm_op_library", "flashinfer")
 
 
+def case_title(record: Record) -> str:
+    """The case and its regime."""
+    return f"{record['case']} {record['regime']}"
+
+
 class Results:
     """A results file in memory."""
 
@@ -91,6 +96,10 @@ class Results:
     def select(self, group: str, chosen: Callable[[Record], bool] = lambda _: True) -> list[Record]:
         return [one for one in self.records if one["group"] == group and chosen(one)]
 
+    def ours(self, group: str) -> list[Record]:
+        """All but ours through torch.ops, which is the same kernel."""
+        return self.select(group, lambda record: record["provider"] == "ours")
+
     def of(self, record: Record, provider: str) -> Record | None:
         """The same case's record of another provider."""
         return self.find(record["group"], record["case"], record["regime"], provider)
@@ -102,9 +111,13 @@ class Results:
         found: float | None = record.get("median_us") if record else None
         return found
 
+    def limit(self, record: Record) -> Record | None:
+        """What bounds the record's case: the triad's record, on the CPU torch.add's."""
+        return self.of(record, "triad") or self.of(record, "add")
+
     def of_limit(self, record: Record) -> float | None:
         """Bytes over time, divided by the same of the memory's limit in the same run."""
-        limit = self.of(record, "triad") or self.of(record, "add")
+        limit = self.limit(record)
         if limit is None or "median_us" not in record or "median_us" not in limit:
             return None
         rate: float = record["bytes"] / record["median_us"]

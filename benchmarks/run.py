@@ -19,7 +19,7 @@ from .measure import Record, measure
 from .native import library
 from .progress import Progress
 from .providers import missing_providers, providers
-from .results import Results
+from .results import Results, case_title
 from .tables import print_groups
 from .timing import ROUNDS
 
@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
     device: torch.device = options.device
     if device.type == "cuda":
         prepare_gpu(device)
-    results, trees = open_results(options, device)
+    results, here, commit = open_results(options, device)
     missing = missing_providers(device, options.vllm_op_library)
     for provider, why in missing.items():
         print(f"{provider} is not measured: {why}")
@@ -81,9 +81,9 @@ def main(arguments: list[str]) -> int:
         for group in groups:
             begin = time.monotonic()
             records = measure_group(group, device, missing, options, progress)
-            run = environment.circumstances(device, trees["commit"])
+            run = environment.circumstances(device, commit)
             run |= {"seconds": round(time.monotonic() - begin), "missing": missing}
-            results.add(group, current(options, device, trees), run, records)
+            results.add(group, here, run, records)
             if options.output:
                 results.save(options.output)
     print_groups(results, groups)
@@ -107,11 +107,15 @@ def current(
 
 def open_results(
     options: argparse.Namespace, device: torch.device
-) -> tuple[Results, dict[str, Any]]:
-    """The file to merge into, or new results; refuses before anything is measured."""
+) -> tuple[Results, dict[str, Any], str]:
+    """The file to merge into, or new results; this environment; the commit.
+
+    Refuses before anything is measured.
+    """
     if options.output is None:
         trees = dict.fromkeys((*environment.TREES, "commit")) | {"dirty": True}
-        return Results(current(options, device, trees)), trees
+        here = current(options, device, trees)
+        return Results(here), here, trees["commit"]
     trees = environment.source_trees(options.source_trees)
     trees["dirty"] |= options.dirty
     if trees["dirty"] and not options.dirty:
@@ -120,11 +124,11 @@ def open_results(
         raise SystemExit(f"benchmarks: {why}")
     here = current(options, device, trees)
     if not options.output.exists():
-        return Results(here), trees
+        return Results(here), here, trees["commit"]
     results = Results.load(options.output)
     if why := results.refuses(here):
         raise SystemExit(f"benchmarks: {options.output} holds other results: {why}")
-    return results, trees
+    return results, here, trees["commit"]
 
 
 def measure_group(
@@ -145,9 +149,10 @@ def measure_group(
     elif device.type == "cpu":
         missing = missing | {"compile": "not asked"}
     comparisons = quick(GROUPS[group]) if options.quick else GROUPS[group]
+    asked = providers(missing)
+    most_sets = 3 if options.quick else None  # a tiny shape would take thousands
     for comparison in progress.follow(group, comparisons):
-        most_sets = 3 if options.quick else None  # a tiny shape would take thousands
-        records += measure(group, comparison, providers(missing), device, options.rounds, most_sets)
+        records += measure(group, comparison, asked, device, options.rounds, most_sets)
     return records
 
 
@@ -160,7 +165,7 @@ def report_failures(results: Results, groups: Sequence[str]) -> int:
     ]
     for record in bad:
         print(
-            f"{record['provider']} {record['status']}: {record['group']} {record['case']} "
-            f"{record['regime']}: {record['reason']}"
+            f"{record['provider']} {record['status']}: {record['group']} {case_title(record)}: "
+            f"{record['reason']}"
         )
     return int(any(record["provider"].startswith("ours") for record in bad))

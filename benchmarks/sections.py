@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from .cases import ALL_GROUPS, HOST_CASE
 from .picture_rows import ROWS, SHAPED
 from .providers import TITLES
-from .results import Record, Results
+from .results import Record, Results, case_title
 from .tables import CASE_HEADER, case_row, host_times, markdown, megabytes, microseconds, number
 from .targets import outcomes
 
@@ -121,8 +121,8 @@ def _summary(results: Results) -> str:
     """Every case at once, its worst ones by name."""
     speed_ups, shares = [], []
     for group in SHAPED[:-1]:  # all but the CPU's
-        for record in results.select(group, lambda r: r["provider"] == "ours"):
-            name = f"{record['case']} {record['regime']}"
+        for record in results.ours(group):
+            name = case_title(record)
             speed_up, share = results.speed_up(record, "vllm"), results.of_limit(record)
             speed_ups += [(speed_up, name)] if speed_up else []
             shares += [(share, name)] if share else []
@@ -152,7 +152,7 @@ def _host_table(machines: Sequence[Results]) -> str:
 
 
 def _cpu_sentence(results: Results) -> str:
-    large = results.select("cpu", lambda r: r["provider"] == "ours" and r["tokens"] > 1)
+    large = [record for record in results.ours("cpu") if record["tokens"] > 1]
     said = [
         f"{record.get('dtype', 'bfloat16')} "
         f"{number(results.of_limit(record))}, {_times(results.speed_up(record, 'eager'))}"
@@ -211,7 +211,7 @@ def _targets(results: Results) -> str:
 
 def _every_case(results: Results) -> Iterator[str]:
     for group in ALL_GROUPS:
-        ours = results.select(group, lambda record: record["provider"] == "ours")
+        ours = results.ours(group)
         if group == "host" or not ours:
             continue
         table = markdown(CASE_HEADER, [case_row(results, record) for record in ours])

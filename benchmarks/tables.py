@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .providers import TITLES
-from .results import Record, Results
+from .results import Record, Results, case_title
 
 Row = Sequence[str]
 
@@ -48,10 +48,9 @@ CASE_HEADER = ("case", "MB", "of limit", "vs vLLM", "us", "quartiles", "limit", 
 
 def case_row(results: Results, record: Record) -> list[str]:
     """A case of ours: its time and spread, how it stands to the limit, and the others' times."""
-    limit = results.of(record, "triad") or results.of(record, "add")
     others = [results.of(record, provider) or {} for provider in OTHERS]
     row = [
-        f"{record['case']} {record['regime']}",
+        case_title(record),
         megabytes(record["bytes"]),
         number(results.of_limit(record), 3),
         number(results.speed_up(record, "vllm"), 3),
@@ -62,21 +61,21 @@ def case_row(results: Results, record: Record) -> list[str]:
         *row,
         microseconds(record["median_us"]),
         f"{microseconds(record['low_us'])}-{microseconds(record['high_us'])}",
-        microseconds(results.us(limit)),
+        microseconds(results.us(results.limit(record))),
         *(other.get("status") or microseconds(results.us(other)) for other in others),
     ]
 
 
 def print_groups(results: Results, groups: Iterable[str]) -> None:
-    """What was measured, for people: all but ours through torch.ops, which is the same kernel."""
+    """What was measured, for people."""
     print("\n".join(f"{key}: {value}" for key, value in results.environment.items()))
     for group in groups:
         print(f"\n{group}")
         if group == "host":
             print(plain(("us a call, 4x8x128", "tight", "swept"), host_rows(results)))
         else:
-            ours = results.select(group, lambda record: record["provider"] == "ours")
-            print(plain(CASE_HEADER, [case_row(results, record) for record in ours]))
+            rows = [case_row(results, record) for record in results.ours(group)]
+            print(plain(CASE_HEADER, rows))
 
 
 def host_times(results: Results, provider: str) -> list[str]:

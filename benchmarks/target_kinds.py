@@ -66,6 +66,10 @@ def cases(*names: str, regime: str | None = None) -> Chosen:
     return lambda r: r["case"].startswith(names) and regime in (None, r["regime"])
 
 
+def in_regime(regime: str) -> Chosen:
+    return lambda r: bool(r["regime"] == regime)
+
+
 def everything(record: Record) -> bool:
     return True
 

@@ -9,6 +9,7 @@ from .target_kinds import (
     cases,
     each,
     everything,
+    in_regime,
     of_limit,
     over,
     share_of,
@@ -129,7 +130,7 @@ TARGETS = (
     Target(
         "eager call, time over torch.add(out=)",
         "host",
-        lambda r: r["regime"] == "tight",
+        in_regime("tight"),
         share_of("add"),
         each(0.70, 0.85),
         at_least=False,
@@ -138,7 +139,7 @@ TARGETS = (
     Target(
         "eager call, time over vLLM behind its dispatcher",
         "host",
-        lambda r: r["regime"] == "tight",
+        in_regime("tight"),
         share_of("vllm_dispatcher"),
         each(0.42, 0.55),
         at_least=False,
@@ -147,7 +148,7 @@ TARGETS = (
     Target(
         "eager call, us above a bare launch",
         "host",
-        lambda r: r["regime"] == "tight",
+        in_regime("tight"),
         above("bare_launch"),
         each(1.0, 1.5),
         at_least=False,
@@ -156,7 +157,7 @@ TARGETS = (
     Target(
         "eager call, swept, time over torch.add(out=)",
         "host",
-        lambda r: r["regime"] == "swept",
+        in_regime("swept"),
         share_of("add"),
         both(0.55),
         at_least=False,
@@ -165,7 +166,7 @@ TARGETS = (
     Target(
         "eager call, swept, time over vLLM behind its dispatcher",
         "host",
-        lambda r: r["regime"] == "swept",
+        in_regime("swept"),
         share_of("vllm_dispatcher"),
         both(0.42),
         at_least=False,
@@ -174,7 +175,7 @@ TARGETS = (
     Target(
         "torch.ops call, time over torch.add(out=)",
         "host",
-        lambda r: r["regime"] == "tight",
+        in_regime("tight"),
         share_of("add"),
         both(1.4),
         at_least=False,

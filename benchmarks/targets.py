@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .results import Results
+from .results import Results, case_title
 from .tables import number, plain
 from .target_list import ANY_MACHINE, TARGETS
 
@@ -34,10 +34,7 @@ def outcomes(results: Results) -> Iterator[Outcome]:
         values, failed = [], []
         for record in results.select(target.group, target.chosen):
             if record["provider"] in target.provider:
-                name, value = (
-                    f"{record['case']} {record['regime']}",
-                    target.value(results, record),
-                )
+                name, value = case_title(record), target.value(results, record)
                 if value is not None:
                     values.append((value, name))
                 elif record.get("status") in ("wrong", "failed"):
