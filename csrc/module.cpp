@@ -6,15 +6,17 @@
 #include <array>
 #include <cstring>
 
-#include "../include/merge_attn_states.h"
 #include "running_torch.h"
+#include "tensor_view.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using merge_attn_states::RunningTorch;
+using merge_attn_states::set_memory;
 using merge_attn_states::TensorHandle;
+using merge_attn_states::TensorView;
 
 RunningTorch running_torch;
 
@@ -69,7 +71,7 @@ bool bind(PyObject* const* given, Py_ssize_t positional, PyObject* keywords, Arg
 }
 
 // False where torch.ops has to answer: what is more than memory with strides, or less.
-bool describe(PyObject* object, bool grad_mode, merge_attn_states_tensor& view) {
+bool describe(PyObject* object, bool grad_mode, TensorView& view) {
   if (!running_torch.is_plain_tensor(object)) return false;
   const TensorHandle tensor = running_torch.handle(object);
   if (running_torch.is_neg(tensor) || (grad_mode && running_torch.requires_grad(tensor))) {
@@ -92,18 +94,12 @@ bool describe(PyObject* object, bool grad_mode, merge_attn_states_tensor& view) 
   view.rank = described.ndim;
   view.device_type = described.device.device_type;
   view.device_index = described.device.device_id;
-  int64_t offset;
-  if (!running_torch.storage_size(tensor, &view.memory_bytes) ||
+  int64_t offset, memory_bytes;
+  if (!running_torch.storage_size(tensor, &memory_bytes) ||
       !running_torch.storage_offset(tensor, &offset)) {
     return false;
   }
-  // Addresses as numbers: behind an offset, a storage without memory has a pointer beside null.
-  const uintptr_t memory =
-      reinterpret_cast<uintptr_t>(described.data) - offset * (described.dtype.bits / 8);
-  view.memory = reinterpret_cast<const void*>(memory);
-  if (described.data != nullptr && memory != 0 && view.memory_bytes != 0) return true;
-  view.data = nullptr;
-  view.memory_bytes = 0;
+  if (set_memory(view, offset * (described.dtype.bits / 8), memory_bytes)) return true;
   return std::count(described.shape, described.shape + described.ndim, 0) > 0;
 }
 
@@ -124,9 +120,9 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
       !bind(given, positional, keywords, bound)) {
     Py_RETURN_FALSE;
   }
-  std::array<merge_attn_states_tensor, kArguments> views;
+  std::array<TensorView, kArguments> views;
   merge_attn_states_args args{.version = MERGE_ATTN_STATES_VERSION};
-  const std::array<const merge_attn_states_tensor**, kArguments> targets = {
+  const std::array<const TensorView**, kArguments> targets = {
       &args.output,     &args.prefix_output, &args.prefix_lse, &args.suffix_output,
       &args.suffix_lse, &args.output_lse,    nullptr,          &args.output_scale};
   try {

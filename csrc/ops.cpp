@@ -84,7 +84,7 @@ class Operand {
 
  private:
   void describe(AtenTensorHandle tensor) {
-    int64_t rank, offset, *sizes, *strides;
+    int64_t rank, offset, memory_bytes, *sizes, *strides;
     int32_t dtype, device_type;
     expect_success(aoti_torch_get_dim(tensor, &rank));
     expect_success(aoti_torch_get_sizes(tensor, &sizes));
@@ -94,22 +94,14 @@ class Operand {
     expect_success(aoti_torch_get_device_index(tensor, &view_.device_index));
     expect_success(aoti_torch_get_data_ptr(tensor, &view_.data));
     expect_success(aoti_torch_get_storage_offset(tensor, &offset));
-    expect_success(aoti_torch_get_storage_size(tensor, &view_.memory_bytes));
+    expect_success(aoti_torch_get_storage_size(tensor, &memory_bytes));
     view_.sizes = sizes;
     view_.strides = strides;
     view_.rank = static_cast<int32_t>(rank);
     view_.dtype = dlpack_dtype(dtype);
     view_.device_type = dlpack_device(device_type);
-    // Addresses as numbers: behind an offset, a storage without memory has a pointer beside null.
-    const int64_t offset_bytes =
-        offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
-    const uintptr_t memory = reinterpret_cast<uintptr_t>(view_.data) - offset_bytes;
-    if (view_.data == nullptr || memory == 0 || view_.memory_bytes == 0) {
-      view_.data = nullptr;  // no elements, or freed: refused where there is one to read
-      view_.memory_bytes = 0;
-    } else {
-      view_.memory = reinterpret_cast<const void*>(memory);
-    }
+    set_memory(view_, offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)),
+               memory_bytes);
   }
 
   bool given_;

@@ -4,6 +4,7 @@
 // for Torch, module.cpp for Python); behind it plain C++ and CUDA that know neither.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "../include/merge_attn_states.h"
@@ -11,6 +12,19 @@
 namespace merge_attn_states {
 
 using TensorView = merge_attn_states_tensor;
+
+// Says where the view's memory begins, `offset_bytes` before its data, and how much it is. False
+// where there is none, freed or never there: then the view has no data either, which is refused
+// where an element is to be read.
+inline bool set_memory(TensorView& view, int64_t offset_bytes, int64_t memory_bytes) {
+  // Addresses as numbers: behind an offset, a storage without memory has a pointer beside null.
+  const uintptr_t memory = reinterpret_cast<uintptr_t>(view.data) - offset_bytes;
+  const bool exists = view.data != nullptr && memory != 0 && memory_bytes != 0;
+  if (!exists) view.data = nullptr;
+  view.memory = exists ? reinterpret_cast<const void*>(memory) : nullptr;
+  view.memory_bytes = exists ? memory_bytes : 0;
+  return exists;
+}
 
 // "float32", "int64", "bool", or "dtype code 99" for one that DLPack does not name.
 std::string dtype_name(uint32_t dtype);
