@@ -1,6 +1,7 @@
 // Exact division of a number below 2^31 by a divisor known at launch: one multiplication.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "../lse.h"
@@ -14,8 +15,7 @@ struct FastDivision {
 
   FastDivision() = default;
   // by <= 2^31. A power of two has the factor 2^31; any other lies a good deal below 2^32.
-  explicit FastDivision(uint32_t by) : divisor(by), shift(31) {
-    while ((uint64_t{1} << (shift - 31)) < by) ++shift;
+  explicit FastDivision(uint32_t by) : divisor(by), shift(31 + std::bit_width(by - 1)) {
     factor = static_cast<uint32_t>(((uint64_t{1} << shift) + by - 1) / by);
   }
 

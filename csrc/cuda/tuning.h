@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "../merge_args.h"
@@ -51,13 +52,13 @@ inline constexpr int kTinyThreads = 128;
 // Beyond: 512 threads. 1024x16x128 (b) 1.00 / 0.99, of 256 threads 0.89 / 0.98; 2048x16x128 (a)
 // 1.02 / 1.00 and 1.035 / 0.99. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
 inline constexpr int kThreads = 512;
+inline constexpr int kThreadsOfOddRows = 448;
 
 // 256 for rows of 32 packs and more while they may be warm (40 MB): 512x16x512 (a) 1.00 / 0.99 and
 // 0.99 / 1.01 of 512 threads, (b) 0.94 / 0.98 and 0.93 / 1.005; 1024x16x256 (a) 1.01 / 1.00 and
 // 1.00 / 1.00, (b) 0.94 / 0.99 and 0.93 / 1.00.
 inline constexpr int64_t kLongRowPacks = 32;
 inline constexpr int64_t kWarmPacks = 40'000'000 / 48;
-inline constexpr int kThreadsOfOddRows = 448;
 
 // Between one and one and a half times what is resident, the second wave of blocks would be half
 // empty: two packs a thread make it one wave. 19 MB (b): D = 96 1.01 / 0.96 instead of 0.90 / 1.00,
@@ -66,22 +67,21 @@ inline constexpr int kThreadsOfOddRows = 448;
 inline constexpr int64_t kTwoPackLimit = kResidentPacks * 3 / 2;
 inline constexpr int kTwoPackThreads = 256;
 
-constexpr int bits_below(int64_t value) {  // floor(log2(value)), value > 0
-  int bits = 0;
-  while (value >>= 1) ++bits;
-  return bits;
+constexpr bool is_power_of_two(int64_t value) {
+  return std::has_single_bit(static_cast<uint64_t>(value));
 }
-
+constexpr int bits_below(int64_t value) {  // floor(log2(value)), value > 0
+  return std::bit_width(static_cast<uint64_t>(value)) - 1;
+}
 constexpr int bits_covering(int64_t value) {  // ceil(log2(value)), value > 0
-  return value <= 1 ? 0 : bits_below(value - 1) + 1;
+  return std::bit_width(static_cast<uint64_t>(value - 1));
 }
 
 // Heads beside each other in a tile, as bits: short rows want some, so that what is read together
 // lies together. 8192x32x32, cold (a): four heads 1.00, one 0.96. D = 48 and 96, cold (b): four
 // 1.00, one 0.99 and less; D = 64 and 128 want none.
 constexpr int head_bits_of_rows(int64_t packs_per_row) {
-  const bool power_of_two = (packs_per_row & (packs_per_row - 1)) == 0;
-  if (power_of_two) return packs_per_row >= 8 ? 0 : 4 - bits_below(packs_per_row);
+  if (is_power_of_two(packs_per_row)) return packs_per_row >= 8 ? 0 : 4 - bits_below(packs_per_row);
   return packs_per_row < 16 ? 2 : 1;
 }
 
@@ -98,7 +98,7 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
   // As many packs as there are: no such call would fit a GPU, but a count must not overflow.
   const int64_t rows = args.num_tokens * args.num_heads;
   const int64_t packs = rows > kTwoPackLimit ? rows : rows * packs_per_row;
-  const bool power_of_two = (packs_per_row & (packs_per_row - 1)) == 0;
+  const bool power_of_two = is_power_of_two(packs_per_row);
   const bool small = packs <= kSmallPacks;
 
   // Consecutive blocks walk along the axis of the smaller stride: [H, N, D] storage 1.00 instead of
