@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <stdexcept>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -66,6 +68,11 @@ std::vector<py::object> samples() {
 }  // namespace
 
 void RunningTorch::find() {
+  const char* const wanted = std::getenv("MERGE_ATTN_STATES_FAST_PATH");
+  if (wanted != nullptr && std::string_view(wanted) == "0") {
+    why_not_ = "MERGE_ATTN_STATES_FAST_PATH=0";  // and nothing of PyTorch has been touched
+    return;
+  }
   try {
     look_up();
     const With ordinary(torch_c("_InferenceMode")(false));

@@ -1,7 +1,7 @@
 """Every variant of the vectorized kernel: which one runs, and that it is right in all its edges.
 
 The variant goes by the number of 16-byte packs: up to 32,768, up to 0.6 of what a GPU holds at a
-time (270,336), up to all of it, up to one and a half times that, and beyond.
+time (270,336), up to all of it, up to one and a half times that, up to 40 MB, and beyond.
 """
 
 import pytest
@@ -16,7 +16,8 @@ TINY = (101, 5, 128)
 SMALL = (1001, 5, 128)
 ONE_WAVE = (1003, 15, 128)
 TWO_PACKS = (1501, 15, 128)
-LARGE = (2999, 15, 128)
+MAY_BE_WARM = (2999, 15, 128)
+LARGE = (3999, 15, 128)
 VARIANTS = {
     TINY: "8 tokens x 1 heads, 128 threads, early launch",
     (1, 130, 128): "1 tokens x 8 heads, 128 threads, early launch",  # decode
@@ -27,21 +28,24 @@ VARIANTS = {
     (31, 5, 4104): "1 tokens x 1 heads, 512 threads, early launch",  # wider than a block
     (141, 5, 4104): "1 tokens x 1 heads, 512 threads",  # the same, as much as takes two packs
     ONE_WAVE: "32 tokens x 1 heads, 512 threads",
-    (201, 15, 512): "4 tokens x 1 heads, 256 threads",  # long rows
+    (201, 15, 512): "8 tokens x 1 heads, 512 threads",
     TWO_PACKS: "32 tokens x 1 heads, 256 threads, two packs",
     (2001, 15, 96): "16 tokens x 2 heads, 192 threads, two packs",
     (1001, 15, 192): "8 tokens x 2 heads, 192 threads, two packs",
     (20011, 15, 8): "32 tokens x 16 heads, 512 threads",  # a pack a row: a thread a row
+    MAY_BE_WARM: "16 tokens x 1 heads, 256 threads",
+    (901, 15, 512): "4 tokens x 1 heads, 256 threads",
+    (6001, 17, 32): "16 tokens x 4 heads, 256 threads",
     LARGE: "32 tokens x 1 heads, 512 threads",
     (2001, 15, 512): "8 tokens x 1 heads, 512 threads",
-    (6001, 17, 32): "32 tokens x 4 heads, 512 threads",
+    (13001, 17, 32): "32 tokens x 4 heads, 512 threads",
     (3001, 17, 96): "8 tokens x 4 heads, 384 threads",
     (2001, 15, 576): "4 tokens x 1 heads, 288 threads",
 }
 SIZES = pytest.mark.parametrize(
     "shape",
-    [TINY, SMALL, ONE_WAVE, TWO_PACKS, LARGE],
-    ids=["tiny", "small", "one wave", "two packs", "large"],
+    [TINY, SMALL, ONE_WAVE, TWO_PACKS, MAY_BE_WARM, LARGE],
+    ids=["tiny", "small", "one wave", "two packs", "may be warm", "large"],
 )
 
 

@@ -277,6 +277,7 @@ MISSING = {
     "the DLPack exchange API": "import torch; del torch.Tensor.__dlpack_c_exchange_api__",
     "PyTorch's word on a thread": "import torch; del torch._C._dispatch_tls_local_include_set",
     "PyTorch's word on a tensor": "import torch; del torch._neg_view",
+    "the wish for it": "import os; os.environ['MERGE_ATTN_STATES_FAST_PATH'] = '0'",
 }
 WITHOUT = """
 from support import F32, make_call, check
@@ -299,6 +300,8 @@ def test_without_it_every_call_goes_through_torch_ops(missing, child_environment
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("eager fast path       no: ")
     assert ran.stdout.endswith("; calls go through torch.ops\n")
+    if missing == "the wish for it":
+        assert "no: MERGE_ATTN_STATES_FAST_PATH=0;" in ran.stdout
 
 
 @pytest.mark.parametrize("context", ["inference_mode()", "no_grad()", "device('meta')"])

@@ -13,7 +13,7 @@
 namespace merge_attn_states::cuda {
 namespace {
 
-constexpr int kUnroll = 4;  // packs of a thread whose loads are in flight together
+constexpr int kUnroll = kGenericUnroll;
 
 struct RowTile {
   FastDivision packs_per_row;  // used where several rows share a block, which are then short

@@ -49,16 +49,17 @@ inline constexpr int kSmallThreads = 256;
 inline constexpr int64_t kTinyPacks = 128 * 256;
 inline constexpr int kTinyThreads = 128;
 
-// Beyond: 512 threads. 1024x16x128 (b) 1.00 / 0.99, of 256 threads 0.89 / 0.98; 2048x16x128 (a)
-// 1.02 / 1.00 and 1.035 / 0.99. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
+// Beyond: 512 threads. 1024x16x128 (b) 1.00 / 0.99, of 256 threads 0.89 / 0.98; 512x16x128 float32
+// (a) 1.04 / 1.00 and 0.97 / 0.99. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
 inline constexpr int kThreads = 512;
 inline constexpr int kThreadsOfOddRows = 448;
 
-// 256 for rows of 32 packs and more while they may be warm (40 MB): 512x16x512 (a) 1.00 / 0.99 and
-// 0.99 / 1.01 of 512 threads, (b) 0.94 / 0.98 and 0.93 / 1.005; 1024x16x256 (a) 1.01 / 1.00 and
-// 1.00 / 1.00, (b) 0.94 / 0.99 and 0.93 / 1.00.
-inline constexpr int64_t kLongRowPacks = 32;
+// 256 for more than one wave of blocks that may still be warm (40 MB): 2048x16x128 (a) on two cards
+// 1.035 / 0.99 and 1.00 of 256 threads, 1.02 / 1.00 and 0.95 of 512; warm on the second card
+// 2048x32x64 0.98 and 0.95, 1024x16x256 0.99 and 0.95, 512x16x512 0.98 and 0.94. In 512x16x512 (b)
+// 0.94 / 0.98 and 0.93 / 1.005.
 inline constexpr int64_t kWarmPacks = 40'000'000 / 48;
+inline constexpr int kWarmThreads = 256;
 
 // Between one and one and a half times what is resident, the second wave of blocks would be half
 // empty: two packs a thread make it one wave. 19 MB (b): D = 96 1.01 / 0.96 instead of 0.90 / 1.00,
@@ -113,12 +114,13 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
   if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(args, tile)) {
     tile.packs_a_thread = 2;
   }
-  const bool long_and_warm = power_of_two && packs_per_row >= kLongRowPacks && packs <= kWarmPacks;
+  const bool waves_of_warm_packs = packs > kTwoPackLimit && packs <= kWarmPacks;
   const int threads = packs <= kTinyPacks        ? kTinyThreads
-                      : small || long_and_warm   ? kSmallThreads
+                      : small                    ? kSmallThreads
                       : tile.packs_a_thread == 2 ? kTwoPackThreads
-                      : power_of_two             ? kThreads
-                                                 : kThreadsOfOddRows;
+                      : !power_of_two            ? kThreadsOfOddRows
+                      : waves_of_warm_packs      ? kWarmThreads
+                                                 : kThreads;
   const int row_bits = bits_below(std::max<int64_t>(1, threads / packs_per_row)) +
                        (tile.packs_a_thread == 2 ? 1 : 0);
 
@@ -145,21 +147,25 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
 }
 
 // The generic kernel: 256 threads, packs of 8 bytes where rows allow them (else single elements),
-// and rows enough for one round of every thread.
+// and rows enough for one round of every thread. 8192x32x128 e4m3 cold (a): 64 rows, 8192 elements,
+// 0.82; 32 rows 0.65; packs of 16 bytes and 128 rows 0.90, for which a third kernel a dtype would
+// have to take what is aligned to 8. bfloat16 aligned to 8: 4096 elements 0.96, 8192 0.94.
 struct GenericShape {
   int32_t rows;           // of a block
   int32_t pack_elements;  // 1: any layout
 };
 
 inline constexpr int kGenericThreads = 256;
+inline constexpr int kGenericUnroll = 4;  // packs of a thread whose loads are in flight together
 inline constexpr int64_t kGenericPackBytes = 8;
-inline constexpr int64_t kGenericElements = 4096;
+inline constexpr int64_t kGenericElements = 4096;  // of a block, at least
 inline constexpr int64_t kGenericMaxRows = 64;
 
 inline GenericShape choose_generic(const MergeArgs& args, bool packs) {
-  const int64_t rows = std::clamp<int64_t>(kGenericElements / std::max<int64_t>(1, args.head_size),
-                                           1, kGenericMaxRows);
   const int64_t elements = packs ? kGenericPackBytes / size_of(args.input_dtype) : 1;
+  const int64_t wanted = std::max(kGenericElements, kGenericThreads * kGenericUnroll * elements);
+  const int64_t rows =
+      std::clamp<int64_t>(wanted / std::max<int64_t>(1, args.head_size), 1, kGenericMaxRows);
   return {.rows = static_cast<int32_t>(rows), .pack_elements = static_cast<int32_t>(elements)};
 }
 
