@@ -64,8 +64,10 @@ def measure(
             key = f"{case.name}: {provider.name}"
             timed[key] = calls
             waiting[key] = record(case, provider.name, **kernel)
-    name, moved, timed["ceiling"] = _ceiling(comparison[0], sets, device)
-    waiting["ceiling"] = record(comparison[0], name, bytes=moved)
+        name, moved, calls = _ceiling(case, sets, device)
+        key = f"{case.name}: {name}"
+        timed[key] = calls
+        waiting[key] = record(case, name, bytes=moved)
 
     timer = time_cuda if device.type == "cuda" else time_cpu
     for key, timing in timer(timed, rounds).items():
