@@ -34,7 +34,7 @@ VARIANTS = {
     (1001, 15, 192): "8 tokens x 2 heads, 192 threads, two packs",
     (20011, 15, 8): "32 tokens x 16 heads, 512 threads",  # a pack a row: a thread a row
     MAY_BE_WARM: "16 tokens x 1 heads, 256 threads",
-    (901, 15, 512): "4 tokens x 1 heads, 256 threads",
+    (801, 15, 512): "4 tokens x 1 heads, 256 threads",
     (6001, 17, 32): "16 tokens x 4 heads, 256 threads",
     LARGE: "32 tokens x 1 heads, 512 threads",
     (2001, 15, 512): "8 tokens x 1 heads, 512 threads",
