@@ -38,18 +38,20 @@ PICTURES = {
 def readme(machines: Sequence[Results]) -> str:
     if not machines:
         return NO_RESULTS
+    # A machine without a GPU has a sentence; it would be an empty column.
+    tabled = [results for results in machines if results.environment["gpu"]] or machines
     vllm = _joined(results.environment["vllm"] for results in machines)
     vllm = f"vLLM {vllm}" if vllm else "vLLM"
     paragraphs = [
         "Of the limit: bytes over time, divided by the same of a plain kernel that reads two "
         f"buffers and writes one. Over vLLM: the time of {vllm}'s own op over ours. Cold: "
         "the inputs come from DRAM; warm: they lie in L2.",
-        _shapes_table(machines),
+        _shapes_table(tabled),
         *_pictures(machines, ["limit"], "docs/benchmarks"),
-        *(_summary(results) for results in machines),
+        *(_summary(results) for results in tabled),
         f"An eager call at {HOST_CASE.shape}, microseconds of the host, launch included, in a "
         "tight loop / with 16 MB of other memory touched before each call:",
-        _host_table(machines),
+        _host_table(tabled),
         *filter(None, map(_cpu_sentence, machines)),
         "Recipe: every answer checked, then median of interleaved CUDA graph replays, cold buffers "
         "rotated through more than twice the L2; host: the best of three processes.",
@@ -161,8 +163,9 @@ def _cpu_sentence(results: Results) -> str:
     if not said:
         return ""
     run = results.runs["cpu"]
+    beside = f", beside the {results.gpu}" if results.environment["gpu"] else ""
     return (
-        f"CPU at 100 MB ({run['cpu']}, {run['threads']} threads, beside the {results.gpu}), of "
+        f"CPU at 100 MB ({run['cpu']}, {run['threads']} threads{beside}), of "
         f"torch.add(out=)'s bandwidth, and time of the formula in eager PyTorch over ours: "
         f"{'; '.join(said)}."
     )
