@@ -205,6 +205,9 @@ for dtype in (F32, F16, BF16, F64, E4M3, E5M2):
                 continue
             call = make_call((16, 3, head_size), dtype, seed=head_size, count=14,
                              output_dtype=output_dtype, scale=0.37 if output_dtype else None)
+            if dtype in (F16, BF16):  # every bit pattern: NaN of any kind, subnormal, infinite
+                seeded = torch.Generator().manual_seed(head_size)
+                call.prefix_output.view(torch.int16).random_(-(2**15), 2**15, generator=seeded)
             merge_attn_states.merge_attn_states(*call)
             digest.update(bits(call.output).numpy().tobytes())
             digest.update(bits(call.output_lse).numpy().tobytes())
@@ -229,6 +232,15 @@ def test_both_cpu_builds_give_the_same_bits(child_environment):
     assert chosen[0] == here
     assert default[0] == "baseline"
     assert chosen[1] == default[1]
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_a_nan_of_all_ones_stays_one(dtype, device):
+    call = make_call((16, 3, 128), dtype, device)
+    call.suffix_lse.view(torch.int32)[0, 1] = 0x7FFFFFFF  # its upper half, rounded up, is -0
+    merge_attn_states.merge_attn_states(*call)
+    assert call.output[1, 0].isnan().all()
+    assert call.output_lse[0, 1].isnan()
 
 
 def test_an_unknown_cpu_build_is_refused(child_environment):

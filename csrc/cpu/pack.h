@@ -205,3 +205,50 @@ template <>
 struct Pack<Float8E4M3> : Float8Pack<Float8E4M3, E4M3Format> {};
 template <>
 struct Pack<Float8E5M2> : Float8Pack<Float8E5M2, E5M2Format> {};
+
+// Sixteen BFloat16 as two vectors of floats, those at even places and those at odd ones: what they
+// share is a 32-bit word, so that taking them apart and putting them together again needs neither
+// widening nor packing.
+#ifdef MERGE_ATTN_STATES_V3
+struct BFloat16Pairs {
+  static constexpr int kElements = 2 * kLanes;
+  static constexpr uint32_t kOdd = 0xffff0000u;
+  Floats even, odd;
+
+  static BFloat16Pairs load(const BFloat16* from) {
+    Words words;
+    __builtin_memcpy(&words, from, sizeof(words));
+    return {bits_as<Floats>(words << 16), bits_as<Floats>(words & kOdd)};
+  }
+  template <bool kStreamed>
+  void store(BFloat16* to) const {
+    const bool has_nan = _mm256_movemask_ps(
+        _mm256_cmp_ps(bits_as<__m256>(even), bits_as<__m256>(odd), _CMP_UNORD_Q));
+    if (__builtin_expect(has_nan, false)) return store_each(to);
+    const __m256i words = _mm256_blend_epi16(bits_as<__m256i>(rounded(even) >> 16),
+                                             bits_as<__m256i>(rounded(odd)), 0xaa);
+    if constexpr (kStreamed) return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), words);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+  }
+
+ private:
+  // Right in the upper half, unless a NaN.
+  static Words rounded(Floats values) {
+    const Words bits = bits_as<Words>(values);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+  }
+  void store_each(BFloat16* to) const {
+    BFloat16 codes[2][kLanes];
+    Pack<BFloat16>::store(codes[0], even);
+    Pack<BFloat16>::store(codes[1], odd);
+    for (int i = 0; i < kElements; ++i) to[i] = codes[i % 2][i / 2];
+  }
+};
+
+inline BFloat16Pairs operator*(float factor, BFloat16Pairs values) {
+  return {factor * values.even, factor * values.odd};
+}
+inline BFloat16Pairs operator+(BFloat16Pairs left, BFloat16Pairs right) {
+  return {left.even + right.even, left.odd + right.odd};
+}
+#endif
