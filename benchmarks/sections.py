@@ -184,7 +184,8 @@ def _origin(results: Results) -> str:
         for name, title in (("vllm", "vLLM"), ("flashinfer", "FlashInfer"))
         if environment[name]
     ]
-    versions = [f"driver {environment['driver']}", f"PyTorch {environment['torch']}", *others]
+    driver = [f"driver {environment['driver']}"] if environment["driver"] else []
+    versions = [*driver, f"PyTorch {environment['torch']}", *others]
     return (
         f"{environment['gpu'] or 'no GPU'}{_clocks(results)}, {', '.join(versions)}; {when}, "
         f"commit {commits} ({trees}){changed}"
