@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch
 
 from ._library import build_info, fast_path
+
+_VLLM_PLUGIN = "merge_attn_states"  # the entry point's name
 
 
 def lines() -> Iterator[str]:
@@ -53,6 +57,31 @@ def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str
         found = importlib.util.find_spec(package) is not None
         hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"
         yield _line(package, "yes" if found else hint)
+    yield _line("vllm", _why_not_in_vllm() or _in_vllm())
+
+
+def _why_not_in_vllm() -> str:
+    """Say why vLLM does not find the plugin; empty where it does."""
+    if importlib.util.find_spec("vllm") is None:
+        return "no: not installed"
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if _VLLM_PLUGIN not in plugins.names:
+        return "no: merge_attn_states was not installed by pip, so vLLM does not see its plugin"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _VLLM_PLUGIN not in allowed.split(","):
+        return f"no: VLLM_PLUGINS={allowed} leaves {_VLLM_PLUGIN} out"
+    return ""
+
+
+def _in_vllm() -> str:
+    """Do as vLLM does at its start, and say what came of it."""
+    from .integrations import vllm
+
+    vllm.register()
+    state = vllm.status()
+    if not state.active:
+        return f"no: {state.reason}"
+    return f"yes, {state.vllm}: replaces {', '.join(state.replaced)}"
 
 
 def _why_no_cuda(cuda: str | None, architectures: list[str]) -> str:

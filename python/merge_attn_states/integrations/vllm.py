@@ -1,0 +1,250 @@
+"""vLLM's attention backends, merging through this package.
+
+vLLM finds `register` through its entry point (`merge_attn_states_vllm.py`) and calls it in every
+process before work begins. It replaces two functions, wherever a module holds them:
+
+| vLLM's function                                          | called by                             |
+| -------------------------------------------------------- | ------------------------------------- |
+| `vllm.v1.attention.ops.merge_attn_states` (the           | every attention backend, most through |
+|   dispatcher), before that `vllm.attention.ops....`      |   a name bound when it was imported   |
+| `vllm._custom_ops.merge_attn_states` (the CUDA op)       | the dispatcher, at each call          |
+
+What is absorbed: releases whose functions have 6, 7 or 8 parameters; modules that bound a function
+before the plugin ran; a call that this package refuses and vLLM's own function takes, which vLLM's
+own function then gets. Where results differ from vLLM's own, see docs/vllm.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .. import __version__, build_info
+from .. import merge_attn_states as _merge
+
+__all__ = ["Status", "register", "restore", "status"]
+
+_DISPATCHERS = (
+    "vllm.v1.attention.ops.merge_attn_states",
+    "vllm.attention.ops.merge_attn_states",
+)
+_CUSTOM_OPS = "vllm._custom_ops"
+_NAME = "merge_attn_states"
+_PARAMETERS = tuple(inspect.signature(_merge).parameters)
+_FEWEST = 6  # parameters of vLLM's function; older releases lack the last one or two
+_log = logging.getLogger("vllm.merge_attn_states")  # under vLLM's, whose handler shows it
+
+_Merge = Callable[..., None]
+
+
+class _Replacement(NamedTuple):
+    home: str  # the module that defines it
+    original: _Merge
+    ours: _Merge
+
+
+class Status(NamedTuple):
+    """What is replaced in this process, and what went back to vLLM's own functions."""
+
+    active: bool
+    reason: str  # why not; empty where active
+    vllm: str | None  # its version
+    replaced: list[str]  # every place that holds this package's function, sorted
+    fallbacks: dict[str, int]  # calls that vLLM's own function got, by the reason
+
+
+_replacements: list[_Replacement] = []
+_fallbacks: dict[str, int] = {}
+_reason = "register() was not called"
+_thread = threading.local()
+
+
+def register() -> None:
+    """Replace vLLM's merge in this process, and log once what was replaced.
+
+    Neither initialises CUDA nor launches anything. Calling it again replaces what has been imported
+    anew since. It never raises: where this package does not fit, everything stays as it was, and
+    one warning says why.
+    """
+    global _reason
+    try:
+        refusal = _why_not()
+        new = [] if refusal else _find()
+    except Exception as error:
+        refusal, new = f"{type(error).__name__}: {error}", []
+    if refusal:
+        if refusal != _reason:
+            _log.warning("merge_attn_states is not used, vLLM merges as before: %s", refusal)
+        _reason = refusal
+        return
+    _reason = ""
+    _replacements.extend(new)
+    replaced = [place for one in _replacements for place in _swap(one.original, one.ours)]
+    if new:
+        _log.info(
+            "merge_attn_states %s merges attention states in vLLM %s: replaced %s",
+            __version__,
+            _version(),
+            ", ".join(replaced),
+        )
+
+
+def restore() -> None:
+    """Give vLLM its own functions back, everywhere in this process."""
+    global _reason
+    while _replacements:
+        one = _replacements.pop()
+        _swap(one.ours, one.original)
+    _fallbacks.clear()
+    _reason = "restore() was called"
+
+
+def status() -> Status:
+    """Tell what is replaced in this process.
+
+    Returns
+    -------
+    Status
+        active; reason (why not); vllm (version or None); replaced (module attributes that hold this
+        package's function); fallbacks (how many calls vLLM's own function got, by the reason).
+    """
+    replaced = [place for one in _replacements for place in _places(one.ours)]
+    return Status(bool(replaced), _reason, _version(), sorted(replaced), dict(_fallbacks))
+
+
+def _why_not() -> str:
+    if os.environ.get("MERGE_ATTN_STATES_VLLM") == "0":
+        return "MERGE_ATTN_STATES_VLLM=0"
+    if _version() is None and "vllm" not in sys.modules:
+        return "vLLM is not installed"
+    if torch.version.hip:
+        return f"PyTorch {torch.__version__} is a ROCm build"
+    if torch.version.cuda and build_info()["cuda"] is None:
+        return "this build of merge_attn_states has no CUDA kernels"
+    return ""
+
+
+def _find() -> list[_Replacement]:
+    """Find what is to be replaced and is not yet; raises where a function's shape is not known."""
+    dispatcher = next(filter(None, map(_module, _DISPATCHERS)), None)
+    if dispatcher is None:
+        raise LookupError(f"this vLLM has neither {' nor '.join(_DISPATCHERS)}")
+    homes = [dispatcher, importlib.import_module(_CUSTOM_OPS)]
+    ours = [one.ours for one in _replacements]
+    found = []
+    for home in homes:
+        original = getattr(home, _NAME)
+        if original not in ours:
+            found.append(_Replacement(home.__name__, original, _replacing(original, home.__name__)))
+    return found
+
+
+def _module(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # vLLM has it, and something else is missing
+        return None
+
+
+def _replacing(original: _Merge, home: str) -> _Merge:
+    """Return this package's function in the original's place, and with the original behind it."""
+    known = _known_parameters(original, home)
+
+    @functools.wraps(original)
+    def merge_attn_states(
+        output: torch.Tensor,
+        prefix_output: torch.Tensor,
+        prefix_lse: torch.Tensor,
+        suffix_output: torch.Tensor,
+        suffix_lse: torch.Tensor,
+        output_lse: torch.Tensor | None = None,
+        prefill_tokens_with_context: int | None = None,
+        output_scale: torch.Tensor | None = None,
+    ) -> None:
+        operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse)
+        options = (output_lse, prefill_tokens_with_context, output_scale)
+        if torch.compiler.is_dynamo_compiling():  # a refusal is the trace's
+            return _merge(*operands, *options)
+        try:
+            return _merge(*operands, *options)
+        except Exception as error:
+            given = (*operands, *options)
+            if any(option is not None for option in given[known:]):
+                raise  # the original has no parameter for it
+            with _falling_back(error, home):
+                return original(*given[:known])
+
+    return merge_attn_states
+
+
+def _known_parameters(original: _Merge, home: str) -> int:
+    """How many of the op's parameters a function has, which must be the first of them."""
+    parameters = inspect.signature(original).parameters
+    names = tuple(parameters)
+    if len(names) < _FEWEST or names != _PARAMETERS[: len(names)]:
+        raise LookupError(f"{home}.{_NAME} has other parameters: {', '.join(names)}")
+    return len(names)
+
+
+@contextlib.contextmanager
+def _falling_back(error: Exception, home: str) -> Iterator[None]:
+    """Count a refusal, and log it once for each reason: numbers do not make it another one.
+
+    vLLM's dispatcher calls the op's function, which is replaced too and refuses the same call
+    again: that is no second refusal.
+    """
+    if getattr(_thread, "is_falling_back", False):
+        yield
+        return
+    reason = re.sub(r"(?<![a-z])-?\d+", "#", f"{type(error).__name__}: {error}")
+    if reason not in _fallbacks:
+        _log.warning("merge_attn_states refuses a call, vLLM's own %s gets it: %s", home, error)
+    _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+    _thread.is_falling_back = True
+    try:
+        yield
+    finally:
+        _thread.is_falling_back = False
+
+
+def _swap(old: _Merge, new: _Merge) -> list[str]:
+    """Replace a function wherever a module holds it; returns where."""
+    places = list(_places(old))
+    for place in places:
+        module, _, name = place.rpartition(".")
+        setattr(sys.modules[module], name, new)
+    return places
+
+
+def _places(function: _Merge) -> Iterator[str]:
+    """Yield where modules hold a function: those that bound it by name when they were imported."""
+    for module_name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType):
+            continue
+        # Not getattr: a module that loads itself when it is looked at stays unloaded.
+        members = ModuleType.__getattribute__(module, "__dict__")
+        for name, value in list(members.items()):
+            if value is function:
+                yield f"{module_name}.{name}"
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return getattr(sys.modules.get("vllm"), "__version__", None)

@@ -1,0 +1,32 @@
+"""vLLM's way in: the entry point `merge_attn_states` of the group `vllm.general_plugins`.
+
+A module of its own, because vLLM calls plugins without a `try`: importing the package raises where
+PyTorch is missing or too old, and an engine must not die of that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+_said: set[str] = set()
+
+
+def register() -> None:
+    """Let vLLM merge attention states through merge_attn_states; never raises.
+
+    Does nothing where the environment says `MERGE_ATTN_STATES_VLLM=0`, and leaves everything as it
+    was with one warning where the package does not fit. May be called again.
+    """
+    if os.environ.get("MERGE_ATTN_STATES_VLLM") == "0":
+        return
+    try:
+        from merge_attn_states.integrations import vllm
+
+        vllm.register()
+    except Exception as error:
+        if str(error) not in _said:
+            _said.add(str(error))
+            logging.getLogger("vllm.merge_attn_states").warning(
+                "merge_attn_states is not used, vLLM merges as before: %s", error
+            )

@@ -1,0 +1,382 @@
+"""The plugin's own logic, on a package in vLLM's place; the real one is in test_vllm.py."""
+
+import importlib
+import importlib.metadata
+import logging
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import vllm_standin
+from support import BF16, F32, check, make_call
+from vllm_standin import NAMES, PATHS
+
+import merge_attn_states
+import merge_attn_states_vllm
+from merge_attn_states import _info
+from merge_attn_states.integrations import vllm as plugin
+
+OLD, NEW = PATHS[1], PATHS[0]
+SHAPES = [(6, OLD), (7, OLD), (7, NEW), (8, OLD), (8, NEW)]
+
+
+class StandIn:
+    """The modules of a package that a test has written."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __getattr__(self, name):
+        return importlib.import_module(f"vllm.{name}")
+
+    @property
+    def dispatcher(self):
+        return importlib.import_module(f"{self.path}.merge_attn_states")
+
+    @property
+    def calls(self):
+        """Of vLLM's own functions, however often they were replaced."""
+        return len(self.dispatcher.calls), len(self._custom_ops.calls)
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """Write the package and hide a real one; nothing of either stays."""
+
+    def is_vllm(name):
+        return name == "vllm" or name.startswith("vllm.")
+
+    hidden = {name: module for name, module in sys.modules.items() if is_vllm(name)}
+    for name in hidden:
+        del sys.modules[name]
+    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM", raising=False)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(plugin, "_version", lambda: vllm_standin.VERSION)
+
+    def make(count=8, path=NEW, **options):
+        vllm_standin.write(tmp_path, count, path, **options)
+        monkeypatch.syspath_prepend(tmp_path)
+        return StandIn(path)
+
+    yield make
+    plugin.restore()
+    for name in [name for name in sys.modules if is_vllm(name)]:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "vllm.merge_attn_states")
+
+    def texts(level):
+        return [record.message for record in caplog.records if record.levelno == level]
+
+    return texts
+
+
+@pytest.mark.parametrize(("count", "path"), SHAPES)
+def test_every_caller_merges_through_this_package(count, path, vllm, log):
+    stand_in = vllm(count, path)
+    early = stand_in.early_backend  # bound the function before the plugin ran
+    merge_attn_states_vllm.register()
+    late = stand_in.late_backend
+    callers = [
+        early.by_position,
+        late.by_position,
+        early.under_another_name,
+        stand_in.dispatcher.merge_attn_states,
+        stand_in._custom_ops.merge_attn_states,
+    ]
+    for call in callers:
+        for given in range(6, count + 1):
+            operands = make_call((5, 3, 64), BF16, count=4 if given > 6 else None)
+            check(operands, lambda *args, call=call, given=given: call(*args[:given]))
+    for backend in (early, late):
+        operands = make_call((5, 3, 64), BF16)
+        named = dict(zip(NAMES[:count], operands, strict=False))
+        check(operands, lambda *_, backend=backend, named=named: backend.by_keyword(**named))
+    assert stand_in.calls == (0, 0)
+    state = plugin.status()
+    assert state.active
+    assert state.vllm == vllm_standin.VERSION
+    assert state.replaced == sorted(
+        [f"vllm.{name}_backend.{attribute}" for name in ("early", "late")
+         for attribute in ("merge_attn_states", "under_another_name")]
+        + [f"{path}.merge_attn_states.merge_attn_states", "vllm._custom_ops.merge_attn_states"]
+    )  # fmt: skip
+    assert state.fallbacks == {}
+    assert log(logging.WARNING) == []
+    (said,) = log(logging.INFO)
+    assert f"vLLM {vllm_standin.VERSION}: replaced " in said
+    assert "vllm.early_backend.merge_attn_states" in said
+
+
+def test_restore_gives_everything_back(vllm):
+    stand_in = vllm()
+    originals = stand_in.early_backend.merge_attn_states, stand_in._custom_ops.merge_attn_states
+    plugin.register()
+    assert stand_in.late_backend.merge_attn_states is stand_in.early_backend.merge_attn_states
+    assert stand_in.late_backend.merge_attn_states is not originals[0]
+    plugin.restore()
+    dispatcher = stand_in.dispatcher.merge_attn_states
+    for holder in (stand_in.early_backend, stand_in.late_backend):  # one bound it after the plugin
+        assert holder.merge_attn_states is originals[0] is dispatcher
+        assert holder.under_another_name is originals[0]
+    assert stand_in._custom_ops.merge_attn_states is originals[1]
+    assert plugin.status() == (False, "restore() was called", vllm_standin.VERSION, [], {})
+    plugin.register()
+    check(make_call((5, 3, 64), F32), stand_in.late_backend.by_position)
+
+
+def test_a_second_time_changes_nothing(vllm, log):
+    stand_in = vllm()
+    plugin.register()
+    first = stand_in.dispatcher.merge_attn_states
+    merge_attn_states_vllm.register()
+    assert stand_in.dispatcher.merge_attn_states is first
+    assert len(log(logging.INFO)) == 1
+    importlib.reload(stand_in.dispatcher)  # vLLM's own again
+    assert stand_in.dispatcher.merge_attn_states is not first
+    plugin.register()
+    check(make_call((5, 3, 64), F32), stand_in.dispatcher.merge_attn_states)
+    assert stand_in.calls == (0, 0)
+
+
+def refused(tokens=5, count=8):
+    """Operands that this package refuses and vLLM's own function may take."""
+    operands = make_call((tokens, 3, 64), F32)
+    return operands._replace(prefix_lse=operands.prefix_lse.to(BF16))[:count]
+
+
+@pytest.mark.parametrize("count", [6, 7, 8])
+def test_what_is_refused_goes_to_vllms_own(count, vllm, log):
+    stand_in = vllm(count)
+    plugin.register()
+    for tokens in (5, 6, 5):
+        operands = refused(tokens, count)
+        stand_in.early_backend.by_position(*operands)
+        assert (operands[0] == 7).all()
+        seen = stand_in.dispatcher.calls[-1]
+        assert len(seen) == count
+        assert all(one is other for one, other in zip(seen, operands, strict=True))
+    assert stand_in.calls == (3, 3)
+    (said,) = log(logging.WARNING)  # once for the reason, whatever the sizes
+    assert "prefix_lse: expected float32" in said
+    assert "vLLM's own vllm.v1.attention.ops.merge_attn_states" in said
+    assert list(plugin.status().fallbacks.values()) == [3]
+    operands = make_call((5, 4, 64), F32)._replace(suffix_lse=torch.zeros(3, 3))
+    stand_in.early_backend.by_position(*operands[:count])
+    assert len(log(logging.WARNING)) == 2  # another reason
+
+
+def test_the_op_alone_falls_back_too(vllm, log):
+    stand_in = vllm()
+    plugin.register()
+    stand_in._custom_ops.merge_attn_states(*refused())
+    assert stand_in.calls == (0, 1)
+    assert "vLLM's own vllm._custom_ops" in log(logging.WARNING)[0]
+
+
+def test_what_both_refuse_raises_both_reasons(vllm):
+    stand_in = vllm()
+    plugin.register()
+    for _ in range(2):  # the state of the first failure is gone
+        with pytest.raises(RuntimeError, match="vLLM's own refuses this too") as caught:
+            stand_in.early_backend.by_position(*refused(13))
+        assert "prefix_lse: expected float32" in str(caught.value.__context__)
+    assert list(plugin.status().fallbacks.values()) == [2]
+
+
+@pytest.mark.parametrize(("count", "option"), [(6, {"prefill_tokens_with_context": 2}),
+                                               (7, {"output_scale": torch.ones(1)})])  # fmt: skip
+def test_an_option_that_vllms_own_lacks_is_not_dropped(count, option, vllm):
+    stand_in = vllm(count)
+    plugin.register()
+    with pytest.raises(ValueError, match=r"^(prefix_lse|output_scale): "):
+        stand_in.early_backend.by_keyword(**dict(zip(NAMES, refused(), strict=True)) | option)
+    assert stand_in.calls == (0, 0)
+
+
+UNKNOWN = {
+    "too few": "output, prefix_output, prefix_lse, suffix_output, suffix_lse",
+    "too many": vllm_standin.parameters(9),
+    "another order": "output, output_lse, prefix_output, prefix_lse, suffix_output, suffix_lse",
+    "other names": vllm_standin.parameters(8).replace("prefix_lse", "prefix_softmax_lse"),
+}
+
+
+def assert_left_alone(stand_in, log, reason):
+    before = stand_in.early_backend.merge_attn_states, stand_in._custom_ops.merge_attn_states
+    for _ in range(2):
+        merge_attn_states_vllm.register()
+    assert before[0] is stand_in.early_backend.merge_attn_states
+    assert before[1] is stand_in._custom_ops.merge_attn_states
+    (said,) = log(logging.WARNING)
+    assert said.startswith("merge_attn_states is not used, vLLM merges as before: ")
+    assert reason in said
+    assert log(logging.INFO) == []
+    state = plugin.status()
+    assert not state.active
+    assert reason in state.reason
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_an_unknown_shape_is_left_alone(kind, vllm, log):
+    assert_left_alone(vllm(signature=UNKNOWN[kind]), log, "has other parameters: output, ")
+
+
+def test_an_unknown_place_is_left_alone(vllm, log):
+    assert_left_alone(vllm(path="vllm.somewhere.else_"), log, "this vLLM has neither vllm.v1.")
+
+
+def test_a_missing_name_is_left_alone(vllm, log):
+    stand_in = vllm()
+    del stand_in._custom_ops.merge_attn_states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_in._custom_ops, "merge_attn_states", None, raising=False)
+        assert_left_alone(stand_in, log, "TypeError: None is not a callable object")
+
+
+def test_a_broken_vllm_is_left_alone(vllm, log, tmp_path):
+    stand_in = vllm()
+    path = tmp_path / NEW.replace(".", "/") / "merge_attn_states.py"
+    path.write_text("import a_module_that_vllm_needs\n")
+    merge_attn_states_vllm.register()
+    assert "No module named 'a_module_that_vllm_needs'" in log(logging.WARNING)[0]
+    assert "merge_attn_states" in dir(stand_in._custom_ops)
+
+
+def test_rocm_is_left_alone(vllm, log, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
+    assert_left_alone(vllm(), log, "is a ROCm build")
+
+
+def test_a_build_without_kernels_is_left_alone(vllm, log, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(plugin, "build_info", lambda: {"cuda": None})
+    assert_left_alone(vllm(), log, "has no CUDA kernels")
+
+
+def test_without_vllm_nothing_happens(monkeypatch, log):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(plugin, "_version", lambda: None)
+    merge_attn_states_vllm.register()
+    assert "vLLM is not installed" in log(logging.WARNING)[0]
+
+
+def test_modules_that_are_none_are_passed_over(vllm, monkeypatch):
+    """Some programs put other things than modules into sys.modules, or modules that load late."""
+
+    class LoadsWhenLookedAt(ModuleType):
+        def __getattribute__(self, name):
+            raise AssertionError(f"looked at {name}")
+
+    monkeypatch.setitem(sys.modules, "a_stranger", object())
+    monkeypatch.setitem(sys.modules, "a_lazy_one", LoadsWhenLookedAt("a_lazy_one"))
+    stand_in = vllm()
+    plugin.register()
+    check(make_call((5, 3, 64), F32), stand_in.early_backend.by_position)
+
+
+# A process of its own: what a plugin must not do.
+
+PROCESS = """
+import logging, sys
+sys.path.insert(0, {folder!r})
+logging.basicConfig(format="LOG %(message)s", level=logging.INFO, stream=sys.stdout)
+import torch, vllm
+{before}
+known = set(sys.modules)
+import merge_attn_states_vllm
+merge_attn_states_vllm.register()
+merge_attn_states_vllm.register()
+new = {{name.partition(".")[0] for name in set(sys.modules) - known}}
+print(sorted(new - set(sys.stdlib_module_names) - {{"vllm"}}))
+print(torch.cuda.is_initialized())
+"""
+
+
+def process(folder, environment, before="", **variables):
+    vllm_standin.write(folder)
+    return subprocess.run(
+        [sys.executable, "-c", PROCESS.format(folder=str(folder), before=before)],
+        env=environment | variables, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+
+
+def test_it_imports_little_and_does_not_initialise_cuda(tmp_path, child_environment):
+    said, new, initialised = process(tmp_path, child_environment)
+    assert said.startswith("LOG merge_attn_states ")
+    assert new == "['merge_attn_states', 'merge_attn_states_vllm']"
+    assert initialised == "False"
+
+
+def test_it_is_taken_off_by_one_variable(tmp_path, child_environment):
+    new, _ = process(tmp_path, child_environment, MERGE_ATTN_STATES_VLLM="0")
+    assert new == "['merge_attn_states_vllm']"
+
+
+def test_an_old_pytorch_gets_one_warning(tmp_path, child_environment):
+    said = process(tmp_path, child_environment, "torch.__version__ = '2.10.1+cu130'")
+    (warning,) = (line for line in said if line.startswith("LOG"))
+    assert warning == (
+        "LOG merge_attn_states is not used, vLLM merges as before: merge_attn_states needs PyTorch "
+        "2.11 or newer, and this is 2.10.1+cu130: upgrade torch."
+    )
+
+
+# Under torch.compile, and what users see.
+
+
+def test_compiled_code_traces_it_whole(vllm):
+    stand_in = vllm()
+    plugin.register()
+    merge = torch.compile(stand_in.early_backend.by_position, fullgraph=True, backend="eager")
+    check(make_call((5, 3, 64), F32, empty=False), merge)
+    assert stand_in.calls == (0, 0)
+
+
+def test_info_says_what_is_replaced(vllm, monkeypatch):
+    vllm()
+    monkeypatch.setattr(_info, "_why_not_in_vllm", lambda: "")
+    (line,) = (line for line in _info.lines() if line.startswith("vllm "))
+    assert f"yes, {vllm_standin.VERSION}: replaces vllm._custom_ops.merge_attn_states, " in line
+    plugin.restore()
+    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
+    (line,) = (line for line in _info.lines() if line.startswith("vllm "))
+    assert line.endswith("no: MERGE_ATTN_STATES_VLLM=0")
+
+
+def test_info_says_why_vllm_does_not_find_it(vllm, monkeypatch):
+    vllm()
+
+    class EntryPoints:
+        names = frozenset({"merge_attn_states"})
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: EntryPoints)
+    assert _info._why_not_in_vllm() == ""
+    monkeypatch.setenv("VLLM_PLUGINS", "another,yet_another")
+    assert "VLLM_PLUGINS=another,yet_another leaves merge_attn_states out" in (
+        _info._why_not_in_vllm()
+    )
+    monkeypatch.setattr(EntryPoints, "names", frozenset())
+    assert "was not installed by pip" in _info._why_not_in_vllm()
+
+
+def test_the_entry_point_is_installed():
+    try:
+        importlib.metadata.version("merge-attn-states")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("built in place, not installed: there is no metadata")
+    (found,) = (
+        point
+        for point in importlib.metadata.entry_points(group="vllm.general_plugins")
+        if point.name == "merge_attn_states"
+    )
+    assert found.load() is merge_attn_states_vllm.register
+    assert merge_attn_states.__version__ == found.dist.version
