@@ -1,4 +1,4 @@
-"""The plugin's own logic, on a package in vLLM's place; the real one is in test_vllm.py."""
+"""The plugin's own logic, on a package in vLLM's place."""
 
 import importlib
 import importlib.metadata

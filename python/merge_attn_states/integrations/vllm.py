@@ -11,7 +11,7 @@ process before work begins. It replaces two functions, wherever a module holds t
 
 What is absorbed: releases whose functions have 6, 7 or 8 parameters; modules that bound a function
 before the plugin ran; a call that this package refuses and vLLM's own function takes, which vLLM's
-own function then gets. Where results differ from vLLM's own, see docs/vllm.md.
+own function then gets.
 """
 
 from __future__ import annotations
@@ -176,14 +176,21 @@ def _replacing(original: _Merge, home: str) -> _Merge:
         prefill_tokens_with_context: int | None = None,
         output_scale: torch.Tensor | None = None,
     ) -> None:
-        operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse)
-        options = (output_lse, prefill_tokens_with_context, output_scale)
+        given = (
+            output,
+            prefix_output,
+            prefix_lse,
+            suffix_output,
+            suffix_lse,
+            output_lse,
+            prefill_tokens_with_context,
+            output_scale,
+        )
         if torch.compiler.is_dynamo_compiling():  # a refusal is the trace's
-            return _merge(*operands, *options)
+            return _merge(*given)
         try:
-            return _merge(*operands, *options)
+            return _merge(*given)
         except Exception as error:
-            given = (*operands, *options)
             if any(option is not None for option in given[known:]):
                 raise  # the original has no parameter for it
             with _falling_back(error, home):
