@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,10 +95,12 @@ def _sweep() -> Callable[[], None]:
     return sweep
 
 
-def measure_here(device: torch.device, missing: dict[str, str], quick: bool) -> dict[str, Any]:
-    """One process's times: {regime: {provider: (median, low, high)}}."""
+Times = dict[str, dict[str, Timing]]  # regime: {provider: microseconds}
+
+
+def tight_and_swept(timed: dict[str, TimedCalls], device: torch.device, quick: bool) -> Times:
+    """One process's times."""
     torch.set_num_threads(1)
-    timed = _timed_calls(device, missing)
     sweep = _sweep()
 
     def synchronize() -> None:
@@ -118,33 +120,45 @@ def measure_here(device: torch.device, missing: dict[str, str], quick: bool) -> 
     }
 
 
+def run_processes(module: str, arguments: list[str], count: int) -> list[Any]:
+    """What a module prints as its last line, in JSON, from processes one after the other."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", module, *arguments]
+    answers = []
+    for _ in range(count):
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if ran.returncode:
+            raise SystemExit(f"{module} failed:\n{ran.stderr}")
+        answers.append(json.loads(ran.stdout.splitlines()[-1]))
+    return answers
+
+
+def best_of(processes: list[Times]) -> Iterator[Record]:
+    """A record for each regime and provider: its best process, and the medians of all."""
+    for regime in processes[0]:
+        for provider in processes[0][regime]:
+            timings = [Timing(*process[regime][provider]) for process in processes]
+            medians = [rounded(timing)["median_us"] for timing in timings]
+            yield {"regime": regime, "provider": provider, **rounded(min(timings))} | {
+                "processes": medians
+            }
+
+
 def measure_host(
     device: torch.device, missing: dict[str, str], op_library: str | None, quick: bool
 ) -> list[Record]:
     """Run the processes and record the best of each provider."""
-    command = [sys.executable, "-m", "benchmarks.host", "--device", str(device)]
-    command += ["--missing", json.dumps(missing)]
-    command += ["--vllm-op-library", op_library] if op_library else []
-    command += ["--quick"] if quick else []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    processes = []
-    for _ in range(1 if quick else PROCESSES):
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if ran.returncode:
-            raise SystemExit(f"benchmarks.host failed:\n{ran.stderr}")
-        processes.append(json.loads(ran.stdout.splitlines()[-1]))
+    arguments = ["--device", str(device), "--missing", json.dumps(missing)]
+    arguments += ["--vllm-op-library", op_library] if op_library else []
+    arguments += ["--quick"] if quick else []
+    processes = run_processes("benchmarks.host", arguments, 1 if quick else PROCESSES)
     case, texts = HOST_CASE.record(), statements(device, missing)
     records: list[Record] = []
-    for regime in processes[0]:
-        for provider in processes[0][regime]:
-            timings = [Timing(*process[regime][provider]) for process in processes]
-            records.append(
-                {"group": "host"}
-                | case
-                | {"regime": regime, "provider": provider, **rounded(min(timings))}
-                | {"processes": [rounded(timing)["median_us"] for timing in timings]}
-                | ({"statement": texts[provider]} if provider in texts else {})
-            )
+    for record in best_of(processes):
+        text = texts.get(record["provider"])
+        records.append(
+            {"group": "host"} | case | record | ({"statement": text} if text else {})
+        )
     for provider in {"vllm", "vllm_dispatcher"} - set(texts) if device.type == "cuda" else ():
         reason = missing.get("vllm", "this release's op has other arguments")
         refused = {"provider": provider, "status": "not supported", "reason": reason}
@@ -161,7 +175,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device.type == "cuda" and "vllm" not in options.missing:
         vllm.load(options.vllm_op_library)
-    print(json.dumps(measure_here(options.device, options.missing, options.quick)))
+    timed = _timed_calls(options.device, options.missing)
+    print(json.dumps(tight_and_swept(timed, options.device, options.quick)))
 
 
 if __name__ == "__main__":

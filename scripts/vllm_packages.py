@@ -23,18 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "vllm"
 RELEASES = ("0.33.0", "0.26.0")  # the newest, and the one for PyTorch 2.11
 ENGINE = "0.26.0"
+ENGINE_PYTHON = (3, 12)
 OP_LIBRARY = "vllm/_C_stable_libtorch.abi3.so"
 FLASH_ATTENTION = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
-# What the package and its attention backends import, without PyTorch.
-NEEDS = """
-    aiohappyeyeballs aiohttp aiosignal annotated-doc annotated-types anyio apache-tvm-ffi attrs
-    cachetools cbor2 certifi charset-normalizer click cloudpickle einops fastapi filelock frozenlist
-    fsspec h11 hf-xet httpcore2 httpx2 huggingface-hub idna llguidance markdown-it-py mdurl msgspec
-    multidict numpy openai openai-harmony opentelemetry-api packaging partial-json-parser
-    prometheus-client propcache psutil py-cpuinfo pybase64 pydantic pydantic-core pygments pyyaml
-    pyzmq regex requests rich safetensors shellingham sniffio starlette tokenizers tqdm transformers
-    truststore typer typing-extensions typing-inspection urllib3 uvloop xgrammar yarl
-""".split()  # noqa: SIM905
 PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux_2_31")
 
 
@@ -61,24 +52,36 @@ def fetch_release(version: str) -> None:
                     archive.extract(name, target)
 
 
+def listed(name: str) -> list[str]:
+    return (ROOT / "scripts" / name).read_text().split()
+
+
 def fetch_needs() -> None:
+    """What the package and its attention backends import, without PyTorch.
+
+    Where the engine's wheels lie and this is their Python, those: no network is asked.
+    """
     target = FOLDER / "needs"
-    if not (target / "complete").is_file():
-        pip("install", "--no-deps", "--upgrade", "--target", str(target), *NEEDS)
-        (target / "complete").touch()
+    if (target / "complete").is_file():
+        return
+    wheels = [str(wheel) for wheel in (FOLDER / "engine").glob("*.whl")]
+    here = wheels and sys.version_info[:2] == ENGINE_PYTHON
+    wanted = ["--no-index", *wheels] if here else listed("vllm_needs.txt")
+    pip("install", "--no-deps", "--upgrade", "--target", str(target), *wanted)
+    (target / "complete").touch()
 
 
 def fetch_engine() -> None:
     """The wheels that an engine needs beside PyTorch, transformers and what they bring."""
     target = FOLDER / "engine"
     platforms = [f"--platform={platform}_x86_64" for platform in PLATFORMS]
-    names = (ROOT / "scripts" / "vllm_engine_wheels.txt").read_text().split()
-    for name in names:
+    version = "".join(map(str, ENGINE_PYTHON))
+    for name in listed("vllm_engine_wheels.txt"):
         project = name.partition("==")[0]
         if any(target.glob(f"{project.replace('-', '_')}-*")):
             continue
-        options = ["--no-deps", "--only-binary=:all:", "--python-version=312", *platforms]
-        options += ["--platform=any", "--abi=cp312", "--abi=abi3", "--abi=none"]
+        options = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", *platforms]
+        options += ["--platform=any", f"--abi=cp{version}", "--abi=abi3", "--abi=none"]
         pip("download", name, *options, "--dest", str(target))
 
 
@@ -91,8 +94,7 @@ def main() -> None:
         fetch_release(version)
     if engine:
         fetch_engine()
-    else:
-        fetch_needs()
+    fetch_needs()
     print(f"ready: {FOLDER.relative_to(ROOT)}")
 
 

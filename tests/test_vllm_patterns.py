@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import Call, compare
 
-from benchmarks.vllm_patterns import PATTERNS
+from benchmarks.in_vllm.patterns import PATTERNS
 from merge_attn_states import merge_attn_states
 
 

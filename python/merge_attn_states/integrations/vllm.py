@@ -218,7 +218,7 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
     if getattr(_thread, "is_falling_back", False):
         yield
         return
-    reason = re.sub(r"(?<![a-z])-?\d+", "#", f"{type(error).__name__}: {error}")
+    reason = re.sub(r"(?<![a-z0-9])-?\d+", "#", f"{type(error).__name__}: {error}")
     if reason not in _fallbacks:
         _log.warning("merge_attn_states refuses a call, vLLM's own %s gets it: %s", home, error)
     _fallbacks[reason] = _fallbacks.get(reason, 0) + 1

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .operands import Operands
+from ..operands import Operands
 
 FP8 = torch.float8_e4m3fn
 HEADS, HEAD_SIZE = 16, 128

@@ -1,0 +1,1 @@
+"""The merge inside vLLM, with and without the plugin: at its dispatcher, and in its engine."""

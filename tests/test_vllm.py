@@ -1,0 +1,353 @@
+"""The plugin in the real vLLM: its own loader, its backends' modules, its dispatcher.
+
+`make test-vllm` runs this once for each release that it knows. Elsewhere it is skipped unless vLLM
+can be imported.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from support import BF16, F32, INF, NAN, Call, assert_bits, compare, make_call
+
+import merge_attn_states_vllm
+from benchmarks.in_vllm.dispatcher import OPS, patched, unpatched
+from benchmarks.in_vllm.memory import copied
+from benchmarks.in_vllm.patterns import PATTERNS
+from benchmarks.operands import Operands
+from benchmarks.vllm import DISPATCHER
+from merge_attn_states.integrations import vllm as plugin
+from merge_attn_states.reference import merge_attn_states_reference
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("no vLLM here: make test-vllm fetches it", allow_module_level=True)
+try:
+    VERSION = importlib.metadata.version("vllm")
+except importlib.metadata.PackageNotFoundError:
+    pytest.skip("vllm is no installed package", allow_module_level=True)
+
+EARLY = "vllm.v1.attention.backends.flash_attn"  # bound the function before the plugin ran
+LATE = "vllm.model_executor.layers.attention.mla_attention"
+STRANGER = "a_module_of_somebody_else"
+TOKENS = (5, 130)  # fewer than a tile's, and several tiles
+READS_LSE_STRIDES = VERSION != "0.26.0"  # it takes a row-strided LSE for a contiguous one
+HAS_CPU_BRANCH = VERSION != "0.26.0"
+IS_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
+# What vLLM gets wrong is asserted for the releases that it was seen in: another one may be right.
+KNOWN = VERSION in ("0.26.0", "0.33.0")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """vLLM as it stands after it has loaded its plugins; the plugin goes again at the end."""
+    importlib.import_module(EARLY)
+    stranger = sys.modules[STRANGER] = ModuleType(STRANGER)
+    exec(f"from {DISPATCHER} import merge_attn_states as merge", stranger.__dict__)
+    plugins = importlib.import_module("vllm.plugins")
+    found = importlib.metadata.entry_points(group=plugins.DEFAULT_PLUGINS_GROUP)
+    if "merge_attn_states" in found.names:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_PLUGINS", "merge_attn_states")
+            plugins.plugins_loaded = False
+            plugins.load_general_plugins()
+    else:  # built in place, not installed
+        merge_attn_states_vllm.register()
+    importlib.import_module(LATE)
+    yield stranger
+    plugin.restore()
+    del sys.modules[STRANGER]
+
+
+@pytest.fixture
+def early(loaded):
+    return sys.modules[EARLY].merge_attn_states
+
+
+@pytest.fixture
+def late(loaded):
+    return sys.modules[LATE].merge_attn_states
+
+
+def as_call(operands):
+    return Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in operands))
+
+
+def without_plugin(*args):
+    """vLLM's own answer to a call."""
+    with unpatched() as merge:
+        merge(*args)
+
+
+# The plugin, as vLLM starts it.
+
+
+def test_the_plugin_is_an_entry_point():
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if "merge_attn_states" not in found.names:
+        pytest.skip("built in place, not installed: there is no metadata")
+    assert found["merge_attn_states"].load() is merge_attn_states_vllm.register
+
+
+def test_every_binding_is_replaced(loaded):
+    state = plugin.status()
+    assert state.active, state.reason
+    assert state.vllm == VERSION
+    assert {
+        f"{DISPATCHER}.merge_attn_states",
+        f"{OPS}.merge_attn_states",
+        f"{EARLY}.merge_attn_states",
+        f"{LATE}.merge_attn_states",
+        f"{STRANGER}.merge",
+    } <= set(state.replaced)
+    assert state.fallbacks == {}
+    assert sys.modules[EARLY].merge_attn_states is sys.modules[LATE].merge_attn_states is patched()
+    for name in (DISPATCHER, OPS):
+        original = inspect.unwrap(sys.modules[name].merge_attn_states)
+        assert original.__code__.co_filename == sys.modules[name].__file__
+
+
+def test_restore_and_register_again(loaded):
+    before = plugin.status().replaced
+    plugin.restore()
+    try:
+        own = sys.modules[EARLY].merge_attn_states
+        assert not hasattr(own, "__wrapped__")
+        assert own is sys.modules[LATE].merge_attn_states is loaded.merge
+    finally:
+        merge_attn_states_vllm.register()
+    assert plugin.status().replaced == before
+
+
+PROCESS = """
+import logging, sys, torch
+import vllm.plugins
+vllm.plugins.load_general_plugins()
+from merge_attn_states.integrations.vllm import status
+print("ACTIVE", status().active, status().reason)
+print("CUDA", torch.cuda.is_initialized())
+"""
+
+
+@pytest.mark.parametrize(("switch", "answer"), [("1", "ACTIVE True "), ("0", "ACTIVE False ")])
+def test_a_process_that_vllm_starts(switch, answer, child_environment):
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if "merge_attn_states" not in found.names:
+        pytest.skip("built in place, not installed: there is no metadata")
+    variables = {"MERGE_ATTN_STATES_VLLM": switch, "VLLM_PLUGINS": "merge_attn_states"}
+    paths = [*child_environment["PYTHONPATH"].split(":"), *sys.path]
+    ran = subprocess.run(
+        [sys.executable, "-c", PROCESS],
+        env=child_environment | variables | {"PYTHONPATH": ":".join(filter(None, paths))},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert answer in ran.stdout
+    assert "CUDA False" in ran.stdout
+    said = f"merges attention states in vLLM {VERSION}: replaced " in ran.stdout + ran.stderr
+    assert said == (switch == "1")
+
+
+# Every way in which a backend calls it.
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_pattern_through_a_backend(pattern, tokens, device, early, late, taken):
+    for merge in (early, late):
+        operands = pattern.make(tokens, torch.device(device))
+        before = as_call(operands)
+        pattern.call(merge, operands)
+        compare(before, operands.output, operands.output_lse)
+    assert taken == [True, True]  # it merged here: nothing went back to vLLM
+    assert plugin.status().fallbacks == {}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_vllm_gives_the_same_where_it_is_right(pattern, tokens, cuda, early):
+    ours = pattern.make(tokens, torch.device(cuda))
+    theirs = copied(ours)
+    strided = not ours.prefix_lse.is_contiguous() or not ours.suffix_lse.is_contiguous()
+    pattern.call(early, ours)
+    with unpatched() as merge:
+        pattern.call(merge, theirs)
+    if strided and not READS_LSE_STRIDES:
+        assert not torch.allclose(ours.output.float(), theirs.output.float(), atol=0.1)
+        return
+    tolerance = torch.finfo(ours.output.dtype).eps  # two roundings of one number
+    torch.testing.assert_close(
+        theirs.output.float(), ours.output.float(), rtol=tolerance, atol=tolerance / 16
+    )
+    if ours.output_lse is not None:
+        torch.testing.assert_close(theirs.output_lse, ours.output_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
+def test_a_graph_of_the_plugins_path(pattern, cuda, early):
+    """Captured once, replayed with new contents."""
+    operands = pattern.make(130, torch.device(cuda))
+    pattern.call(early, copied(operands))  # whatever happens once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pattern.call(early, operands)
+    for _ in range(2):
+        fresh = pattern.make(130, torch.device(cuda))
+        for old, new in zip(operands, fresh, strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+        graph.replay()
+        compare(as_call(fresh), operands.output, operands.output_lse)
+
+
+# The dispatcher's branch for a CPU.
+
+
+def test_the_cpu_branch_runs_this_packages_kernel(early, taken):
+    if not IS_CPU:
+        pytest.skip("vLLM's platform here is no CPU: VLLM_TARGET_DEVICE=cpu makes it one")
+    call = make_call((9, 4, 64), BF16)
+    before = as_call(call)
+    early(*call)
+    compare(before, call.output, call.output_lse)
+    assert taken == [True]
+    theirs = make_call((9, 4, 64), BF16, empty=False)
+    ours = as_call(theirs)
+    if HAS_CPU_BRANCH:
+        without_plugin(*theirs)
+        early(*ours)
+        torch.testing.assert_close(theirs.output, ours.output, rtol=2**-7, atol=2**-9)
+    else:  # there is none, and its Triton kernel wants a GPU
+        with pytest.raises(Exception):  # noqa: B017
+            without_plugin(*theirs)
+
+
+# What vLLM's own kernel gets wrong, and this one right.
+
+
+def both_answers(call):
+    """The plugin's output and vLLM's own for one call, and the operands as they were."""
+    before, theirs = as_call(call), copied(Operands(*call))
+    patched()(*call)
+    compare(before, call.output, call.output_lse)
+    without_plugin(*theirs)
+    return call, theirs
+
+
+@pytest.mark.parametrize("empty", [-INF, INF])
+@pytest.mark.parametrize("side", ["prefix", "suffix"])
+def test_an_empty_side_leaks_nan_there(side, empty, loaded, cuda):
+    call = make_call((33, 4, 128), BF16, cuda, empty=False)
+    getattr(call, f"{side}_lse")[:, 7] = empty
+    getattr(call, f"{side}_output")[7] = NAN
+    _, theirs = both_answers(call)
+    if KNOWN:
+        assert theirs.output[7].isnan().all()
+
+
+def test_both_empty_copies_the_prefix_there(loaded, cuda):
+    call = make_call((33, 4, 128), BF16, cuda, empty=False)
+    call.prefix_lse[:, 7], call.suffix_lse[:, 7] = -INF, -INF
+    ours, theirs = both_answers(call)
+    assert (ours.output[7] == 0).all()
+    assert (ours.output_lse[:, 7] == -INF).all()
+    if KNOWN:
+        assert_bits(theirs.output[7], call.prefix_output[7])
+
+
+def test_the_raw_lse_past_the_count_is_the_same(loaded, cuda):
+    call = make_call((33, 4, 128), BF16, cuda, count=20, empty=False)
+    call.suffix_lse[:, 25], call.suffix_lse[:, 26] = INF, -INF
+    ours, theirs = both_answers(call)
+    assert_bits(ours.output_lse[:, 20:], call.suffix_lse[:, 20:])
+    assert_bits(theirs.output_lse[:, 20:], ours.output_lse[:, 20:])
+    assert_bits(theirs.output[20:], ours.output[20:])
+
+
+def padded(values, width):
+    wide = torch.full((*values.shape[:2], width), NAN, dtype=values.dtype, device=values.device)
+    wide[..., : values.shape[2]] = values
+    return wide[..., : values.shape[2]]
+
+
+def test_different_head_strides_are_refused_there(loaded, cuda):
+    call = make_call((33, 4, 128), BF16, cuda)
+    call = call._replace(prefix_output=padded(call.prefix_output, 192))
+    before = as_call(call)
+    patched()(*call)
+    compare(before, call.output, call.output_lse)
+    if KNOWN:
+        with pytest.raises(AssertionError, match="matching head strides"):
+            without_plugin(*call)
+
+
+@pytest.mark.parametrize("layout", ["row-strided", "transposed"])
+def test_a_strided_lse_is_read_as_contiguous_there(layout, loaded, cuda):
+    strides = {"row-strided": (100, 1), "transposed": (1, 4)}[layout]
+    names = ("prefix_lse", "suffix_lse", "output_lse")
+    call = make_call(
+        (33, 4, 128), BF16, cuda, empty=False, strides=dict.fromkeys(names, strides)
+    )
+    ours, theirs = both_answers(call)
+    same = torch.allclose(theirs.output.float(), ours.output.float(), rtol=2**-7, atol=2**-10)
+    if KNOWN:
+        assert same == READS_LSE_STRIDES
+
+
+MISALIGNED = """
+import sys, torch
+from support import BF16, check, make_call
+from benchmarks.in_vllm.dispatcher import patched, unpatched
+import merge_attn_states_vllm
+merge_attn_states_vllm.register()
+call = make_call((33, 4, 128), BF16, "cuda", offsets={"prefix_output": 1})
+if sys.argv[1] == "ours":
+    check(call, patched())
+else:
+    with unpatched() as merge:
+        merge(*call)
+torch.cuda.synchronize()
+print("ALIVE")
+"""
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_a_misaligned_pointer_kills_the_context_there(whose, cuda, child_environment):
+    """In a process of its own, which vLLM's own kernel takes down."""
+    paths = [*child_environment["PYTHONPATH"].split(":"), *sys.path]
+    ran = subprocess.run(
+        [sys.executable, "-c", MISALIGNED, whose],
+        env=child_environment | {"PYTHONPATH": ":".join(filter(None, paths))},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if whose == "ours":
+        assert "ALIVE" in ran.stdout, ran.stderr
+    elif KNOWN:
+        assert "ALIVE" not in ran.stdout
+        assert "misaligned address" in ran.stderr
+
+
+def test_what_is_refused_goes_to_vllm(early):
+    """An LSE of another dtype: vLLM's own function on a CPU takes it."""
+    call = make_call((33, 4, 128), F32, empty=False)
+    before, refused = as_call(call), call._replace(prefix_lse=call.prefix_lse.double())
+    try:
+        if IS_CPU and HAS_CPU_BRANCH:
+            early(*refused)
+            torch.testing.assert_close(
+                refused.output,
+                merge_attn_states_reference(*before[1:5])[0].float(),
+            )
+        else:
+            with pytest.raises(Exception) as caught:  # noqa: PT011
+                early(*refused)
+            assert "prefix_lse: expected float32" in str(caught.value.__context__)
+        (reason,) = plugin.status().fallbacks
+        assert "prefix_lse: expected float32" in reason
+    finally:
+        plugin.restore()  # forgets the refusal
+        plugin.register()
