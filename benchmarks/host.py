@@ -156,9 +156,7 @@ def measure_host(
     records: list[Record] = []
     for record in best_of(processes):
         text = texts.get(record["provider"])
-        records.append(
-            {"group": "host"} | case | record | ({"statement": text} if text else {})
-        )
+        records.append({"group": "host"} | case | record | ({"statement": text} if text else {}))
     for provider in {"vllm", "vllm_dispatcher"} - set(texts) if device.type == "cuda" else ():
         reason = missing.get("vllm", "this release's op has other arguments")
         refused = {"provider": provider, "status": "not supported", "reason": reason}

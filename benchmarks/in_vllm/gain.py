@@ -86,9 +86,7 @@ def time_host_here(quick: bool) -> dict[str, Times]:
             with around() as merge:
                 run = timeit.Timer(text, "_timer()", globals=operands._asdict() | {"merge": merge})
 
-            def timed_calls(
-                count: int, around: Any = around, run: timeit.Timer = run
-            ) -> float:
+            def timed_calls(count: int, around: Any = around, run: timeit.Timer = run) -> float:
                 with around():
                     return run.timeit(count)
 

@@ -1,0 +1,187 @@
+"""The whole vLLM 0.26.0 with the plugin: `python -m benchmarks.in_vllm.engine --output FILE`.
+
+Wants an H100 or newer, PyTorch 2.11 with CUDA, transformers and some 30 GB of the GPU's memory.
+What else it takes is fetched into .cache/vllm where there is a network (scripts/vllm_packages.py).
+This package is installed there by pip, so that vLLM finds the plugin as a user's vLLM does. Each
+scenario (scenario.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import environment
+from ..environment import ROOT
+from ..measure import Record
+from ..results import Results
+from .scenario import ENVIRONMENT, SCENARIOS, save_model
+
+FOLDER = ROOT / ".cache" / "vllm"
+RELEASE = "0.26.0"
+NEEDED = {  # beside the Python packages
+    "vllm/_C_stable_libtorch.abi3.so": "its op library",
+    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": "its FlashAttention 3",
+    f"vllm-{RELEASE}.dist-info/METADATA": "its metadata",
+}
+DEVICE = torch.device("cuda")
+
+
+def unfit() -> str:
+    """Why this machine cannot run it; empty where it can."""
+    if not torch.cuda.is_available():
+        return "this PyTorch sees no GPU"
+    if torch.cuda.get_device_capability()[0] < 9:
+        return "FlashAttention 3, which is fetched alone, wants an H100 or newer"
+    if not torch.__version__.startswith("2.11."):
+        return f"vLLM {RELEASE} is built for PyTorch 2.11, and this is {torch.__version__}"
+    if importlib.util.find_spec("transformers") is None:
+        return "transformers is missing: it makes the models"
+    return ""
+
+
+def fetch() -> None:
+    """Fetch what is missing; where that fails, say what is.
+
+    Raises
+    ------
+    SystemExit
+        Something is missing and cannot be fetched.
+    """
+    fetched = subprocess.run(
+        [sys.executable, "scripts/vllm_packages.py", "--engine"], cwd=ROOT, check=False
+    )
+    absent = [f"  {RELEASE}/{path}: {what}" for path, what in NEEDED.items()
+              if not (FOLDER / RELEASE / path).is_file()]  # fmt: skip
+    if not (FOLDER / "needs" / "complete").is_file():
+        absent.append("  engine/*.whl, needs/: the wheels of scripts/vllm_engine_wheels.txt")
+    if absent:
+        raise SystemExit("\n".join(["benchmarks: .cache/vllm lacks, of vLLM:", *absent]))
+    if fetched.returncode:
+        raise SystemExit(fetched.returncode)
+
+
+def install(target: Path) -> None:
+    """Install this checkout by pip; MERGE_ATTN_STATES_OP_LIBRARY names an op library to take."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps"]
+    ran = subprocess.run(
+        [*command, "--no-index", "--upgrade", "--target", str(target), "."], cwd=ROOT, check=False
+    )
+    if ran.returncode:
+        raise SystemExit("benchmarks: pip could not install this checkout")
+
+
+def run(name: str, model: Path, paths: list[Path], log: Path, **variables: str) -> dict[str, Any]:
+    """Start one scenario's process and return what it saw."""
+    scenario = SCENARIOS[name]
+    variables |= ENVIRONMENT | scenario.environment
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.in_vllm.scenario", name, str(model)],
+        cwd=ROOT,
+        env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log.write_text(ran.stdout + ran.stderr, encoding="utf-8")
+    if ran.returncode:
+        last = "\n".join(ran.stderr.splitlines()[-30:])
+        raise SystemExit(f"benchmarks: the engine failed ({log}):\n{last}")
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    seen: dict[str, Any] = json.loads(lines[-1])
+    seen["log"] = next(
+        (line for line in (ran.stdout + ran.stderr).splitlines() if ": replaced " in line), ""
+    )
+    return seen
+
+
+def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
+    """One engine's observations as records of its group."""
+    records: list[Record] = [
+        {"case": one["case"], "regime": f"error of {one['result']}", "provider": "ours"} | one
+        for one in seen["checked"]
+    ]
+    for provider, rounds in seen["rounds"].items():
+        cases = {case for one in rounds for case in one["calls_us"]}
+        for case in sorted(cases):
+            us = sorted(value for one in rounds for value in one["calls_us"].get(case, []))
+            quartiles = [us[len(us) * i // 4] for i in (2, 1, 3)]
+            times = dict(zip(("median_us", "low_us", "high_us"), quartiles, strict=True))
+            records.append(
+                {"case": case, "regime": "host", "provider": provider, "calls": len(us)}
+                | {key: round(value, 2) for key, value in times.items()}
+            )
+        step_us = sum(us for one in rounds for us in one["steps_us"])
+        merge_us = sum(us for one in rounds for calls in one["calls_us"].values() for us in calls)
+        gpu = seen["profiled"][provider]
+        records.append(
+            {
+                "case": "a step", "regime": "share", "provider": provider,
+                "steps": sum(len(one["steps_us"]) for one in rounds),
+                "step_us": round(step_us / sum(len(one["steps_us"]) for one in rounds), 1),
+                "merge_share_of_wall": round(merge_us / step_us, 5),
+                "merge_share_of_gpu": round(gpu["merge_us"] / gpu["all_us"], 5),
+                "gpu_us_a_merge": round(gpu["merge_us"] / max(1, gpu["merges"]), 3),
+            }
+        )  # fmt: skip
+    records += [
+        {"case": case, "regime": "answers", "provider": "ours"} | one
+        for case, one in seen["differences"].items()
+    ]
+    return [{"group": name} | record for record in records]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON results")
+    parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--logs", type=Path, default=ROOT / "build" / "vllm-engine")
+    options = parser.parse_args()
+    if why := unfit():
+        raise SystemExit(f"benchmarks: {why}")
+    fetch()
+    options.logs.mkdir(parents=True, exist_ok=True)
+    trees = environment.source_trees(options.source_trees)
+    results = Results(environment.identity(DEVICE, trees, RELEASE, None))
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder, "site")
+        install(site)
+        paths = [site, FOLDER / RELEASE, FOLDER / "needs"]
+        models = {SCENARIOS[name].model for name in options.only}
+        for model in models:
+            save_model(model, Path(folder, model))
+        for name in options.only:
+            model_folder = Path(folder, SCENARIOS[name].model)
+            seen = run(name, model_folder, paths, options.logs / f"{name}.log")
+            if not seen["plugin"]["active"]:
+                raise SystemExit(f"benchmarks: the plugin is not used: {seen['plugin']}")
+            run_ = environment.circumstances(DEVICE, trees["commit"])
+            run_ |= {"title": seen["title"], "plugin": seen["plugin"], "log": seen["log"]}
+            run_ |= {"fallbacks": seen["fallbacks"], "answers": seen["answers"]}
+            results.add(name, results.environment, run_, records_of(name, seen))
+            if options.output:
+                results.save(options.output)
+            for record in results.select(name):
+                print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
+        name = options.only[0]
+        off = run(name, Path(folder, SCENARIOS[name].model), paths, options.logs / "off.log",
+                  MERGE_ATTN_STATES_VLLM="0")  # fmt: skip
+        if off["plugin"]["active"]:
+            raise SystemExit("benchmarks: MERGE_ATTN_STATES_VLLM=0 did not take the plugin off")
+        results.runs[name]["off"] = {"plugin": off["plugin"], "answers": off["first"]}
+    if options.output:
+        results.save(options.output)
+
+
+if __name__ == "__main__":
+    main()
