@@ -14,7 +14,8 @@ cxx_files = $(shell find csrc include benchmarks fuzz tests -name '*.cpp' -o -na
 python_files := setup.py python tests scripts benchmarks examples
 
 .NOTPARALLEL:
-.PHONY: help demo test bench build fuzz sanitize-cpu test-gpu sanitize format lint sdist wheel wheel-test clean
+.PHONY: help demo test bench build fuzz sanitize-cpu test-gpu test-vllm vllm-engine \
+  sanitize format lint sdist wheel wheel-test clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
@@ -53,6 +54,13 @@ sanitize-cpu: $(VENV)/extra-test  ## layout, alias and error tests under ASan an
 
 test-gpu:  ## run the suite on a GPU with PYTHON itself, installing nothing; SHARD=k/n: a part
 	scripts/test_gpu.sh $(PYTHON)
+
+test-vllm: $(VENV)/extra-test $(VENV)/built  ## test the plugin in the real vLLM 0.33.0 and 0.26.0
+	scripts/test_vllm.sh $(venv_python)
+
+vllm-engine:  ## run the whole vLLM 0.26.0 with the plugin on a GPU, with PYTHON's PyTorch 2.11
+	@scripts/build.sh $(PYTHON)
+	PYTHONPATH=python $(PYTHON) -m benchmarks.in_vllm.engine $(ENGINE)
 
 sanitize:  ## memcheck and racecheck on a GPU with PYTHON itself; SHARD=k/n: a part
 	scripts/sanitize_gpu.sh $(PYTHON)

@@ -32,46 +32,61 @@ try:
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("vllm is no installed package", allow_module_level=True)
 
-EARLY = "vllm.v1.attention.backends.flash_attn"  # bound the function before the plugin ran
-LATE = "vllm.model_executor.layers.attention.mla_attention"
+BEFORE = "vllm.v1.attention.backends.flash_attn"  # imported before the plugin runs
+AFTER = "vllm.model_executor.layers.attention.mla_attention"
 STRANGER = "a_module_of_somebody_else"
 TOKENS = (5, 130)  # fewer than a tile's, and several tiles
 READS_LSE_STRIDES = VERSION != "0.26.0"  # it takes a row-strided LSE for a contiguous one
-HAS_CPU_BRANCH = VERSION != "0.26.0"
 IS_CPU = importlib.import_module("vllm.platforms").current_platform.is_cpu()
 # What vLLM gets wrong is asserted for the releases that it was seen in: another one may be right.
 KNOWN = VERSION in ("0.26.0", "0.33.0")
 
 
+def backend(name):
+    """A backend's module, or why it cannot be had: on CUDA some want libraries of their own."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return str(error)
+
+
 @pytest.fixture(scope="module")
-def loaded():
-    """Give vLLM as it stands after it has loaded its plugins; the plugin goes again at the end."""
-    importlib.import_module(EARLY)
+def modules():
+    """Modules that hold the dispatcher, vLLM having loaded its plugins; at the end they go again.
+
+    One bound it before that by `from ... import`, as backends do, and one after.
+    """
+    made = {"before": backend(BEFORE)}
     stranger = sys.modules[STRANGER] = ModuleType(STRANGER)
     exec(f"from {DISPATCHER} import merge_attn_states as merge", stranger.__dict__)
-    plugins = importlib.import_module("vllm.plugins")
-    found = importlib.metadata.entry_points(group=plugins.DEFAULT_PLUGINS_GROUP)
-    if "merge_attn_states" in found.names:
+    if installed():
+        plugins = importlib.import_module("vllm.plugins")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_PLUGINS", "merge_attn_states")
             plugins.plugins_loaded = False
             plugins.load_general_plugins()
-    else:  # built in place, not installed
+    else:
         merge_attn_states_vllm.register()
-    importlib.import_module(LATE)
-    yield stranger
+    yield made | {"stranger": stranger, "after": backend(AFTER)}
     plugin.restore()
     del sys.modules[STRANGER]
 
 
-@pytest.fixture
-def early(loaded):
-    return sys.modules[EARLY].merge_attn_states
+def installed():
+    """Whether vLLM finds the plugin: this package may have been built in place."""
+    found = importlib.metadata.entry_points(group="vllm.general_plugins")
+    return "merge_attn_states" in found.names
+
+
+needs_installation = pytest.mark.skipif(
+    not installed(), reason="built in place, not installed: there is no metadata"
+)
 
 
 @pytest.fixture
-def late(loaded):
-    return sys.modules[LATE].merge_attn_states
+def merge(modules):
+    """What a module calls that bound the dispatcher before the plugin ran."""
+    return modules["stranger"].merge
 
 
 def as_call(operands):
@@ -87,46 +102,49 @@ def without_plugin(*args):
 # The plugin, as vLLM starts it.
 
 
+@needs_installation
 def test_the_plugin_is_an_entry_point():
     found = importlib.metadata.entry_points(group="vllm.general_plugins")
-    if "merge_attn_states" not in found.names:
-        pytest.skip("built in place, not installed: there is no metadata")
     assert found["merge_attn_states"].load() is merge_attn_states_vllm.register
 
 
-def test_every_binding_is_replaced(loaded):
+def test_the_plugin_is_in_use(modules):
     state = plugin.status()
     assert state.active, state.reason
     assert state.vllm == VERSION
-    assert {
-        f"{DISPATCHER}.merge_attn_states",
-        f"{OPS}.merge_attn_states",
-        f"{EARLY}.merge_attn_states",
-        f"{LATE}.merge_attn_states",
-        f"{STRANGER}.merge",
-    } <= set(state.replaced)
-    assert state.fallbacks == {}
-    assert sys.modules[EARLY].merge_attn_states is sys.modules[LATE].merge_attn_states is patched()
-    for name in (DISPATCHER, OPS):
+    assert {f"{DISPATCHER}.merge_attn_states", f"{OPS}.merge_attn_states", f"{STRANGER}.merge"} <= (
+        set(state.replaced)
+    )
+    for name in (DISPATCHER, OPS):  # what is behind it is vLLM's own
         original = inspect.unwrap(sys.modules[name].merge_attn_states)
         assert original.__code__.co_filename == sys.modules[name].__file__
 
 
-def test_restore_and_register_again(loaded):
+@pytest.mark.parametrize(("when", "name"), [("before", BEFORE), ("after", AFTER)])
+def test_a_backend_that_was_imported(when, name, modules):
+    module = modules[when]
+    if isinstance(module, str):
+        pytest.skip(module)
+    assert f"{name}.merge_attn_states" in plugin.status().replaced
+    assert module.merge_attn_states is patched()
+
+
+def test_restore_and_register_again(modules):
     before = plugin.status().replaced
+    ours = patched()
     plugin.restore()
     try:
-        own = sys.modules[EARLY].merge_attn_states
-        assert not hasattr(own, "__wrapped__")
-        assert own is sys.modules[LATE].merge_attn_states is loaded.merge
+        holders = [m for m in sys.modules.values() if getattr(m, "merge_attn_states", 0) is ours]
+        assert holders == []
+        assert modules["stranger"].merge is patched() is inspect.unwrap(ours)
     finally:
         merge_attn_states_vllm.register()
     assert plugin.status().replaced == before
 
 
 PROCESS = """
-import logging, sys, torch
-import vllm.plugins
+import logging, torch, vllm.plugins
+logging.basicConfig(level=logging.INFO)  # 0.33 sets its own up when an engine starts
 vllm.plugins.load_general_plugins()
 from merge_attn_states.integrations.vllm import status
 print("ACTIVE", status().active, status().reason)
@@ -134,11 +152,9 @@ print("CUDA", torch.cuda.is_initialized())
 """
 
 
+@needs_installation
 @pytest.mark.parametrize(("switch", "answer"), [("1", "ACTIVE True "), ("0", "ACTIVE False ")])
 def test_a_process_that_vllm_starts(switch, answer, child_environment):
-    found = importlib.metadata.entry_points(group="vllm.general_plugins")
-    if "merge_attn_states" not in found.names:
-        pytest.skip("built in place, not installed: there is no metadata")
     variables = {"MERGE_ATTN_STATES_VLLM": switch, "VLLM_PLUGINS": "merge_attn_states"}
     paths = [*child_environment["PYTHONPATH"].split(":"), *sys.path]
     ran = subprocess.run(
@@ -157,25 +173,24 @@ def test_a_process_that_vllm_starts(switch, answer, child_environment):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_every_pattern_through_a_backend(pattern, tokens, device, early, late, taken):
-    for merge in (early, late):
-        operands = pattern.make(tokens, torch.device(device))
-        before = as_call(operands)
-        pattern.call(merge, operands)
-        compare(before, operands.output, operands.output_lse)
-    assert taken == [True, True]  # it merged here: nothing went back to vLLM
+def test_every_pattern_is_right(pattern, tokens, device, merge, taken):
+    operands = pattern.make(tokens, torch.device(device))
+    before = as_call(operands)
+    pattern.call(merge, operands)
+    compare(before, operands.output, operands.output_lse)
+    assert taken == [True]  # it merged here: nothing went back to vLLM
     assert plugin.status().fallbacks == {}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_vllm_gives_the_same_where_it_is_right(pattern, tokens, cuda, early):
+def test_vllm_gives_the_same_where_it_is_right(pattern, tokens, cuda, merge):
     ours = pattern.make(tokens, torch.device(cuda))
     theirs = copied(ours)
     strided = not ours.prefix_lse.is_contiguous() or not ours.suffix_lse.is_contiguous()
-    pattern.call(early, ours)
-    with unpatched() as merge:
-        pattern.call(merge, theirs)
+    pattern.call(merge, ours)
+    with unpatched() as own:
+        pattern.call(own, theirs)
     if strided and not READS_LSE_STRIDES:
         assert not torch.allclose(ours.output.float(), theirs.output.float(), atol=0.1)
         return
@@ -188,13 +203,13 @@ def test_vllm_gives_the_same_where_it_is_right(pattern, tokens, cuda, early):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
-def test_a_graph_of_the_plugins_path(pattern, cuda, early):
+def test_a_graph_of_the_plugins_path(pattern, cuda, merge):
     """Captured once, replayed with new contents."""
     operands = pattern.make(130, torch.device(cuda))
-    pattern.call(early, copied(operands))  # whatever happens once
+    pattern.call(merge, copied(operands))  # whatever happens once
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pattern.call(early, operands)
+        pattern.call(merge, operands)
     for _ in range(2):
         fresh = pattern.make(130, torch.device(cuda))
         for old, new in zip(operands, fresh, strict=True):
@@ -207,23 +222,18 @@ def test_a_graph_of_the_plugins_path(pattern, cuda, early):
 # The dispatcher's branch for a CPU.
 
 
-def test_the_cpu_branch_runs_this_packages_kernel(early, taken):
-    if not IS_CPU:
-        pytest.skip("vLLM's platform here is no CPU: VLLM_TARGET_DEVICE=cpu makes it one")
+@pytest.mark.skipif(not IS_CPU, reason=f"vLLM {VERSION} takes this machine for no CPU platform")
+def test_the_cpu_branch_runs_this_packages_kernel(merge, taken):
     call = make_call((9, 4, 64), BF16)
     before = as_call(call)
-    early(*call)
+    merge(*call)
     compare(before, call.output, call.output_lse)
     assert taken == [True]
     theirs = make_call((9, 4, 64), BF16, empty=False)
     ours = as_call(theirs)
-    if HAS_CPU_BRANCH:
-        without_plugin(*theirs)
-        early(*ours)
-        torch.testing.assert_close(theirs.output, ours.output, rtol=2**-7, atol=2**-9)
-    else:  # there is none, and its Triton kernel wants a GPU
-        with pytest.raises(Exception, match=r"driver|GPU|[Tt]riton|module"):
-            without_plugin(*theirs)
+    without_plugin(*theirs)
+    merge(*ours)
+    torch.testing.assert_close(theirs.output, ours.output, rtol=2**-7, atol=2**-9)
 
 
 # What vLLM's own kernel gets wrong, and this one right.
@@ -240,7 +250,7 @@ def both_answers(call):
 
 @pytest.mark.parametrize("empty", [-INF, INF])
 @pytest.mark.parametrize("side", ["prefix", "suffix"])
-def test_an_empty_side_leaks_nan_there(side, empty, loaded, cuda):
+def test_an_empty_side_leaks_nan_there(side, empty, modules, cuda):
     call = make_call((33, 4, 128), BF16, cuda, empty=False)
     getattr(call, f"{side}_lse")[:, 7] = empty
     getattr(call, f"{side}_output")[7] = NAN
@@ -249,7 +259,7 @@ def test_an_empty_side_leaks_nan_there(side, empty, loaded, cuda):
         assert theirs.output[7].isnan().all()
 
 
-def test_both_empty_copies_the_prefix_there(loaded, cuda):
+def test_both_empty_copies_the_prefix_there(modules, cuda):
     call = make_call((33, 4, 128), BF16, cuda, empty=False)
     call.prefix_lse[:, 7], call.suffix_lse[:, 7] = -INF, -INF
     ours, theirs = both_answers(call)
@@ -259,7 +269,7 @@ def test_both_empty_copies_the_prefix_there(loaded, cuda):
         assert_bits(theirs.output[7], call.prefix_output[7])
 
 
-def test_the_raw_lse_past_the_count_is_the_same(loaded, cuda):
+def test_the_raw_lse_past_the_count_is_the_same(modules, cuda):
     call = make_call((33, 4, 128), BF16, cuda, count=20, empty=False)
     call.suffix_lse[:, 25], call.suffix_lse[:, 26] = INF, -INF
     ours, theirs = both_answers(call)
@@ -274,7 +284,7 @@ def padded(values, width):
     return wide[..., : values.shape[2]]
 
 
-def test_different_head_strides_are_refused_there(loaded, cuda):
+def test_different_head_strides_are_refused_there(modules, cuda):
     call = make_call((33, 4, 128), BF16, cuda)
     call = call._replace(prefix_output=padded(call.prefix_output, 192))
     before = as_call(call)
@@ -286,7 +296,7 @@ def test_different_head_strides_are_refused_there(loaded, cuda):
 
 
 @pytest.mark.parametrize("layout", ["row-strided", "transposed"])
-def test_a_strided_lse_is_read_as_contiguous_there(layout, loaded, cuda):
+def test_a_strided_lse_is_read_as_contiguous_there(layout, modules, cuda):
     strides = {"row-strided": (100, 1), "transposed": (1, 4)}[layout]
     names = ("prefix_lse", "suffix_lse", "output_lse")
     call = make_call((33, 4, 128), BF16, cuda, empty=False, strides=dict.fromkeys(names, strides))
@@ -329,20 +339,20 @@ def test_a_misaligned_pointer_kills_the_context_there(whose, cuda, child_environ
         assert "misaligned address" in ran.stderr
 
 
-def test_what_is_refused_goes_to_vllm(early):
+def test_what_is_refused_goes_to_vllm(merge):
     """An LSE of another dtype: vLLM's own function on a CPU takes it."""
     call = make_call((33, 4, 128), F32, empty=False)
     before, refused = as_call(call), call._replace(prefix_lse=call.prefix_lse.double())
     try:
-        if IS_CPU and HAS_CPU_BRANCH:
-            early(*refused)
+        if IS_CPU:
+            merge(*refused)
             torch.testing.assert_close(
                 refused.output,
                 merge_attn_states_reference(*before[1:5])[0].float(),
             )
         else:
             with pytest.raises(Exception) as caught:  # noqa: PT011
-                early(*refused)
+                merge(*refused)
             assert "prefix_lse: expected float32" in str(caught.value.__context__)
         (reason,) = plugin.status().fallbacks
         assert "prefix_lse: expected float32" in reason
