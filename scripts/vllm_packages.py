@@ -78,7 +78,7 @@ def fetch_engine() -> None:
     version = "".join(map(str, ENGINE_PYTHON))
     for name in listed("vllm_engine_wheels.txt"):
         project = name.partition("==")[0]
-        if any(target.glob(f"{project.replace('-', '_')}-*")):
+        if any(target.glob(f"{project.replace('-', '_').lower()}-*")):
             continue
         options = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", *platforms]
         options += ["--platform=any", f"--abi=cp{version}", "--abi=abi3", "--abi=none"]
