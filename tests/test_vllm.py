@@ -134,7 +134,9 @@ def test_restore_and_register_again(modules):
     ours = patched()
     plugin.restore()
     try:
-        holders = [m for m in list(sys.modules.values()) if getattr(m, "merge_attn_states", 0) is ours]
+        holders = [
+            m for m in list(sys.modules.values()) if getattr(m, "merge_attn_states", 0) is ours
+        ]
         assert holders == []
         assert modules["stranger"].merge is patched() is inspect.unwrap(ours)
     finally:

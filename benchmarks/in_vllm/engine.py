@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,9 @@ import torch
 
 from .. import environment
 from ..environment import ROOT
-from ..measure import Record
+from ..measure import Record, rounded
 from ..results import Results
+from ..timing import Timing
 from .scenario import ENVIRONMENT, SCENARIOS, save_model
 
 FOLDER = ROOT / ".cache" / "vllm"
@@ -113,22 +115,23 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
     for provider, rounds in seen["rounds"].items():
         cases = {case for one in rounds for case in one["calls_us"]}
         for case in sorted(cases):
-            us = sorted(value for one in rounds for value in one["calls_us"].get(case, []))
-            quartiles = [us[len(us) * i // 4] for i in (2, 1, 3)]
-            times = dict(zip(("median_us", "low_us", "high_us"), quartiles, strict=True))
+            us = [value for one in rounds for value in one["calls_us"].get(case, [])]
+            low, median, high = statistics.quantiles(us, n=4, method="inclusive")
             records.append(
                 {"case": case, "regime": "host", "provider": provider, "calls": len(us)}
-                | {key: round(value, 2) for key, value in times.items()}
+                | rounded(Timing(median, low, high))
             )
-        step_us = sum(us for one in rounds for us in one["steps_us"])
-        merge_us = sum(us for one in rounds for calls in one["calls_us"].values() for us in calls)
+        steps = [sum(one["steps_us"]) for one in rounds]
+        merges = [sum(map(sum, one["calls_us"].values())) for one in rounds]
+        count = len(rounds[0]["steps_us"])
+        shares = [merge / step for merge, step in zip(merges, steps, strict=True)]
         gpu = seen["profiled"][provider]
         records.append(
             {
-                "case": "a step", "regime": "share", "provider": provider,
-                "steps": sum(len(one["steps_us"]) for one in rounds),
-                "step_us": round(step_us / sum(len(one["steps_us"]) for one in rounds), 1),
-                "merge_share_of_wall": round(merge_us / step_us, 5),
+                "case": "all steps", "regime": "share", "provider": provider,
+                "rounds": len(rounds), "steps": count, "merges": gpu["merges"],
+                "step_us": round(statistics.median(steps) / count, 1),
+                "merge_share_of_wall": round(statistics.median(shares), 5),
                 "merge_share_of_gpu": round(gpu["merge_us"] / gpu["all_us"], 5),
                 "gpu_us_a_merge": round(gpu["merge_us"] / max(1, gpu["merges"]), 3),
             }

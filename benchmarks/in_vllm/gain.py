@@ -3,8 +3,8 @@
 A call as each backend makes it (patterns.py), through the real dispatcher with and without the
 plugin, in turn in one process. Host: an eager call's microseconds, launch included, in a tight loop
 and swept, the best of three processes. Device: the kernel's, by CUDA graph replay, cold and warm.
-Nobody whose answer is wrong is timed. vLLM's Python package and its op library must be importable,
-and a GPU there.
+Nobody whose answer is wrong is timed. vLLM must be importable; on a CPU the dispatcher's own branch
+for it runs, and the calls are timed by the clock.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from ..measure import Record, rounded
 from ..operands import Operands
 from ..providers import Bound
 from ..results import Results
-from ..timing import TimedCalls, buffer_sets, time_cuda
+from ..timing import ROUNDS, TimedCalls, buffer_sets, time_cpu, time_cuda
 from .dispatcher import Merge, patched, unpatched
 from .patterns import PATTERNS, TOKENS, Pattern
 
 HOST_TOKENS = 16
-DEVICE = torch.device("cuda")
 
 
 def merges() -> dict[str, Callable[[], contextlib.AbstractContextManager[Merge]]]:
@@ -45,8 +44,10 @@ def merges() -> dict[str, Callable[[], contextlib.AbstractContextManager[Merge]]
 
 def load() -> None:
     """Import vLLM, and put the plugin in as vLLM does."""
-    if why := vllm.load(None):
-        raise SystemExit(f"benchmarks: vLLM's op is not there: {why}")
+    try:
+        patched()
+    except ImportError as error:
+        raise SystemExit(f"benchmarks: vLLM cannot be imported: {error}") from error
     plugin.register()
     if not plugin.status().active:
         raise SystemExit(f"benchmarks: the plugin is not used: {plugin.status().reason}")
@@ -61,27 +62,30 @@ def statement(pattern: Pattern, operands: Operands) -> str:
     return f"merge({', '.join(operands._fields[:last])})"
 
 
-def wrong(pattern: Pattern, operands: Operands, provider: str) -> str:
-    """What is wrong with a provider's answer, or why there is none; empty where it is right."""
+def refusal(pattern: Pattern, operands: Operands, provider: str) -> Record:
+    """Why a provider is not timed, as fields of its record; empty where its answer is right."""
     try:
         with merges()[provider]() as merge:
             answer = operands.output, operands.output_lse
-            return check(Bound(partial(pattern.call, merge, operands), lambda: answer), operands)
+            call = Bound(partial(pattern.call, merge, operands), lambda: answer)
+            reason = check(call, operands)
+            return {"status": "wrong", "reason": reason} if reason else {}
     except Exception as error:  # whatever another project's code raises is its answer
         if provider == "ours":
             raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return {"status": "failed", "reason": reason}
 
 
-def time_host_here(quick: bool) -> dict[str, Times]:
+def time_host_here(device: torch.device, quick: bool) -> dict[str, Times]:
     """One process's times, by pattern."""
     times = {}
     for pattern in PATTERNS:
-        operands = pattern.make(HOST_TOKENS, DEVICE)
+        operands = pattern.make(HOST_TOKENS, device)
         text = statement(pattern, operands)
         timed: dict[str, TimedCalls] = {}
         for provider, around in merges().items():
-            if wrong(pattern, operands, provider):
+            if refusal(pattern, operands, provider):
                 continue
             with around() as merge:
                 run = timeit.Timer(text, "_timer()", globals=operands._asdict() | {"merge": merge})
@@ -91,83 +95,89 @@ def time_host_here(quick: bool) -> dict[str, Times]:
                     return run.timeit(count)
 
             timed[provider] = timed_calls
-        times[pattern.name] = tight_and_swept(timed, DEVICE, quick)
+        times[pattern.name] = tight_and_swept(timed, device, quick)
     return times
 
 
-def time_device(pattern: Pattern, tokens: int, regime: str) -> Iterator[Record]:
+def time_device(
+    pattern: Pattern, tokens: int, regime: str, device: torch.device, rounds: int
+) -> Iterator[Record]:
     """A record for each provider; its status and the reason where its answer is wrong."""
-    one = pattern.make(tokens, DEVICE)
+    one = pattern.make(tokens, device)
     touched = {id(t): t.numel() * t.element_size() for t in one if isinstance(t, torch.Tensor)}
-    sets = 1 if regime == "warm" else buffer_sets(sum(touched.values()), DEVICE)
-    operands = [one, *(pattern.make(tokens, DEVICE) for _ in range(sets - 1))]
+    sets = 1 if regime == "warm" else buffer_sets(sum(touched.values()), device)
+    operands = [one, *(pattern.make(tokens, device) for _ in range(sets - 1))]
 
     def call(provider: str, operands: Operands) -> None:
         with merges()[provider]() as merge:
             pattern.call(merge, operands)
 
-    reasons = {provider: wrong(pattern, one, provider) for provider in merges()}
-    timings = time_cuda(
+    refusals = {provider: refusal(pattern, one, provider) for provider in merges()}
+    timer = time_cuda if device.type == "cuda" else time_cpu
+    timings = timer(
         {
             provider: [partial(call, provider, each) for each in operands]
-            for provider, reason in reasons.items()
-            if not reason
-        }
+            for provider, refused in refusals.items()
+            if not refused
+        },
+        rounds,
     )
-    for provider, reason in reasons.items():
+    for provider, refused in refusals.items():
         record = {"case": f"{pattern.name}, {tokens} tokens", "regime": regime}
         record |= {"pattern": pattern.name, "tokens": tokens, "provider": provider}
-        if reason:
-            yield record | {"status": "wrong", "reason": reason}
-        else:
-            yield record | rounded(timings[provider])
+        yield record | (refused or rounded(timings[provider]))
 
 
-def measure() -> Iterator[Record]:
-    """Records of the groups host and device."""
-    processes = run_processes("benchmarks.in_vllm.gain", ["--host-process"], PROCESSES)
+def measure_host(device: torch.device, quick: bool) -> Iterator[Record]:
+    arguments = ["--host-process", "--device", str(device), *(["--quick"] if quick else [])]
+    module = "benchmarks.in_vllm.gain"
+    processes = run_processes(module, arguments, 1 if quick else PROCESSES)
     for pattern in PATTERNS:
-        operands = pattern.make(HOST_TOKENS, DEVICE)
-        case = {
-            "group": "host", "case": pattern.name, "tokens": HOST_TOKENS,
-            "statement": statement(pattern, operands),
-        }  # fmt: skip
+        operands = pattern.make(HOST_TOKENS, device)
+        case = {"case": pattern.name, "tokens": HOST_TOKENS}
+        case["statement"] = statement(pattern, operands)
         for record in best_of([process[pattern.name] for process in processes]):
             yield case | record
-        if reason := wrong(pattern, operands, "vllm"):
-            for regime in ("tight", "swept"):
-                status = {"provider": "vllm", "status": "wrong", "reason": reason}
-                yield case | {"regime": regime} | status
+        if refused := refusal(pattern, operands, "vllm"):
+            for regime in processes[0][pattern.name]:
+                yield case | {"regime": regime, "provider": "vllm"} | refused
+
+
+def measure_device(device: torch.device, quick: bool) -> Iterator[Record]:
     for pattern in PATTERNS:
-        for tokens in TOKENS:
+        for tokens in TOKENS[:1] if quick else TOKENS:
             for regime in ("cold", "warm"):
-                for record in time_device(pattern, tokens, regime):
-                    yield {"group": "device"} | record
+                yield from time_device(pattern, tokens, regime, device, 1 if quick else ROUNDS)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON results")
     parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
     parser.add_argument("--host-process", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(default))
+    parser.add_argument("--quick", action="store_true", help="does everything run?")
+    options = parser.parse_args(arguments)
+    device: torch.device = options.device
     load()
     if options.host_process:
-        print(json.dumps(time_host_here(quick=False)))
-        return
+        print(json.dumps(time_host_here(device, options.quick)))
+        return 0
     trees = environment.source_trees(options.source_trees)
-    results = Results(environment.identity(DEVICE, trees, None, None))
-    records = list(measure())
-    run = environment.circumstances(DEVICE, trees["commit"])
-    for group in ("host", "device"):
-        chosen = [record for record in records if record["group"] == group]
-        results.add(group, results.environment, run, chosen)
-    if options.output:
-        results.save(options.output)
-    for record in records:
-        figure = record.get("median_us", record.get("reason"))
-        print(record["case"], record["regime"], record["provider"], figure, sep="  ")
+    here = environment.identity(device, trees, None, None)
+    here |= {"vllm": vllm.version(), "quick": options.quick}
+    results = Results(here)
+    for group, measure in {"host": measure_host, "device": measure_device}.items():
+        records = [{"group": group} | record for record in measure(device, options.quick)]
+        results.add(group, here, environment.circumstances(device, trees["commit"]), records)
+        if options.output:
+            results.save(options.output)
+        for record in records:
+            figure = record.get("median_us", record.get("reason"))
+            print(record["case"], record["regime"], record["provider"], figure, sep="  ")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ come from an engine that nothing of this folder has touched. Then, in the same e
 | checked  | every call twice, through the plugin and through vLLM's own, both against float64   |
 | timed    | with the plugin and without, in turn: host time of each call and of each step       |
 | profiled | once each: GPU time of the merge and of everything                                  |
+| float64  | every call in float64, rounded once: what the answers are measured against          |
 """
 
 from __future__ import annotations
@@ -26,9 +27,17 @@ import torch
 
 from .. import vllm as vllm_op
 from .dispatcher import Merge, patched, unpatched
-from .watch import Checked, Errors, Kind, checking, standing_in, timing
+from .watch import (
+    Checked,
+    Errors,
+    Kind,
+    checking,
+    merging_in_float64,
+    standing_in,
+    timing,
+)
 
-ROUNDS = 4  # timed, for each
+ROUNDS = 10  # timed, for each
 Answers = list[list[tuple[int, float]]]  # for each prompt, each token and its log-probability
 
 
@@ -283,28 +292,32 @@ def run(scenario: Scenario, model: str) -> dict[str, Any]:
     rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "vllm": []}
     answers: dict[str, list[Answers]] = {"ours": [], "vllm": []}
     providers = {"ours": with_plugin, "vllm": unpatched}
-    for index in range(ROUNDS):
+    for index in range(1 + ROUNDS):  # the first warms up
         for provider in sorted(providers, reverse=bool(index % 2)):
             with providers[provider]() as merge:
                 one, answer = timed_round(engine, merge)
-            rounds[provider].append(one)
-            answers[provider].append(answer)
+            if index:
+                rounds[provider].append(one)
+                answers[provider].append(answer)
     profiled = {}
     for provider, around in providers.items():
         with around() as merge:
             profiled[provider] = profiled_round(engine, merge)
+    with standing_in(merging_in_float64):
+        exact = engine.answer()
     ours, theirs = answers["ours"], answers["vllm"]
     return found | {
         "checked": checked,
         "rounds": rounds,
         "profiled": profiled,
-        "answers": {"ours": ours[0], "vllm": theirs[0]},
+        "answers": {"ours": ours[0], "vllm": theirs[0], "float64": exact},
         "differences": {
-            "with and without the plugin": differences(ours[0], theirs[0]),
-            "ours, untouched and timed": differences(first, ours[0]),
-            "ours, twice": differences(ours[0], ours[-1]),
-            "vLLM's own, twice": differences(theirs[0], theirs[-1]),
-            "checked and timed": differences(checked_answers, ours[0]),
+            "with the plugin, and without": differences(ours[0], theirs[0]),
+            "with the plugin, and a float64 merge": differences(ours[0], exact),
+            "without it, and a float64 merge": differences(theirs[0], exact),
+            "with the plugin, twice": differences(ours[0], ours[-1]),
+            "without it, twice": differences(theirs[0], theirs[-1]),
+            "with the plugin, watched and not": differences(first, checked_answers),
         },
         "fallbacks": plugin.status().fallbacks,
         "dispatcher": inspect.unwrap(patched()).__module__,

@@ -91,17 +91,34 @@ def far(operands: Operands, expected: tuple[torch.Tensor, torch.Tensor]) -> Erro
     return Errors(*distances, *[0.0] * (2 - len(distances)))
 
 
+def bound(args: tuple[Any, ...], named: dict[str, Any]) -> Operands:
+    """A call's arguments by their names."""
+    absent = {} if len(args) > 5 else {"output_lse": None}
+    return Operands(*args, **absent | named)
+
+
+def exact(inputs: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    return merge_attn_states_reference(*inputs[1:5], *inputs[6:])
+
+
+def merging_in_float64(*args: Any, **named: Any) -> None:
+    """Merge in float64 and round once."""
+    operands = bound(args, named)
+    output, output_lse = exact(operands)
+    operands.output.copy_(output)
+    if operands.output_lse is not None:
+        operands.output_lse.copy_(output_lse)
+
+
 def checking(calls: list[Checked]) -> Merge:
     """Merge through the plugin, vLLM's own on a copy of the operands; both against float64."""
 
     def merge_attn_states(*args: Any, **kwargs: Any) -> None:
-        absent = {} if len(args) > 5 else {"output_lse": None}
-        operands = Operands(*args, **absent | kwargs)
-        inputs, theirs = copied(operands), copied(operands)
+        operands = bound(args, kwargs)
+        expected, theirs = exact(operands), copied(operands)
         patched()(*args, **kwargs)
         with unpatched() as merge:
             merge(*theirs)
-        expected = merge_attn_states_reference(*inputs[1:5], *inputs[6:])
         tokens = operands.output.shape[0]
         errors = far(operands, expected), far(theirs, expected)
         calls.append(Checked(kind_of(operands), tokens, *errors))

@@ -1,0 +1,97 @@
+"""10^5 random legal calls, one after the other: every answer right, and nothing piles up.
+
+SOAK_CALLS is how many there are in all; on a CPU a hundredth of them, which shows that it runs.
+"""
+
+import ctypes
+import gc
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from support import BF16, E4M3, E5M2, F16, F32, F64, compare, make_call
+
+from merge_attn_states import merge_attn_states as merge
+
+CALLS = int(os.environ.get("SOAK_CALLS", 100_000))
+PARTS = 10  # so that shards share them
+WARM_UP = 300
+MEMORY_SLACK = 24 * 2**20  # bytes by which a process may grow; a leaked tensor a call is more
+HEAD_SIZES = (1, 7, 8, 16, 48, 64, 80, 96, 100, 128, 192, 256)
+
+
+def random_call(draw, device):
+    """Any legal call: dtypes, shapes, strides, offsets, aliases, counts, empty parts."""
+    dtype = draw.choice([BF16, BF16, F16, F32, F64, E4M3, E5M2])
+    n, h, d = draw.choice([1, 2, 5, 16, 33, 64]), draw.choice([1, 2, 3, 8]), draw.choice(HEAD_SIZES)
+    fp8_output = dtype in (BF16, F16, F32) and draw.random() < 0.2
+    scale = draw.choice([0.5, 3.0]) if fp8_output else None
+    if dtype in (E4M3, E5M2) and draw.random() < 0.5:
+        scale = 2.0
+    wide = d + draw.choice([0, 0, 8, 64])
+    rows = draw.choice([(h * wide, wide, 1), (wide, n * wide, 1)])
+    far = draw.choice([n, n + 3])
+    lses = draw.choice([(far, 1), (1, h)])
+    names = ("output", "prefix_output", "suffix_output"), ("prefix_lse", "suffix_lse", "output_lse")
+    call = make_call(
+        (n, h, d),
+        dtype,
+        device,
+        output_dtype=draw.choice([E4M3, E5M2]) if fp8_output else None,
+        count=draw.choice([None, None, 0, n // 2, n]),
+        scale=scale,
+        output_lse=draw.random() < 0.6,
+        empty=draw.random() < 0.5,
+        strides=dict.fromkeys(names[0], rows) | dict.fromkeys(names[1], lses),
+        offsets={name: draw.choice([0, 0, 1, 8]) for name in names[0]},
+        seed=draw.getrandbits(32),
+    )
+    side = draw.choice(["prefix", "suffix", None])
+    if side and not fp8_output:
+        call = call._replace(output=getattr(call, f"{side}_output"))
+        if call.output_lse is not None and draw.random() < 0.5:
+            call = call._replace(output_lse=getattr(call, f"{side}_lse"))
+    return call
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def pending_error():
+    """What CUDA would tell the next one who asks, without taking it away."""
+    major = torch.version.cuda.partition(".")[0]
+    return ctypes.CDLL(f"libcudart.so.{major}").cudaPeekAtLastError()
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_calls(part, device):
+    count = CALLS // PARTS // (1 if device == "cuda" else 100)
+    draw = random.Random(part)
+    start = None
+    for index in range(count + WARM_UP):
+        call = random_call(draw, device)
+        before = call._replace(
+            **{name: x.clone() for name, x in call._asdict().items() if torch.is_tensor(x)}
+        )
+        merge(*call)
+        compare(before, call.output, call.output_lse)
+        del call, before
+        if index == WARM_UP:
+            gc.collect()
+            start = memory(device)
+    gc.collect()
+    end = memory(device)
+    assert end[0] == start[0], "tensors on the device"
+    assert end[1] - start[1] < MEMORY_SLACK, "the process has grown"
+    if device == "cuda":
+        torch.cuda.synchronize()
+        assert pending_error() == 0
+
+
+def memory(device):
+    """Bytes of tensors on the device, and of the process."""
+    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+    return allocated, resident_bytes()
