@@ -55,7 +55,7 @@ def readme(machines: Sequence[Results]) -> str:
         *filter(None, map(_cpu_sentence, machines)),
         "Recipe: every answer checked, then median of interleaved CUDA graph replays, cold buffers "
         "rotated through more than twice the L2; host: the best of three processes.",
-        "\n".join(f"- {_origin(results)}" for results in machines),
+        "\n".join(f"- {origin(results)}" for results in machines),
         "[docs/benchmarks.md](docs/benchmarks.md) has the pictures, every case, the targets that "
         "were met and missed, and how to measure on your machine.",
     ]
@@ -65,7 +65,7 @@ def readme(machines: Sequence[Results]) -> str:
 def docs(machines: Sequence[Results]) -> str:
     if not machines:
         return NO_RESULTS
-    paragraphs = ["\n".join(f"- {_origin(results)}" for results in machines)]
+    paragraphs = ["\n".join(f"- {origin(results)}" for results in machines)]
     for picture in _pictures(machines, PICTURES, "benchmarks"):
         paragraphs += [f"### {picture.partition(']')[0][2:]}", picture]
     for results in machines:
@@ -171,7 +171,7 @@ def _cpu_sentence(results: Results) -> str:
     )
 
 
-def _origin(results: Results) -> str:
+def origin(results: Results) -> str:
     """Machine, versions, date and sources of a results file."""
     environment, runs = results.environment, results.runs.values()
     dates = sorted({run["date"] for run in runs})

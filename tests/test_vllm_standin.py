@@ -22,52 +22,6 @@ OLD, NEW = PATHS[1], PATHS[0]
 SHAPES = [(6, OLD), (7, OLD), (7, NEW), (8, OLD), (8, NEW)]
 
 
-class StandIn:
-    """The modules of a package that a test has written."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __getattr__(self, name):
-        return importlib.import_module(f"vllm.{name}")
-
-    @property
-    def dispatcher(self):
-        return importlib.import_module(f"{self.path}.merge_attn_states")
-
-    @property
-    def calls(self):
-        """Of vLLM's own functions, however often they were replaced."""
-        return len(self.dispatcher.calls), len(self._custom_ops.calls)
-
-
-@pytest.fixture
-def vllm(tmp_path, monkeypatch):
-    """Write the package and hide a real one; nothing of either stays."""
-
-    def is_vllm(name):
-        return name == "vllm" or name.startswith("vllm.")
-
-    hidden = {name: module for name, module in sys.modules.items() if is_vllm(name)}
-    for name in hidden:
-        del sys.modules[name]
-    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM", raising=False)
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.setattr(plugin, "_version", lambda: vllm_standin.VERSION)
-
-    def make(count=8, path=NEW, **options):
-        vllm_standin.write(tmp_path, count, path, **options)
-        monkeypatch.syspath_prepend(tmp_path)
-        return StandIn(path)
-
-    yield make
-    plugin.restore()
-    for name in [name for name in sys.modules if is_vllm(name)]:
-        del sys.modules[name]
-    sys.modules.update(hidden)
-    importlib.invalidate_caches()
-
-
 @pytest.fixture
 def log(caplog):
     caplog.set_level(logging.INFO, "vllm.merge_attn_states")

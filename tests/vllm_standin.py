@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+
+import pytest
+
+from merge_attn_states.integrations import vllm as plugin
 
 NAMES = [
     "output",
@@ -65,3 +71,49 @@ def write(folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "
     ops.joinpath("merge_attn_states.py").write_text(DISPATCHER.format(**made))
     for name in ("early", "late"):
         root.joinpath(f"{name}_backend.py").write_text(BACKEND.format(**made))
+
+
+class StandIn:
+    """The modules of a package that a test has written."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __getattr__(self, name):
+        return importlib.import_module(f"vllm.{name}")
+
+    @property
+    def dispatcher(self):
+        return importlib.import_module(f"{self.path}.merge_attn_states")
+
+    @property
+    def calls(self):
+        """Of vLLM's own functions, however often they were replaced."""
+        return len(self.dispatcher.calls), len(self._custom_ops.calls)
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """Write the package and hide a real one; nothing of either stays."""
+
+    def is_vllm(name):
+        return name == "vllm" or name.startswith("vllm.")
+
+    hidden = {name: module for name, module in sys.modules.items() if is_vllm(name)}
+    for name in hidden:
+        del sys.modules[name]
+    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM", raising=False)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(plugin, "_version", lambda: VERSION)
+
+    def make(count=8, path=PATHS[0], **options):
+        write(tmp_path, count, path, **options)
+        monkeypatch.syspath_prepend(tmp_path)
+        return StandIn(path)
+
+    yield make
+    plugin.restore()
+    for name in [name for name in sys.modules if is_vllm(name)]:
+        del sys.modules[name]
+    sys.modules.update(hidden)
+    importlib.invalidate_caches()

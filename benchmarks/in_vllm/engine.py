@@ -143,13 +143,13 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
     return [{"group": name} | record for record in records]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON results")
     parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "vllm-engine")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if why := unfit():
         raise SystemExit(f"benchmarks: {why}")
     fetch()
@@ -187,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

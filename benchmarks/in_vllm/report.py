@@ -1,0 +1,184 @@
+"""Writes what was measured inside vLLM into docs/vllm.md: `python -m benchmarks.in_vllm.report`.
+
+All of it follows from benchmarks/results/vllm/*.json: --check says whether the page is what they
+give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..environment import ROOT
+from ..report import RESULTS, load, replaced
+from ..results import Record, Results
+from ..sections import origin
+from ..tables import markdown, microseconds, number
+from .patterns import PATTERNS, TOKENS
+
+FOLDER = RESULTS / "vllm"
+PAGE = Path("docs", "vllm.md")
+ENGINE_CASES = "share"  # a regime that only an engine's results have
+RUN = "what the engine runs"
+SHARES = (
+    *(RUN, "merge", "calls", "host us a call, without", "with", ""),
+    *("GPU us a merge, without", "with", "share of the wall time, without", "with"),
+    *("share of the GPU's time, without", "with"),
+)
+ERRORS = (
+    *(RUN, "merge", "result", "calls checked", "tokens"),
+    *("furthest from float64, without", "with", "with it further off"),
+)
+ANSWERS = (RUN, "two runs", "the same tokens", "log-probabilities compared", "furthest apart")
+
+
+def is_of_engine(results: Results) -> bool:
+    return any(record["regime"] == ENGINE_CASES for record in results.records)
+
+
+def section(machines: Sequence[Results]) -> str:
+    """Everything between the page's markers."""
+    gains = [results for results in machines if not is_of_engine(results)]
+    engines = [results for results in machines if is_of_engine(results)]
+    paragraphs = ["### At the dispatcher"]
+    for results in gains:
+        paragraphs += [f"{origin(results)}.", *host(results), *device(results)]
+    paragraphs += ["### In the engine"]
+    for results in engines:
+        paragraphs += [f"{origin(results)}.", *engine(results)]
+    return "\n\n".join(paragraphs)
+
+
+def pair(results: Results, group: str, case: str, regime: str) -> list[str]:
+    """Without and with the plugin, and the one over the other."""
+    ours = results.find(group, case, regime, "ours")
+    theirs = results.find(group, case, regime, "vllm")
+    if ours is None or theirs is None:
+        return ["-", "-", "-"]
+    over = results.speed_up(ours, "vllm")
+    before = theirs.get("status") or microseconds(results.us(theirs))
+    after = microseconds(results.us(ours))
+    return [before, after, "-" if over is None else f"{over:.2f}x"]
+
+
+def host(results: Results) -> Iterator[str]:
+    header = ["microseconds of the host a call", "tight, without", "with", "", "swept, without"]
+    header += ["with", ""]
+    rows = []
+    for pattern in PATTERNS:
+        tight, swept = (
+            pair(results, "host", pattern.name, regime) for regime in ("tight", "swept")
+        )
+        gpu = results.environment["gpu"]
+        triton = " (Triton without)" if pattern.goes_to_triton and gpu else ""
+        rows.append([pattern.name + triton, *tight, *swept])
+    yield markdown(header, rows)
+    reasons = {
+        record["reason"] for record in results.select("host") if record.get("status") == "failed"
+    }
+    yield from (f"failed: {reason}" for reason in sorted(reasons))
+
+
+def device(results: Results) -> Iterator[str]:
+    where = "GPU" if results.environment["gpu"] else "processor"
+    header = [f"microseconds of the {where} a call", "tokens", "cold, without", "with", ""]
+    header += ["warm, without", "with", ""]
+    rows = []
+    for pattern in PATTERNS:
+        for tokens in TOKENS:
+            case = f"{pattern.name}, {tokens} tokens"
+            cold, warm = (pair(results, "device", case, regime) for regime in ("cold", "warm"))
+            rows.append([pattern.name, f"{tokens:,}", *cold, *warm])
+    yield markdown(header, rows)
+
+
+def engine(results: Results) -> Iterator[str]:
+    shares, errors, answers = [], [], []
+    for group, run in results.runs.items():
+        records = results.select(group)
+        shares += [[run["title"], *share] for share in _shares(results, records)]
+        errors += [[run["title"], *error] for error in _errors(records)]
+        answers += [[run["title"], *answer] for answer in _answers(records)]
+    yield markdown(
+        SHARES,
+        shares,
+    )
+    yield markdown(
+        ERRORS,
+        errors,
+    )
+    yield markdown(
+        ANSWERS,
+        answers,
+    )
+
+
+def _shares(results: Results, records: Sequence[Record]) -> Iterator[list[str]]:
+    share = {r["provider"]: r for r in records if r["regime"] == ENGINE_CASES}
+    without, with_ = share["vllm"], share["ours"]
+    for record in records:
+        if (record["regime"], record["provider"]) != ("host", "ours"):
+            continue
+        hosts = pair(results, record["group"], record["case"], "host")
+        yield [record["case"], str(record["calls"]), *hosts, *(
+            f"{digits(one[name])}"
+            for name, digits in (
+                ("gpu_us_a_merge", microseconds),
+                ("merge_share_of_wall", _percent),
+                ("merge_share_of_gpu", _percent),
+            )
+            for one in (without, with_)
+        )]  # fmt: skip
+
+
+def _errors(records: Sequence[Record]) -> Iterator[list[str]]:
+    for record in records:
+        if not record["regime"].startswith("error"):
+            continue
+        tokens = sorted(record["tokens"])
+        span = f"{tokens[0]:,}" + (f" to {tokens[-1]:,}" if len(tokens) > 1 else "")
+        further = f"{record['further_off']} of {record['calls']}"
+        if record["further_off"]:
+            further += f", by {record['largest_excess']:.1e} at most"
+        yield [
+            record["case"], record["result"], str(record["calls"]), span,
+            f"{record['vllm']:.3e}", f"{record['ours']:.3e}", further,
+        ]  # fmt: skip
+
+
+def _answers(records: Sequence[Record]) -> Iterator[list[str]]:
+    for record in records:
+        if record["regime"] == "answers":
+            same = f"{record['same_tokens']} of {record['tokens']}"
+            apart = number(record["largest_logprob_difference"], 4)
+            yield [record["case"], same, str(record["compared_logprobs"]), apart]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def published() -> list[Results]:
+    """The files that the page shows."""
+    return load(list(FOLDER.glob("*.json")))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
+    options = parser.parse_args(arguments)
+    path = ROOT / PAGE
+    text = path.read_text("utf-8")
+    made = replaced(text, section(published()), str(PAGE))
+    if options.check:
+        print("published as measured" if made == text else f"{PAGE} is not what the results give")
+        return int(made != text)
+    path.write_text(made, "utf-8")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

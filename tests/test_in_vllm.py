@@ -1,0 +1,159 @@
+"""What measures and checks the merge inside vLLM, on a stand-in for it; the page that it makes."""
+
+import importlib
+import json
+import re
+
+import pytest
+import torch
+from benchmark_support import ROOT, TREES
+from support import assert_bits
+
+from benchmarks.in_vllm import engine, gain, report, scenario, watch
+from benchmarks.in_vllm.memory import copied
+from benchmarks.in_vllm.patterns import PATTERNS
+from benchmarks.results import Results
+from merge_attn_states.integrations import vllm as plugin
+
+CPU = torch.device("cpu")
+HANDED_IN = f"csrc={TREES['csrc']},python={TREES['python']},commit={'e' * 40}"
+
+
+def test_copies_keep_strides_and_aliases():
+    for pattern in PATTERNS:
+        operands = pattern.make(5, CPU)
+        made = copied(operands)
+        for one, other in zip(operands, made, strict=True):
+            if not isinstance(one, torch.Tensor):
+                assert one == other
+                continue
+            assert one.stride() == other.stride()
+            assert one.data_ptr() != other.data_ptr()
+            assert_bits(other, one)
+        for a in range(6):
+            for b in range(6):
+                if operands[a] is not None and operands[b] is not None:
+                    assert (operands[a].data_ptr() == operands[b].data_ptr()) == (
+                        made[a].data_ptr() == made[b].data_ptr()
+                    )
+
+
+def test_gain(vllm, tmp_path, capsys):
+    """The stand-in's own function fills its output with sevens: it is not timed."""
+    vllm()
+    file = tmp_path / "gain.json"
+    common = ["--device", "cpu", "--quick", "--source-trees", HANDED_IN]
+    assert gain.main([*common, "--output", str(file)]) == 0
+    results = Results.load(file)
+    assert set(results.runs) == {"host", "device"}
+    ours = [r for r in results.records if r["provider"] == "ours"]
+    theirs = [r for r in results.records if r["provider"] == "vllm"]
+    assert {r["regime"] for r in results.select("host")} == {"tight", "swept"}
+    assert {r["case"] for r in results.select("host")} == {one.name for one in PATTERNS}
+    assert all(r["low_us"] <= r["median_us"] <= r["high_us"] for r in ours)
+    assert {r["status"] for r in theirs} == {"wrong"}
+    (keyword,) = {r["statement"] for r in ours if r["case"] == "MLA ping-pong buffers" and
+                  "statement" in r}  # fmt: skip
+    assert "merge(output=output, " in keyword
+    assert "| cascade | wrong |" in report.section([results])
+    assert "cascade, 16 tokens  cold  vllm  NaN" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="of --quick"):
+        report.load([file])
+
+
+class Engine:
+    """In the engine's place: two merges an answer, through a backend's module."""
+
+    def __init__(self, chosen, model):
+        self.scenario = chosen
+        self.backend = importlib.import_module("vllm.early_backend")
+
+    def answer(self):
+        for make in (PATTERNS[0].make, PATTERNS[3].make):  # cascade; ping-pong, with an LSE
+            named = {k: v for k, v in make(5, CPU)._asdict().items() if v is not None}
+            self.backend.by_keyword(**named)
+        return [[(1, -0.5), (2, float(named["output"].float().mean()))]]
+
+    def timed_steps(self, steps):
+        steps.append(1e6)
+        return torch.no_grad()
+
+
+@pytest.fixture
+def seen(vllm, monkeypatch):
+    """What an engine's process reports."""
+    stand_in = vllm()
+    plugin.register()
+    stand_in.early_backend  # noqa: B018  loads it
+    monkeypatch.setattr(watch, "HOLDERS", ("vllm.early_backend", "vllm.not_there"))
+    monkeypatch.setattr(scenario, "Engine", Engine)
+    monkeypatch.setattr(
+        scenario, "profiled_round", lambda *_: {"all_us": 100.0, "merge_us": 2.0, "merges": 2}
+    )
+    return json.loads(json.dumps(scenario.run(scenario.SCENARIOS["chunks"], "model")))
+
+
+def test_an_engine_is_checked_and_timed(seen):
+    found = engine.records_of("chunks", seen)
+    by = {(r["case"], r["regime"], r["provider"]): r for r in found}
+    for case, result in (("MLA final merge", "output"), ("MLA chunk loop", "output_lse")):
+        error = by[case, f"error of {result}", "ours"]
+        assert error["calls"] == 1
+        assert error["ours"] < 1e-2
+        assert error["tokens"] == [5]
+    assert by["MLA final merge", "error of output", "ours"]["vllm"] > 3  # sevens
+    assert by["MLA final merge", "error of output", "ours"]["further_off"] == 0
+    for provider in ("ours", "vllm"):
+        assert by["MLA chunk loop", "host", provider]["calls"] == scenario.ROUNDS
+        share = by["all steps", "share", provider]
+        assert 0 < share["merge_share_of_wall"] < 1
+        assert share["merge_share_of_gpu"] == 0.02
+    twice = by["with the plugin, twice", "answers", "ours"]
+    assert (twice["tokens"], twice["same_tokens"]) == (2, 2)
+    assert plugin.status().active  # nothing that watched is left behind
+    assert importlib.import_module("vllm.early_backend").merge_attn_states.__wrapped__
+
+
+def test_an_engine_without_the_plugin_says_so(vllm, monkeypatch):
+    vllm()
+    monkeypatch.setattr(scenario, "Engine", Engine)
+    plugin.restore()
+    found = scenario.run(scenario.SCENARIOS["final"], "model")
+    assert set(found) == {"title", "plugin", "first"}
+    assert not found["plugin"]["active"]
+
+
+def test_differences_end_at_the_first_other_token():
+    ours = [[(1, -1.0), (2, -2.0), (3, -3.0)]]
+    theirs = [[(1, -1.25), (4, -9.0), (3, -3.5)]]
+    assert scenario.differences(ours, theirs) == {
+        "tokens": 3, "same_tokens": 2, "compared_logprobs": 1, "largest_logprob_difference": 0.25,
+    }  # fmt: skip
+
+
+def test_a_nan_is_infinitely_far():
+    operands = PATTERNS[3].make(5, CPU)
+    expected = operands.suffix_output.double(), operands.suffix_lse.double()
+    assert watch.far(operands, expected) == (torch.inf, torch.inf)
+
+
+def test_what_an_engine_lacks_is_said(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="this PyTorch sees no GPU"):
+            engine.main([])
+    monkeypatch.setattr(engine, "FOLDER", ROOT / "nowhere")
+    monkeypatch.setattr(engine.subprocess, "run", lambda *_, **__: type("R", (), {"returncode": 1}))
+    with pytest.raises(SystemExit, match=r"lacks, of vLLM:\n  0.26.0/vllm/_C_stable_libtorch"):
+        engine.fetch()
+
+
+def test_the_page_names_tests_that_are_there():
+    page = (ROOT / report.PAGE).read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) >= 10
+    there = set(re.findall(r"^def (test_\w+)", (ROOT / "tests/test_vllm.py").read_text(), re.M))
+    assert named <= there
+
+
+def test_the_page_is_what_the_results_give():
+    assert report.main(["--check"]) == 0
