@@ -145,9 +145,12 @@ def test_restore_and_register_again(modules):
 
 
 PROCESS = """
-import logging, torch, vllm.plugins
+import logging, sys, torch, vllm.engine.arg_utils, vllm.plugins  # as where vLLM loads plugins
 logging.basicConfig(level=logging.INFO)  # 0.33 sets its own up when an engine starts
+known = set(sys.modules)
 vllm.plugins.load_general_plugins()
+new = {name.partition(".")[0] for name in set(sys.modules) - known} - sys.stdlib_module_names
+print("NEW", sorted(new - {"vllm", "merge_attn_states", "merge_attn_states_vllm"}))
 from merge_attn_states.integrations.vllm import status
 print("ACTIVE", status().active, status().reason)
 print("CUDA", torch.cuda.is_initialized())
@@ -166,6 +169,7 @@ def test_a_process_that_vllm_starts(switch, answer, child_environment):
     )  # fmt: skip
     assert answer in ran.stdout
     assert "CUDA False" in ran.stdout
+    assert "NEW []" in ran.stdout  # nothing heavier than vLLM's own modules
     said = f"merges attention states in vLLM {VERSION}: replaced " in ran.stdout + ran.stderr
     assert said == (switch == "1")
 

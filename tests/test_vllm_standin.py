@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import vllm_standin
-from support import BF16, F32, check, make_call
+from support import BF16, F32, check, compare, make_call
 from vllm_standin import NAMES, PATHS
 
 import merge_attn_states
@@ -292,6 +292,27 @@ def test_compiled_code_traces_it_whole(vllm):
     plugin.register()
     merge = torch.compile(stand_in.early_backend.by_position, fullgraph=True, backend="eager")
     check(make_call((5, 3, 64), F32, empty=False), merge)
+    assert stand_in.calls == (0, 0)
+
+
+def test_a_cuda_graph_around_a_backend(vllm, cuda):
+    """Captured as vLLM captures a whole step, and replayed with new contents, in place too."""
+    stand_in = vllm()
+    plugin.register()
+    operands = make_call((33, 4, 128), BF16, cuda, empty=False)
+    operands = operands._replace(
+        output=operands.suffix_output.clone(), suffix_lse=operands.suffix_lse.clone()
+    )
+    in_place = operands._replace(suffix_output=operands.output, output_lse=operands.suffix_lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stand_in.early_backend.by_position(*in_place)
+    for seed in (1, 2):
+        fresh = make_call((33, 4, 128), BF16, cuda, seed=seed)
+        for old, new in zip(in_place[1:5], fresh[1:5], strict=True):
+            old.copy_(new)
+        graph.replay()
+        compare(fresh, in_place.output, in_place.output_lse)
     assert stand_in.calls == (0, 0)
 
 

@@ -1,0 +1,136 @@
+"""The op in the middle of a compiled attention layer: the same result, one graph, no copy."""
+
+import ast
+from collections import Counter
+
+import pytest
+import torch
+from support import BF16, F32, assert_bits
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+from merge_attn_states import merge_attn_states as merge
+
+HEADS, HEAD_SIZE = 4, 32
+WIDTH = HEADS * HEAD_SIZE
+MERGE = "torch.ops.merge_attn_states.merge_attn_states.default"
+
+
+# Not attention_with_lse: it looks at values (CPU) and at addresses (CUDA), which no graph holds.
+def flash(query, key, value, is_causal):
+    """PyTorch's kernels: the parts are made by calls that inductor leaves as they are."""
+    aten, args = torch.ops.aten, (query[None], key[None], value[None], 0.0, is_causal)
+    if query.device.type == "cpu":
+        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(*args)
+    else:
+        output, lse, *_ = aten._scaled_dot_product_flash_attention(*args)
+    return output[0], lse[0]
+
+
+def matmul(query, key, value, is_causal):
+    """The definition: inductor generates the kernels of the parts and chooses their layout."""
+    scores = query @ key.mT * HEAD_SIZE**-0.5
+    if is_causal:
+        seen = torch.ones_like(scores[0], dtype=torch.bool).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def fresh(prefix, prefix_lse, suffix, suffix_lse):
+    output, output_lse = torch.empty_like(suffix), torch.empty_like(suffix_lse)
+    merge(output, prefix, prefix_lse, suffix, suffix_lse, output_lse)
+    return output, output_lse
+
+
+def in_place(prefix, prefix_lse, suffix, suffix_lse):
+    merge(suffix, prefix, prefix_lse, suffix, suffix_lse, suffix_lse)
+    return suffix, suffix_lse
+
+
+def in_place_beside_a_copy(prefix, prefix_lse, suffix, suffix_lse):
+    kept = suffix.clone()  # no compiler can leave it out: it is returned as it was before
+    return *in_place(prefix, prefix_lse, suffix, suffix_lse), kept
+
+
+def left_out(prefix, prefix_lse, suffix, suffix_lse):
+    return suffix, suffix_lse, prefix, prefix_lse  # all are returned, so that all are computed
+
+
+class Attention(torch.nn.Module):
+    """Attention of new tokens over cached keys and over their own, joined by `join`."""
+
+    def __init__(self, attend, join):
+        super().__init__()
+        self.attend, self.join = attend, join
+        # No bias: inductor may add one in a kernel of its own, with another rounding.
+        self.query, self.key, self.value, self.out = (
+            torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
+        )
+
+    def forward(self, tokens, cached_key, cached_value):
+        projected = (project(tokens) for project in (self.query, self.key, self.value))
+        query, key, value, cached_key, cached_value = (
+            x.unflatten(1, (HEADS, HEAD_SIZE)).transpose(0, 1)
+            for x in (*projected, cached_key, cached_value)
+        )
+        prefix, prefix_lse = self.attend(query, cached_key, cached_value, False)
+        suffix, suffix_lse = self.attend(query, key, value, True)
+        output, *others = self.join(
+            prefix.transpose(0, 1), prefix_lse, suffix.transpose(0, 1), suffix_lse
+        )
+        return self.out(output.flatten(1)), *others
+
+
+@pytest.fixture(params=[flash, matmul], ids=lambda attend: attend.__name__)
+def attend(request, device):
+    if request.param is flash and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("PyTorch's flash kernel needs compute capability 8")
+    return request.param
+
+
+def make(attend, join, device):
+    dtype = BF16 if attend is flash else F32
+    return Attention(attend, join).to(device, dtype)
+
+
+def inputs(layer, tokens, cached):
+    weight = layer.query.weight
+    return [torch.randn(n, WIDTH).to(weight) for n in (tokens, cached, cached)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("join", [fresh, in_place])
+@torch.no_grad()
+def test_compiled_as_eager_in_one_graph(backend, join, attend, device):
+    torch._dynamo.reset()
+    layer = make(attend, join, device)
+    counter = CompileCounterWithBackend(backend)
+    run = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for sizes in ((6, 10), (9, 5)):
+        operands = inputs(layer, *sizes)
+        for actual, expected in zip(run(*operands), layer(*operands), strict=True):
+            print((actual - expected).abs().max())
+    assert counter.frame_count == 1
+
+
+def calls(attend, join, device):
+    """Names and numbers of the kernels that the compiled layer calls and the buffers it makes."""
+    layer = make(attend, join, device)
+    # Without reuse of memory every buffer is allocated where it can be counted.
+    options = {"allow_buffer_reuse": False, "inplace_buffers": False}
+    run = torch.compile(layer, fullgraph=True, dynamic=True, options=options)
+    _, [code] = run_and_get_code(run, *inputs(layer, 6, 10))
+    open(f"/tmp/exp/T_{attend.__name__}_{join.__name__}.py", "w").write(code)
+    [body] = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.FunctionDef) and node.name == "call"
+    ]
+    names = (ast.unparse(node.func) for node in ast.walk(body) if isinstance(node, ast.Call))
+    return Counter(names)
+
+
+@torch.no_grad()
+def test_no_copy(attend, device):
+    for join in (left_out, fresh, in_place, in_place_beside_a_copy):
+        print(join.__name__, calls(attend, join, device))
