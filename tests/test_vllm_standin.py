@@ -299,11 +299,8 @@ def test_a_cuda_graph_around_a_backend(vllm, cuda):
     """Captured as vLLM captures a whole step, and replayed with new contents, in place too."""
     stand_in = vllm()
     plugin.register()
-    operands = make_call((33, 4, 128), BF16, cuda, empty=False)
-    operands = operands._replace(
-        output=operands.suffix_output.clone(), suffix_lse=operands.suffix_lse.clone()
-    )
-    in_place = operands._replace(suffix_output=operands.output, output_lse=operands.suffix_lse)
+    operands = check(make_call((33, 4, 128), BF16, cuda), stand_in.early_backend.by_position)
+    in_place = operands._replace(output=operands.suffix_output, output_lse=operands.suffix_lse)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         stand_in.early_backend.by_position(*in_place)
