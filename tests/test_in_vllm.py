@@ -9,9 +9,10 @@ import torch
 from benchmark_support import ROOT, TREES
 from support import assert_bits
 
-from benchmarks.in_vllm import engine, gain, report, scenario, watch
+from benchmarks.in_vllm import engine, gain, process, report, watch
 from benchmarks.in_vllm.memory import copied
 from benchmarks.in_vllm.patterns import PATTERNS
+from benchmarks.in_vllm.scenarios import SCENARIOS
 from benchmarks.results import Results
 from merge_attn_states.integrations import vllm as plugin
 
@@ -86,11 +87,11 @@ def seen(vllm, monkeypatch):
     plugin.register()
     stand_in.early_backend  # noqa: B018  loads it
     monkeypatch.setattr(watch, "HOLDERS", ("vllm.early_backend", "vllm.not_there"))
-    monkeypatch.setattr(scenario, "Engine", Engine)
+    monkeypatch.setattr(process, "Engine", Engine)
     monkeypatch.setattr(
-        scenario, "profiled_round", lambda *_: {"all_us": 100.0, "merge_us": 2.0, "merges": 2}
+        process, "profiled_round", lambda *_: {"all_us": 100.0, "merge_us": 2.0, "merges": 2}
     )
-    return json.loads(json.dumps(scenario.run(scenario.SCENARIOS["chunks"], "model")))
+    return json.loads(json.dumps(process.run(SCENARIOS["chunks"], "model")))
 
 
 def test_an_engine_is_checked_and_timed(seen):
@@ -104,7 +105,7 @@ def test_an_engine_is_checked_and_timed(seen):
     assert by["MLA final merge", "error of output", "ours"]["vllm"] > 3  # sevens
     assert by["MLA final merge", "error of output", "ours"]["further_off"] == 0
     for provider in ("ours", "vllm"):
-        assert by["MLA chunk loop", "host", provider]["calls"] == scenario.ROUNDS
+        assert by["MLA chunk loop", "host", provider]["calls"] == process.ROUNDS
         share = by["all steps", "share", provider]
         assert 0 < share["merge_share_of_wall"] < 1
         assert share["merge_share_of_gpu"] == 0.02
@@ -116,9 +117,9 @@ def test_an_engine_is_checked_and_timed(seen):
 
 def test_an_engine_without_the_plugin_says_so(vllm, monkeypatch):
     vllm()
-    monkeypatch.setattr(scenario, "Engine", Engine)
+    monkeypatch.setattr(process, "Engine", Engine)
     plugin.restore()
-    found = scenario.run(scenario.SCENARIOS["final"], "model")
+    found = process.run(SCENARIOS["final"], "model")
     assert set(found) == {"title", "plugin", "first"}
     assert not found["plugin"]["active"]
 
@@ -126,7 +127,7 @@ def test_an_engine_without_the_plugin_says_so(vllm, monkeypatch):
 def test_differences_end_at_the_first_other_token():
     ours = [[(1, -1.0), (2, -2.0), (3, -3.0)]]
     theirs = [[(1, -1.25), (4, -9.0), (3, -3.5)]]
-    assert scenario.differences(ours, theirs) == {
+    assert process.differences(ours, theirs) == {
         "tokens": 3, "same_tokens": 2, "compared_logprobs": 1, "largest_logprob_difference": 0.25,
     }  # fmt: skip
 

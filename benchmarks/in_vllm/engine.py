@@ -3,7 +3,7 @@
 Wants an H100 or newer, PyTorch 2.11 with CUDA, transformers and some 30 GB of the GPU's memory.
 What else it takes is fetched into .cache/vllm where there is a network (scripts/vllm_packages.py).
 This package is installed there by pip, so that vLLM finds the plugin as a user's vLLM does. Each
-scenario (scenario.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0.
+scenario (scenarios.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..environment import ROOT
 from ..measure import Record, rounded
 from ..results import Results
 from ..timing import Timing
-from .scenario import ENVIRONMENT, SCENARIOS, save_model
+from .scenarios import ENVIRONMENT, SCENARIOS, save_model
 
 FOLDER = ROOT / ".cache" / "vllm"
 RELEASE = "0.26.0"
@@ -87,7 +87,7 @@ def run(name: str, model: Path, paths: list[Path], log: Path, **variables: str) 
     scenario = SCENARIOS[name]
     variables |= ENVIRONMENT | scenario.environment
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.in_vllm.scenario", name, str(model)],
+        [sys.executable, "-m", "benchmarks.in_vllm.process", name, str(model)],
         cwd=ROOT,
         env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,

@@ -1,0 +1,167 @@
+"""The engines that are started: their models, settings and prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+Answers = list[list[tuple[int, float]]]  # for each prompt, each token and its log-probability
+
+
+class Scenario(NamedTuple):
+    """A way in which an engine comes to merge."""
+
+    title: str
+    model: str
+    prompts: Callable[[Callable[[int], list[int]]], list[list[int]]]
+    new_tokens: int
+    engine: dict[str, Any] = {}  # noqa: RUF012
+    environment: dict[str, str] = {}  # noqa: RUF012
+    workspace_tokens: int = 0  # of MLA's chunked prefill; 0: vLLM's own choice
+    without_lse: str = "MLA final merge"  # what a call is that asks for no output_lse
+    with_lse: str = "MLA chunk loop"
+
+    def name_of(self, has_output_lse: bool) -> str:
+        return self.with_lse if has_output_lse else self.without_lse
+
+
+def long_prompts(random: Callable[[int], list[int]]) -> list[list[int]]:
+    return [random(tokens) for tokens in (9000, 6000, 3000, 5000)]
+
+
+def shared_prefix(random: Callable[[int], list[int]]) -> list[list[int]]:
+    prefix = random(2048)
+    return [[*prefix, *random(16 + i)] for i in range(16)]
+
+
+SCENARIOS = {
+    "final": Scenario("MLA, prompts longer than a step", "deepseek", long_prompts, 8),
+    "chunks": Scenario(
+        "MLA, contexts longer than the workspace",
+        "deepseek",
+        long_prompts,
+        8,
+        {"max_num_seqs": 16},
+        workspace_tokens=2048,
+    ),
+    "cascade": Scenario(
+        "cascade attention, 16 prompts with one prefix",
+        "llama",
+        shared_prefix,
+        16,
+        {"disable_cascade_attn": False, "enable_prefix_caching": True},
+        {"VLLM_USE_V2_MODEL_RUNNER": "0"},
+        without_lse="cascade",
+    ),
+}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+VOCABULARY = 4096
+
+
+def save_model(name: str, folder: Path) -> None:
+    """A model with random weights, small but with heads as real ones have them."""
+    import transformers
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 16384,
+        "initializer_range": 0.06,
+    }
+    torch.manual_seed(0)
+    if name == "deepseek":
+        latent = {"kv_lora_rank": 512, "q_lora_rank": None, "v_head_dim": 128}
+        heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+        config = transformers.DeepseekV2Config(
+            **common, **latent, **heads, first_k_dense_replace=4, n_routed_experts=4
+        )
+        model = transformers.DeepseekV2ForCausalLM(config)
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, head_dim=128))
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+class Engine:
+    """vLLM's `LLM` with a scenario's settings, and its prompts."""
+
+    def __init__(self, scenario: Scenario, model: str) -> None:
+        from vllm import LLM
+
+        if scenario.workspace_tokens:
+            from vllm.model_executor.layers.attention import mla_attention
+
+            mla_attention.MLACommonMetadataBuilder.determine_chunked_prefill_workspace_size = (
+                staticmethod(lambda _: scenario.workspace_tokens)
+            )
+        settings = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 12288,
+            "max_num_batched_tokens": 2048,
+            "enable_chunked_prefill": True,
+            "enable_prefix_caching": False,
+            "gpu_memory_utilization": 0.25,
+            "seed": 0,
+        }
+        self.llm = LLM(model=model, **settings | scenario.engine)
+        self.scenario = scenario
+        random = torch.Generator().manual_seed(1)
+
+        def tokens(count: int) -> list[int]:
+            drawn: list[int] = torch.randint(VOCABULARY, (count,), generator=random).tolist()
+            return drawn
+
+        self.prompts = [{"prompt_token_ids": ids} for ids in scenario.prompts(tokens)]
+
+    def answer(self) -> Answers:
+        """Greedy tokens and their log-probabilities, nothing of an earlier round being cached."""
+        from vllm import SamplingParams
+
+        self.llm.reset_prefix_cache()
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=self.scenario.new_tokens,
+            ignore_eos=True,
+            logprobs=1,
+            detokenize=False,
+        )
+        outputs = self.llm.generate(self.prompts, sampling, use_tqdm=False)
+        return [
+            [
+                (token, logprobs[token].logprob)
+                for token, logprobs in zip(one.token_ids, one.logprobs, strict=True)
+            ]
+            for one in (output.outputs[0] for output in outputs)
+        ]
+
+    @contextlib.contextmanager
+    def timed_steps(self, steps: list[float]) -> Iterator[None]:
+        """Note each step's microseconds."""
+        engine = self.llm.llm_engine
+        step = engine.step
+
+        def timed() -> Any:
+            begin = time.perf_counter_ns()
+            answer = step()
+            steps.append((time.perf_counter_ns() - begin) / 1e3)
+            return answer
+
+        engine.step = timed
+        try:
+            yield
+        finally:
+            engine.step = step
