@@ -200,9 +200,7 @@ def test_published_is_what_the_results_give():
     assert found == [], "python -m benchmarks report"
 
 
-@pytest.mark.parametrize(
-    "path", PUBLISHED + IN_VLLM or [None], ids=lambda path: path.name if path else ""
-)
+@pytest.mark.parametrize("path", EVERY_FILE or [None], ids=lambda path: path.name if path else "")
 def test_published_results_are_of_this_checkout(path):
     if path is None:
         pytest.skip("no results are published")

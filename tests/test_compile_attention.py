@@ -18,7 +18,7 @@ MERGE = "torch.ops.merge_attn_states.merge_attn_states.default"
 
 # Not attention_with_lse: it looks at values (CPU) and at addresses (CUDA), which no graph holds.
 def flash(query, key, value, is_causal):
-    """PyTorch's kernels: the parts are made by calls that inductor leaves as they are."""
+    """PyTorch's kernels, which inductor calls as they are."""
     aten, args = torch.ops.aten, (query[None], key[None], value[None], 0.0, is_causal)
     if query.device.type == "cpu":
         output, lse = aten._scaled_dot_product_flash_attention_for_cpu(*args)
@@ -28,7 +28,7 @@ def flash(query, key, value, is_causal):
 
 
 def matmul(query, key, value, is_causal):
-    """The definition: inductor generates the kernels of the parts and chooses their layout."""
+    """The definition, for which inductor generates kernels and chooses layouts."""
     scores = query @ key.mT * HEAD_SIZE**-0.5
     if is_causal:
         seen = torch.ones_like(scores[0], dtype=torch.bool).tril()
@@ -57,12 +57,12 @@ def left_out(prefix, prefix_lse, suffix, suffix_lse):
 
 
 class Attention(torch.nn.Module):
-    """Attention of new tokens over cached keys and over their own, joined by `join`."""
+    """New tokens attend to cached keys and, causally, to their own; `join` makes one of both."""
 
     def __init__(self, attend, join):
         super().__init__()
         self.attend, self.join = attend, join
-        # No bias: inductor may add one in a kernel of its own, with another rounding.
+        # No bias: inductor may add it in a kernel of its own, with another rounding.
         self.query, self.key, self.value, self.out = (
             torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)
         )
@@ -75,33 +75,26 @@ class Attention(torch.nn.Module):
         )
         prefix, prefix_lse = self.attend(query, cached_key, cached_value, False)
         suffix, suffix_lse = self.attend(query, key, value, True)
-        output, *others = self.join(
-            prefix.transpose(0, 1), prefix_lse, suffix.transpose(0, 1), suffix_lse
-        )
+        rows = prefix.transpose(0, 1), prefix_lse, suffix.transpose(0, 1), suffix_lse
+        output, *others = self.join(*rows)
         return self.out(output.flatten(1)), *others
 
 
-@pytest.fixture(params=[flash, matmul], ids=lambda attend: attend.__name__)
-def attend(request, device):
-    if request.param is flash and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("PyTorch's flash kernel needs compute capability 8")
-    return request.param
-
-
 def make(attend, join, device):
-    dtype = BF16 if attend is flash else F32
-    return Attention(attend, join).to(device, dtype)
+    if attend is flash and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("PyTorch's flash kernel needs compute capability 8")
+    return Attention(attend, join).to(device, BF16 if attend is flash else F32)
 
 
 def inputs(layer, tokens, cached):
-    weight = layer.query.weight
-    return [torch.randn(n, WIDTH).to(weight) for n in (tokens, cached, cached)]
+    return [torch.randn(n, WIDTH).to(layer.out.weight) for n in (tokens, cached, cached)]
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("join", [fresh, in_place], ids=lambda join: join.__name__)
+@pytest.mark.parametrize("join", [fresh, in_place])
+@pytest.mark.parametrize("attend", [flash, matmul])
 @torch.no_grad()
-def test_compiled_as_eager_in_one_graph(backend, join, attend, device):
+def test_compiled_as_eager_in_one_graph(attend, join, backend, device):
     torch._dynamo.reset()
     layer = make(attend, join, device)
     counter = CompileCounterWithBackend(backend)
@@ -111,31 +104,26 @@ def test_compiled_as_eager_in_one_graph(backend, join, attend, device):
         for actual, expected in zip(run(*operands), layer(*operands), strict=True):
             if attend is flash:  # the same kernels in both modes
                 assert_bits(actual, expected)
-            else:  # inductor sums the softmax in its own order: 8 ulp of the largest value, an LSE
+            else:  # inductor sums a softmax in its own order: 8 ulp of the largest value, an LSE
                 torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
     assert counter.frame_count == 1
 
 
-def generated(attend, join, device):
-    """The code that inductor makes of the layer."""
+def generated_calls(attend, join, device):
+    """All calls in the code that inductor makes of the layer, by the function's name."""
     layer = make(attend, join, device)
-    # Without reuse of memory each buffer has one name, and is allocated where it can be counted.
+    # Without reuse of memory each buffer has one name and is allocated where it can be counted.
     options = {"allow_buffer_reuse": False, "inplace_buffers": False}
     run = torch.compile(layer, fullgraph=True, dynamic=True, options=options)
     _, [code] = run_and_get_code(run, *inputs(layer, 6, 10))
-    return code
-
-
-def calls(code):
-    return [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    calls = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    return [(ast.unparse(call.func), call) for call in calls]
 
 
 def added(join, device):
-    """How many more calls of which functions the layer has than the one without a merge."""
-    names = Counter()
-    for sign, way in ((1, join), (-1, left_out)):
-        for call in calls(generated(flash, way, device)):
-            names[ast.unparse(call.func)] += sign
+    """Which calls the layer has more than the one without a merge, and how many."""
+    names = Counter(name for name, _ in generated_calls(flash, join, device))
+    names.subtract(name for name, _ in generated_calls(flash, left_out, device))
     # Views and assertions move no data.
     return {k: n for k, n in names.items() if n and not k.startswith(("reinterpret_", "assert_"))}
 
@@ -145,26 +133,21 @@ def test_nothing_but_the_merge_is_added(device):
     allocate = f"empty_strided_{device}"
     assert added(fresh, device) == {MERGE: 1, allocate: 2}  # its two outputs
     assert added(in_place, device) == {MERGE: 1}
-    with_copy = added(in_place_beside_a_copy, device)  # what the lines above would look like
+    with_copy = added(in_place_beside_a_copy, device)  # a copy would show
     assert with_copy[MERGE] == with_copy[allocate] == 1
-    assert any("_fused_" in name for name in with_copy), "the kernel that copies"
+    assert any("_fused_" in name for name in with_copy), "the generated kernel that copies"
 
 
-@pytest.mark.parametrize("join", [fresh, in_place], ids=lambda join: join.__name__)
+@pytest.mark.parametrize("join", [fresh, in_place])
 @torch.no_grad()
-def test_the_merge_reads_what_a_matmul_wrote(join, device):
-    """Where the kernels around the merge are inductor's, which fuses them anew in each graph."""
-    code = generated(matmul, join, device)
-    [call] = [call for call in calls(code) if ast.unparse(call.func) == MERGE]
-    output, prefix, _, suffix, *_ = (
+def test_the_merge_takes_the_buffers_of_the_matmuls(join, device):
+    """Counts say nothing here: inductor fuses the kernels around the merge anew in each graph."""
+    calls = generated_calls(matmul, join, device)
+    [operands] = [call.args for name, call in calls if name == MERGE]
+    output, prefix, _, suffix = (  # buf1 or reinterpret_tensor(buf1, ...)
         next(node.id for node in ast.walk(x) if getattr(node, "id", "").startswith("buf"))
-        for x in call.args[:6]
+        for x in operands[:4]
     )
-    written = {
-        ast.unparse(argument.value)
-        for call in calls(code)
-        if ast.unparse(call.func) == "extern_kernels.bmm"
-        for argument in call.keywords
-    }
-    assert {prefix, suffix} < written
-    assert output == suffix if join is in_place else output not in (prefix, suffix)
+    bmms = [call.keywords for name, call in calls if name == "extern_kernels.bmm"]
+    assert {prefix, suffix} <= {ast.unparse(out.value) for [out] in bmms}
+    assert (output == suffix) if join is in_place else (output not in (prefix, suffix))

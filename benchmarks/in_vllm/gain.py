@@ -10,11 +10,10 @@ for it runs, and the calls are timed by the clock.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,10 @@ from ..operands import Operands
 from ..providers import Bound
 from ..results import Results
 from ..timing import ROUNDS, TimedCalls, buffer_sets, time_cpu, time_cuda
-from .dispatcher import Merge, patched, unpatched
+from .dispatcher import PROVIDERS, patched
 from .patterns import PATTERNS, TOKENS, Pattern
 
 HOST_TOKENS = 16
-
-
-def merges() -> dict[str, Callable[[], contextlib.AbstractContextManager[Merge]]]:
-    """The dispatcher with and without the plugin, each for as long as it is used."""
-    return {"ours": lambda: contextlib.nullcontext(patched()), "vllm": unpatched}
 
 
 def load() -> None:
@@ -65,7 +59,7 @@ def statement(pattern: Pattern, operands: Operands) -> str:
 def refusal(pattern: Pattern, operands: Operands, provider: str) -> Record:
     """Why a provider is not timed, as fields of its record; empty where its answer is right."""
     try:
-        with merges()[provider]() as merge:
+        with PROVIDERS[provider]() as merge:
             answer = operands.output, operands.output_lse
             call = Bound(partial(pattern.call, merge, operands), lambda: answer)
             reason = check(call, operands)
@@ -84,7 +78,7 @@ def time_host_here(device: torch.device, quick: bool) -> dict[str, Times]:
         operands = pattern.make(HOST_TOKENS, device)
         text = statement(pattern, operands)
         timed: dict[str, TimedCalls] = {}
-        for provider, around in merges().items():
+        for provider, around in PROVIDERS.items():
             if refusal(pattern, operands, provider):
                 continue
             with around() as merge:
@@ -109,10 +103,10 @@ def time_device(
     operands = [one, *(pattern.make(tokens, device) for _ in range(sets - 1))]
 
     def call(provider: str, operands: Operands) -> None:
-        with merges()[provider]() as merge:
+        with PROVIDERS[provider]() as merge:
             pattern.call(merge, operands)
 
-    refusals = {provider: refusal(pattern, one, provider) for provider in merges()}
+    refusals = {provider: refusal(pattern, one, provider) for provider in PROVIDERS}
     timer = time_cuda if device.type == "cuda" else time_cpu
     timings = timer(
         {

@@ -14,14 +14,11 @@ come from an engine that nothing of this folder has touched. Then, in the same e
 from __future__ import annotations
 
 import argparse
-import contextlib
-import inspect
 import json
 import os
 from typing import Any
 
-from .. import vllm as vllm_op
-from .dispatcher import Merge, patched, unpatched
+from .dispatcher import PROVIDERS, Merge
 from .scenarios import ENVIRONMENT, SCENARIOS, Answers, Engine, Scenario
 from .watch import (
     Checked,
@@ -116,10 +113,6 @@ def profiled_round(engine: Engine, merge: Merge) -> dict[str, float]:
     }
 
 
-def with_plugin() -> contextlib.AbstractContextManager[Merge]:
-    return contextlib.nullcontext(patched())
-
-
 def run(scenario: Scenario, model: str) -> dict[str, Any]:
     from merge_attn_states.integrations import vllm as plugin
 
@@ -132,16 +125,15 @@ def run(scenario: Scenario, model: str) -> dict[str, Any]:
     checked, checked_answers = check_round(engine)
     rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "vllm": []}
     answers: dict[str, list[Answers]] = {"ours": [], "vllm": []}
-    providers = {"ours": with_plugin, "vllm": unpatched}
     for index in range(1 + ROUNDS):  # the first warms up
-        for provider in sorted(providers, reverse=bool(index % 2)):
-            with providers[provider]() as merge:
+        for provider in sorted(PROVIDERS, reverse=bool(index % 2)):
+            with PROVIDERS[provider]() as merge:
                 one, answer = timed_round(engine, merge)
             if index:
                 rounds[provider].append(one)
                 answers[provider].append(answer)
     profiled = {}
-    for provider, around in providers.items():
+    for provider, around in PROVIDERS.items():
         with around() as merge:
             profiled[provider] = profiled_round(engine, merge)
     with standing_in(merging_in_float64):
@@ -161,8 +153,6 @@ def run(scenario: Scenario, model: str) -> dict[str, Any]:
             "with the plugin, watched and not": differences(first, checked_answers),
         },
         "fallbacks": plugin.status().fallbacks,
-        "dispatcher": inspect.unwrap(patched()).__module__,
-        "vllm": vllm_op.version(),
     }
 
 
