@@ -1,6 +1,6 @@
 """The whole vLLM 0.26.0 with the plugin: `python -m benchmarks.in_vllm.engine --output FILE`.
 
-Wants an H100 or newer, PyTorch 2.11 with CUDA, transformers and some 30 GB of the GPU's memory.
+Wants an H100 or newer with 30 GB to spare, CPython 3.12, PyTorch 2.11 with CUDA, and transformers.
 What else it takes is fetched into .cache/vllm where there is a network (scripts/vllm_packages.py).
 This package is installed there by pip, so that vLLM finds the plugin as a user's vLLM does. Each
 scenario (scenarios.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0.
@@ -46,6 +46,8 @@ def unfit() -> str:
         return "FlashAttention 3, which is fetched alone, wants an H100 or newer"
     if not torch.__version__.startswith("2.11."):
         return f"vLLM {RELEASE} is built for PyTorch 2.11, and this is {torch.__version__}"
+    if sys.version_info[:2] != (3, 12):
+        return "the wheels that are fetched are CPython 3.12's"
     if importlib.util.find_spec("transformers") is None:
         return "transformers is missing: it makes the models"
     return ""
