@@ -9,7 +9,13 @@ from __future__ import annotations
 import logging
 import os
 
+SWITCH = "MERGE_ATTN_STATES_VLLM"
 _said: set[str] = set()
+
+
+def is_switched_off() -> bool:
+    """Whether the environment takes the plugin off."""
+    return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "off", "no")
 
 
 def register() -> None:
@@ -18,7 +24,7 @@ def register() -> None:
     Does nothing where the environment says `MERGE_ATTN_STATES_VLLM=0`, and leaves everything as it
     was with one warning where the package does not fit. May be called again.
     """
-    if os.environ.get("MERGE_ATTN_STATES_VLLM") == "0":
+    if is_switched_off():
         return
     try:
         from merge_attn_states.integrations import vllm

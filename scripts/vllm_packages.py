@@ -3,9 +3,10 @@
     python scripts/vllm_packages.py            # the Python packages of both releases
     python scripts/vllm_packages.py --engine   # what a whole engine needs, for CPython 3.12 too
 
-    .cache/vllm/0.33.0, 0.26.0   the wheel's Python files, metadata and the compiled merge
+    .cache/vllm/0.33.0, 0.26.0   the wheel's Python files and metadata, its op library, and its
+                                 FlashAttention 3
     .cache/vllm/needs            what those import, for this Python
-    .cache/vllm/engine           0.26.0's FlashAttention 3, and wheels for an engine on CPython 3.12
+    .cache/vllm/engine           the wheels that an engine on CPython 3.12 needs
 
 Nothing of it is part of this project or of its packages. A release is 300 MB to download.
 """
@@ -13,6 +14,7 @@ Nothing of it is part of this project or of its packages. A release is 300 MB to
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,16 +42,18 @@ def pip(*arguments: str) -> None:
 
 def fetch_release(version: str) -> None:
     target = FOLDER / version
-    if (target / OP_LIBRARY).is_file():
+    if target.is_dir():
         return
     with tempfile.TemporaryDirectory() as folder:
         pip("download", f"vllm=={version}", "--no-deps", "--dest", folder)
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
+            unfinished = target.with_suffix(".unfinished")
             for name in archive.namelist():
                 of_python = not name.endswith(".so") and "/deep_gemm/" not in name
                 if of_python or name in (OP_LIBRARY, FLASH_ATTENTION):
-                    archive.extract(name, target)
+                    archive.extract(name, unfinished)
+        unfinished.rename(target)
 
 
 def listed(name: str) -> list[str]:
@@ -61,14 +65,16 @@ def fetch_needs() -> None:
 
     Where the engine's wheels lie and this is their Python, those: no network is asked.
     """
-    target = FOLDER / "needs"
-    if (target / "complete").is_file():
-        return
-    wheels = [str(wheel) for wheel in (FOLDER / "engine").glob("*.whl")]
+    target, made = FOLDER / "needs", FOLDER / "needs" / "made_of"
+    wheels = sorted(str(wheel) for wheel in (FOLDER / "engine").glob("*.whl"))
     here = wheels and sys.version_info[:2] == ENGINE_PYTHON
     wanted = ["--no-index", *wheels] if here else listed("vllm_needs.txt")
-    pip("install", "--no-deps", "--upgrade", "--target", str(target), *wanted)
-    (target / "complete").touch()
+    of = "\n".join([sys.version, *wanted])
+    if made.is_file() and made.read_text() == of:
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    pip("install", "--no-deps", "--target", str(target), *wanted)
+    made.write_text(of)
 
 
 def fetch_engine() -> None:
@@ -77,8 +83,8 @@ def fetch_engine() -> None:
     platforms = [f"--platform={platform}_x86_64" for platform in PLATFORMS]
     version = "".join(map(str, ENGINE_PYTHON))
     for name in listed("vllm_engine_wheels.txt"):
-        project = name.partition("==")[0]
-        if any(target.glob(f"{project.replace('-', '_').lower()}-*")):
+        project, _, release = name.partition("==")
+        if any(target.glob(f"{project.replace('-', '_').lower()}-{release}-*")):
             continue
         options = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", *platforms]
         options += ["--platform=any", f"--abi=cp{version}", "--abi=abi3", "--abi=none"]

@@ -46,7 +46,7 @@ def test_gain(vllm, tmp_path, capsys):
     common = ["--device", "cpu", "--quick", "--source-trees", HANDED_IN]
     assert gain.main([*common, "--output", str(file)]) == 0
     results = Results.load(file)
-    assert set(results.runs) == {"host", "device"}
+    assert set(results.runs) == {"host"}  # a GPU's times are for a GPU
     ours = [r for r in results.records if r["provider"] == "ours"]
     theirs = [r for r in results.records if r["provider"] == "vllm"]
     assert {r["regime"] for r in results.select("host")} == {"tight", "swept"}
@@ -57,9 +57,22 @@ def test_gain(vllm, tmp_path, capsys):
                   "statement" in r}  # fmt: skip
     assert "merge(output=output, " in keyword
     assert "| cascade | wrong |" in report.section([results])
-    assert "cascade, 16 tokens  cold  vllm  NaN" not in capsys.readouterr().out
+    assert "cascade  tight  vllm  Tensor-likes are not close!" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="of --quick"):
         report.load([file])
+
+
+def test_what_went_back_to_vllm_is_not_published_as_ours(vllm):
+    vllm()
+    operands = PATTERNS[0].make(5, CPU)
+    refused = operands._replace(prefix_lse=operands.prefix_lse.double())
+
+    def measure():
+        with gain.both() as merges:
+            merges["ours"](*refused)
+
+    with pytest.raises(SystemExit, match="calls went back to vLLM, none is timed"):
+        measure()
 
 
 class Engine:
@@ -109,10 +122,26 @@ def test_an_engine_is_checked_and_timed(seen):
         share = by["all steps", "share", provider]
         assert 0 < share["merge_share_of_wall"] < 1
         assert share["merge_share_of_gpu"] == 0.02
+    assert engine.proves_nothing("chunks", seen) == ""
     twice = by["with the plugin, twice", "answers", "ours"]
     assert (twice["tokens"], twice["same_tokens"]) == (2, 2)
     assert plugin.status().active  # nothing that watched is left behind
     assert importlib.import_module("vllm.early_backend").merge_attn_states.__wrapped__
+
+
+def test_an_engine_that_proves_nothing(seen):
+    assert "the plugin is not used" in engine.proves_nothing(
+        "chunks", seen | {"plugin": {"active": False, "reason": "for the test"}}
+    )
+    assert "went back to vLLM" in engine.proves_nothing("chunks", seen | {"fallbacks": {"why": 3}})
+    final = [one for one in seen["checked"] if one["case"] == "MLA final merge"]
+    assert "did not merge as it should: MLA chunk loop" in engine.proves_nothing(
+        "chunks", seen | {"checked": final}
+    )
+    none = {"all_us": 1.0, "merge_us": 0.0, "merges": 0}
+    assert "not profiled" in engine.proves_nothing(
+        "chunks", seen | {"profiled": seen["profiled"] | {"vllm": none}}
+    )
 
 
 def test_an_engine_without_the_plugin_says_so(vllm, monkeypatch):
@@ -132,10 +161,18 @@ def test_differences_end_at_the_first_other_token():
     }  # fmt: skip
 
 
-def test_a_nan_is_infinitely_far():
+def test_a_nan_is_infinitely_far_and_an_empty_row_is_right():
     operands = PATTERNS[3].make(5, CPU)
     expected = operands.suffix_output.double(), operands.suffix_lse.double()
     assert watch.far(operands, expected) == (torch.inf, torch.inf)
+    operands.output.copy_(operands.suffix_output)
+    operands.output_lse.copy_(operands.suffix_lse)
+    for lse in (operands.output_lse, expected[1]):
+        lse[:, 2] = -torch.inf
+    assert watch.far(operands, expected) == (0.0, 0.0)
+    assert process.compared([torch.inf, 2.0], [torch.inf, 1.0]) == {
+        "calls": 2, "ours": torch.inf, "vllm": torch.inf, "further_off": 1, "largest_excess": 1.0,
+    }  # fmt: skip
 
 
 def test_what_an_engine_lacks_is_said(monkeypatch):

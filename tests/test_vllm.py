@@ -99,6 +99,15 @@ def without_plugin(*args):
         merge(*args)
 
 
+def outcome(merge, operands):
+    """What a call raises; None where it is answered."""
+    try:
+        merge(*operands)
+    except Exception as error:
+        return error
+    return None
+
+
 # The plugin, as vLLM starts it.
 
 
@@ -235,11 +244,19 @@ def test_the_cpu_branch_runs_this_packages_kernel(merge, taken):
     merge(*call)
     compare(before, call.output, call.output_lse)
     assert taken == [True]
-    theirs = make_call((9, 4, 64), BF16, empty=False)
-    ours = as_call(theirs)
+    ours = make_call((9, 4, 64), BF16, empty=False)
+    ours.prefix_lse[:, 4], ours.suffix_lse[:, 4] = -INF, -INF
+    theirs = as_call(ours)
     without_plugin(*theirs)
     merge(*ours)
     torch.testing.assert_close(theirs.output, ours.output, rtol=2**-7, atol=2**-9)
+    assert (theirs.output[4] == 0).all()
+
+
+@pytest.mark.skipif(VERSION != "0.26.0", reason="of 0.26.0 alone")
+def test_without_a_cpu_branch_there_is_an_error_there(merge):
+    call = make_call((9, 4, 64), BF16)
+    assert isinstance(outcome(without_plugin, call), Exception)  # Triton's or the CUDA op's
 
 
 # What vLLM's own kernel gets wrong, and this one right.
@@ -273,6 +290,27 @@ def test_both_empty_copies_the_prefix_there(modules, cuda):
     assert (ours.output_lse[:, 7] == -INF).all()
     if KNOWN:
         assert_bits(theirs.output[7], call.prefix_output[7])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
+def test_what_goes_to_triton_there(pattern, modules, cuda, monkeypatch):
+    """And there zeros come of two empty parts."""
+
+    def refuse(*_):
+        raise NotImplementedError("the CUDA op")
+
+    operands = pattern.make(9, torch.device(cuda))
+    if pattern.goes_to_triton:
+        for part in (operands.prefix_lse, operands.suffix_lse):
+            part[:, 4] = -INF
+    with unpatched() as own:
+        monkeypatch.setattr(sys.modules[OPS], "merge_attn_states", refuse)
+        if pattern.goes_to_triton:
+            pattern.call(own, operands)
+            assert (operands.output[4].float() == 0).all()
+        else:
+            with pytest.raises(NotImplementedError, match="the CUDA op"):
+                pattern.call(own, operands)
 
 
 def test_the_raw_lse_past_the_count_is_the_same(modules, cuda):
@@ -345,23 +383,24 @@ def test_a_misaligned_pointer_kills_the_context_there(whose, cuda, child_environ
         assert "misaligned address" in ran.stderr
 
 
-def test_what_is_refused_goes_to_vllm(merge):
-    """An LSE of another dtype: vLLM's own function on a CPU takes it."""
-    call = make_call((33, 4, 128), F32, empty=False)
-    before, refused = as_call(call), call._replace(prefix_lse=call.prefix_lse.double())
+def test_what_is_refused_goes_to_vllm(device, merge):
+    """An LSE of another dtype: what vLLM's own makes of it, and on a CPU that is right."""
+    call = make_call((33, 4, 128), F32, device, empty=False)
+    refused = call._replace(prefix_lse=call.prefix_lse.double())
+    theirs = copied(Operands(*refused))
+    expected = outcome(without_plugin, theirs)
     try:
-        if IS_CPU:
-            merge(*refused)
-            torch.testing.assert_close(
-                refused.output,
-                merge_attn_states_reference(*before[1:5])[0].float(),
-            )
-        else:
-            with pytest.raises(Exception) as caught:  # noqa: PT011
-                merge(*refused)
-            assert "prefix_lse: expected float32" in str(caught.value.__context__)
+        found = outcome(merge, refused)
         (reason,) = plugin.status().fallbacks
         assert "prefix_lse: expected float32" in reason
     finally:
         plugin.restore()  # forgets the refusal
         plugin.register()
+    if isinstance(expected, Exception):
+        assert (type(found), str(found)) == (type(expected), str(expected))
+        assert "prefix_lse: expected float32" in str(found.__context__)
+    else:
+        assert_bits(refused.output, theirs.output)
+    if device == "cpu" and IS_CPU:
+        right, _ = merge_attn_states_reference(*refused[1:5])
+        torch.testing.assert_close(refused.output, right.float())

@@ -5,6 +5,7 @@ import importlib.metadata
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import pytest
@@ -122,9 +123,12 @@ def test_what_is_refused_goes_to_vllms_own(count, vllm, log):
     assert "prefix_lse: expected float32" in said
     assert "vLLM's own vllm.v1.attention.ops.merge_attn_states" in said
     assert list(plugin.status().fallbacks.values()) == [3]
-    operands = make_call((5, 4, 64), F32)._replace(suffix_lse=torch.zeros(3, 3))
-    stand_in.early_backend.by_position(*operands[:count])
-    assert len(log(logging.WARNING)) == 2  # another reason
+    for other in (
+        make_call((5, 4, 64), F32)._replace(suffix_lse=torch.zeros(3, 3)),
+        make_call((5, 4, 64), F32)._replace(prefix_lse=torch.zeros(4, 5, dtype=torch.float64)),
+    ):  # another shape, another dtype: other reasons
+        stand_in.early_backend.by_position(*other[:count])
+    assert len(log(logging.WARNING)) == 3
 
 
 def test_the_op_alone_falls_back_too(vllm, log):
@@ -160,6 +164,7 @@ UNKNOWN = {
     "too many": vllm_standin.parameters(9),
     "another order": "output, output_lse, prefix_output, prefix_lse, suffix_output, suffix_lse",
     "other names": vllm_standin.parameters(8).replace("prefix_lse", "prefix_softmax_lse"),
+    "by keyword only": vllm_standin.parameters(8).replace("output_lse", "*, output_lse"),
 }
 
 
@@ -207,6 +212,46 @@ def test_a_broken_vllm_is_left_alone(vllm, log, tmp_path):
 def test_rocm_is_left_alone(vllm, log, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
     assert_left_alone(vllm(), log, "is a ROCm build")
+
+
+def test_another_platform_is_left_alone(vllm, log):
+    class Platform:
+        device_type = "xpu"
+
+    stand_in = vllm()
+    stand_in.dispatcher.current_platform = Platform()
+    assert_left_alone(stand_in, log, "vLLM's platform here is xpu")
+
+
+def test_a_module_that_refuses_changes_is_changed_too(vllm):
+    class Closed(ModuleType):
+        def __setattr__(self, name, value):
+            raise AttributeError(f"no {name} here")
+
+    stand_in = vllm()
+    closed = Closed("a_closed_one")
+    for name in ("merge", "with.a.dot"):
+        closed.__dict__[name] = stand_in.early_backend.merge_attn_states
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "a_closed_one", closed)
+        plugin.register()
+        assert (
+            closed.merge is closed.__dict__["with.a.dot"] is stand_in.dispatcher.merge_attn_states
+        )
+        plugin.restore()
+        assert (
+            closed.merge is closed.__dict__["with.a.dot"] is stand_in.dispatcher.merge_attn_states
+        )
+
+
+def test_threads_replace_it_once(vllm, log):
+    stand_in = vllm()
+    stand_in.early_backend  # noqa: B018  loads it
+    stand_in._custom_ops  # noqa: B018
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: merge_attn_states_vllm.register(), range(8)))
+    assert len(log(logging.INFO)) == 1
+    assert len(plugin._replacements) == 2
 
 
 def test_a_build_without_kernels_is_left_alone(vllm, log, monkeypatch):
@@ -270,9 +315,20 @@ def test_it_imports_little_and_does_not_initialise_cuda(tmp_path, child_environm
     assert initialised == "False"
 
 
-def test_it_is_taken_off_by_one_variable(tmp_path, child_environment):
-    new, _ = process(tmp_path, child_environment, MERGE_ATTN_STATES_VLLM="0")
+@pytest.mark.parametrize("off", ["0", "false", "OFF", "no"])
+def test_it_is_taken_off_by_one_variable(off, tmp_path, child_environment):
+    new, _ = process(tmp_path, child_environment, MERGE_ATTN_STATES_VLLM=off)
     assert new == "['merge_attn_states_vllm']"
+
+
+def test_the_switch_is_what_status_tells(vllm, log, monkeypatch):
+    vllm()
+    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
+    monkeypatch.setattr(plugin, "_reason", None)
+    for call in (merge_attn_states_vllm.register, plugin.register):
+        call()
+        assert plugin.status().reason == "MERGE_ATTN_STATES_VLLM takes it off"
+    assert log(logging.WARNING) == []  # who sets it knows
 
 
 def test_an_old_pytorch_gets_one_warning(tmp_path, child_environment):
@@ -313,15 +369,20 @@ def test_a_cuda_graph_around_a_backend(vllm, cuda):
     assert stand_in.calls == (0, 0)
 
 
+def test_compiled_code_has_no_fallback(vllm):
+    stand_in = vllm()
+    plugin.register()
+    merge = torch.compile(stand_in.early_backend.by_position, backend="eager")
+    with pytest.raises(Exception, match="prefix_lse: expected float32"):
+        merge(*refused())
+    assert stand_in.calls == (0, 0)
+
+
 def test_info_says_what_is_replaced(vllm, monkeypatch):
     vllm()
     monkeypatch.setattr(_info, "_why_not_in_vllm", lambda: "")
     (line,) = (line for line in _info.lines() if line.startswith("vllm "))
     assert f"yes, {vllm_standin.VERSION}: replaces vllm._custom_ops.merge_attn_states, " in line
-    plugin.restore()
-    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
-    (line,) = (line for line in _info.lines() if line.startswith("vllm "))
-    assert line.endswith("no: MERGE_ATTN_STATES_VLLM=0")
 
 
 def test_info_says_why_vllm_does_not_find_it(vllm, monkeypatch):
@@ -332,6 +393,9 @@ def test_info_says_why_vllm_does_not_find_it(vllm, monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: EntryPoints)
     assert _info._why_not_in_vllm() == ""
+    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
+    assert _info._why_not_in_vllm() == "no: MERGE_ATTN_STATES_VLLM takes it off"
+    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM")
     monkeypatch.setenv("VLLM_PLUGINS", "another,yet_another")
     assert "VLLM_PLUGINS=another,yet_another leaves merge_attn_states out" in (
         _info._why_not_in_vllm()

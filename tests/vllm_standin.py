@@ -66,7 +66,8 @@ def write(folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "
     root.joinpath("__init__.py").write_text(f"__version__ = {VERSION!r}\n")
     root.joinpath("_custom_ops.py").write_text(CUSTOM_OPS.format(**made))
     if signature:
-        names = ", ".join(part.partition("=")[0] for part in signature.split(", "))
+        parts = [part for part in signature.split(", ") if part != "*"]
+        names = ", ".join(part.partition("=")[0] for part in parts)
         made |= {"parameters": signature, "names": names}
     ops.joinpath("merge_attn_states.py").write_text(DISPATCHER.format(**made))
     for name in ("early", "late"):

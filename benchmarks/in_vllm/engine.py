@@ -26,6 +26,7 @@ from ..environment import ROOT
 from ..measure import Record, rounded
 from ..results import Results
 from ..timing import Timing
+from .process import differences
 from .scenarios import ENVIRONMENT, SCENARIOS, save_model
 
 FOLDER = ROOT / ".cache" / "vllm"
@@ -66,7 +67,7 @@ def fetch() -> None:
     )
     absent = [f"  {RELEASE}/{path}: {what}" for path, what in NEEDED.items()
               if not (FOLDER / RELEASE / path).is_file()]  # fmt: skip
-    if not (FOLDER / "needs" / "complete").is_file():
+    if not (FOLDER / "needs" / "made_of").is_file():
         absent.append("  engine/*.whl, needs/: the wheels of scripts/vllm_engine_wheels.txt")
     if absent:
         raise SystemExit("\n".join(["benchmarks: .cache/vllm lacks, of vLLM:", *absent]))
@@ -106,6 +107,18 @@ def run(name: str, model: Path, paths: list[Path], log: Path, **variables: str) 
         (line for line in (ran.stdout + ran.stderr).splitlines() if ": replaced " in line), ""
     )
     return seen
+
+
+def proves_nothing(name: str, seen: dict[str, Any]) -> str:
+    """Why an engine's run is none of the plugin's merges; empty where it is."""
+    if not seen["plugin"]["active"]:
+        return f"the plugin is not used: {seen['plugin']['reason']}"
+    if seen["fallbacks"]:
+        return f"calls went back to vLLM: {seen['fallbacks']}"
+    missing = set(SCENARIOS[name].merges) - {one["case"] for one in seen["checked"]}
+    if missing or not all(gpu["merges"] for gpu in seen["profiled"].values()):
+        return f"this engine did not merge as it should: {', '.join(missing) or 'not profiled'}"
+    return ""
 
 
 def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
@@ -168,8 +181,8 @@ def main(arguments: list[str]) -> None:
         for name in options.only:
             model_folder = Path(folder, SCENARIOS[name].model)
             seen = run(name, model_folder, paths, options.logs / f"{name}.log")
-            if not seen["plugin"]["active"]:
-                raise SystemExit(f"benchmarks: the plugin is not used: {seen['plugin']}")
+            if why := proves_nothing(name, seen):
+                raise SystemExit(f"benchmarks: {name}: {why}")
             run_ = environment.circumstances(DEVICE, trees["commit"])
             run_ |= {"title": seen["title"], "plugin": seen["plugin"], "log": seen["log"]}
             run_ |= {"fallbacks": seen["fallbacks"], "answers": seen["answers"]}
@@ -184,6 +197,13 @@ def main(arguments: list[str]) -> None:
         if off["plugin"]["active"]:
             raise SystemExit("benchmarks: MERGE_ATTN_STATES_VLLM=0 did not take the plugin off")
         results.runs[name]["off"] = {"plugin": off["plugin"], "answers": off["first"]}
+        apart = differences(results.runs[name]["answers"]["vllm"], off["first"])
+        record = {"group": name, "case": "started without it, and taken off", "regime": "answers"}
+        records = [*results.select(name), record | {"provider": "vllm"} | apart]
+        results.add(name, results.environment, results.runs[name], records)
+    for record in results.records:
+        if record.get("further_off"):
+            print(f"FURTHER OFF THAN vLLM's own: {record}")
     if options.output:
         results.save(options.output)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..environment import ROOT
 from ..report import RESULTS, load, replaced
 from ..results import Record, Results
-from ..sections import origin
+from ..sections import NO_RESULTS, origin
 from ..tables import markdown, microseconds, number
 from .patterns import PATTERNS, TOKENS
 
@@ -22,10 +22,10 @@ FOLDER = RESULTS / "vllm"
 PAGE = Path("docs", "vllm.md")
 ENGINE_CASES = "share"  # a regime that only an engine's results have
 RUN = "what the engine runs"
+HOSTS = (RUN, "merge", "calls timed", "host us a call, without", "with", "")
 SHARES = (
-    *(RUN, "merge", "calls", "host us a call, without", "with", ""),
-    *("GPU us a merge, without", "with", "share of the wall time, without", "with"),
-    *("share of the GPU's time, without", "with"),
+    *(RUN, "merges a round", "GPU us a merge, without", "with"),
+    *("share of the wall time, without", "with", "share of the GPU's time, without", "with"),
 )
 ERRORS = (
     *(RUN, "merge", "result", "calls checked", "tokens"),
@@ -40,11 +40,14 @@ def is_of_engine(results: Results) -> bool:
 
 def section(machines: Sequence[Results]) -> str:
     """Everything between the page's markers."""
+    if not machines:
+        return NO_RESULTS
     gains = [results for results in machines if not is_of_engine(results)]
     engines = [results for results in machines if is_of_engine(results)]
     paragraphs = ["### At the dispatcher"]
     for results in gains:
-        paragraphs += [f"{origin(results)}.", *host(results), *device(results)]
+        paragraphs += [f"{origin(results)}.", *host(results)]
+        paragraphs += device(results) if "device" in results.runs else []
     paragraphs += ["### In the engine"]
     for results in engines:
         paragraphs += [f"{origin(results)}.", *engine(results)]
@@ -82,8 +85,7 @@ def host(results: Results) -> Iterator[str]:
 
 
 def device(results: Results) -> Iterator[str]:
-    where = "GPU" if results.environment["gpu"] else "processor"
-    header = [f"microseconds of the {where} a call", "tokens", "cold, without", "with", ""]
+    header = ["microseconds of the GPU a call", "tokens", "cold, without", "with", ""]
     header += ["warm, without", "with", ""]
     rows = []
     for pattern in PATTERNS:
@@ -95,42 +97,36 @@ def device(results: Results) -> Iterator[str]:
 
 
 def engine(results: Results) -> Iterator[str]:
-    shares, errors, answers = [], [], []
+    hosts, shares, errors, answers = [], [], [], []
     for group, run in results.runs.items():
         records = results.select(group)
-        shares += [[run["title"], *share] for share in _shares(results, records)]
+        hosts += [[run["title"], *host] for host in _hosts(results, records)]
+        shares.append([run["title"], *_shares(records)])
         errors += [[run["title"], *error] for error in _errors(records)]
         answers += [[run["title"], *answer] for answer in _answers(records)]
-    yield markdown(
-        SHARES,
-        shares,
-    )
-    yield markdown(
-        ERRORS,
-        errors,
-    )
-    yield markdown(
-        ANSWERS,
-        answers,
-    )
+    yield markdown(HOSTS, hosts)
+    yield markdown(SHARES, shares)
+    yield markdown(ERRORS, errors)
+    yield markdown(ANSWERS, answers)
 
 
-def _shares(results: Results, records: Sequence[Record]) -> Iterator[list[str]]:
-    share = {r["provider"]: r for r in records if r["regime"] == ENGINE_CASES}
-    without, with_ = share["vllm"], share["ours"]
+def _hosts(results: Results, records: Sequence[Record]) -> Iterator[list[str]]:
     for record in records:
-        if (record["regime"], record["provider"]) != ("host", "ours"):
-            continue
-        hosts = pair(results, record["group"], record["case"], "host")
-        yield [record["case"], str(record["calls"]), *hosts, *(
-            f"{digits(one[name])}"
-            for name, digits in (
-                ("gpu_us_a_merge", microseconds),
-                ("merge_share_of_wall", _percent),
-                ("merge_share_of_gpu", _percent),
-            )
-            for one in (without, with_)
-        )]  # fmt: skip
+        if (record["regime"], record["provider"]) == ("host", "ours"):
+            times = pair(results, record["group"], record["case"], "host")
+            yield [record["case"], str(record["calls"]), *times]
+
+
+def _shares(records: Sequence[Record]) -> Iterator[str]:
+    """Of all merges of an engine together."""
+    share = {r["provider"]: r for r in records if r["regime"] == ENGINE_CASES}
+    yield str(share["ours"]["merges"])
+    for name, shown in (
+        ("gpu_us_a_merge", microseconds),
+        ("merge_share_of_wall", _percent),
+        ("merge_share_of_gpu", _percent),
+    ):
+        yield from (shown(share[provider][name]) for provider in ("vllm", "ours"))
 
 
 def _errors(records: Sequence[Record]) -> Iterator[list[str]]:

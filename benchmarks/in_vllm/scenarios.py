@@ -23,11 +23,11 @@ class Scenario(NamedTuple):
     engine: dict[str, Any] = {}  # noqa: RUF012
     environment: dict[str, str] = {}  # noqa: RUF012
     workspace_tokens: int = 0  # of MLA's chunked prefill; 0: vLLM's own choice
-    without_lse: str = "MLA final merge"  # what a call is that asks for no output_lse
-    with_lse: str = "MLA chunk loop"
+    merges: tuple[str, ...] = ("MLA final merge",)  # its calls: without an output_lse, and with
 
     def name_of(self, has_output_lse: bool) -> str:
-        return self.with_lse if has_output_lse else self.without_lse
+        """What a call is called; there may be ones that nobody expected."""
+        return self.merges[has_output_lse] if has_output_lse < len(self.merges) else "unexpected"
 
 
 def long_prompts(random: Callable[[int], list[int]]) -> list[list[int]]:
@@ -48,6 +48,7 @@ SCENARIOS = {
         8,
         {"max_num_seqs": 16},
         workspace_tokens=2048,
+        merges=("MLA final merge", "MLA chunk loop"),
     ),
     "cascade": Scenario(
         "cascade attention, 16 prompts with one prefix",
@@ -56,7 +57,7 @@ SCENARIOS = {
         16,
         {"disable_cascade_attn": False, "enable_prefix_caching": True},
         {"VLLM_USE_V2_MODEL_RUNNER": "0"},
-        without_lse="cascade",
+        merges=("cascade",),
     ),
 }
 ENVIRONMENT = {

@@ -75,19 +75,22 @@ def standing_in(merge: Merge) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, merge in held.items():
-            module.merge_attn_states = merge
+        for module, held_merge in held.items():
+            module.merge_attn_states = held_merge
 
 
 def far(operands: Operands, expected: tuple[torch.Tensor, torch.Tensor]) -> Errors:
-    """How far the results in `operands` are from the expected ones; NaN counts as infinite."""
+    """How far the results in `operands` are from the expected ones; NaN counts as infinite.
+
+    What is the same is no distance apart: -inf of an empty row too.
+    """
     pairs = [(operands.output, expected[0])]
     if operands.output_lse is not None:
         pairs.append((operands.output_lse, expected[1]))
-    distances = [
-        torch.nan_to_num((one.double() - other).abs(), nan=torch.inf).max().item()
-        for one, other in pairs
-    ]
+    distances = []
+    for one, other in pairs:
+        distance = torch.nan_to_num((one.double() - other).abs(), nan=torch.inf)
+        distances.append(distance.masked_fill(one == other, 0.0).max().item())
     return Errors(*distances, *[0.0] * (2 - len(distances)))
 
 

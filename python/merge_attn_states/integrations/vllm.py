@@ -22,7 +22,6 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-import os
 import re
 import sys
 import threading
@@ -31,6 +30,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from merge_attn_states_vllm import SWITCH, is_switched_off
 
 from .. import __version__, build_info
 from .. import merge_attn_states as _merge
@@ -68,8 +69,9 @@ class Status(NamedTuple):
 
 _replacements: list[_Replacement] = []
 _fallbacks: dict[str, int] = {}
-_reason = "register() was not called"
+_reason: str | None = None  # None until register() is called
 _thread = threading.local()
+_lock = threading.RLock()  # importing a module may bring another call of register()
 
 
 def register() -> None:
@@ -80,19 +82,20 @@ def register() -> None:
     one warning says why.
     """
     global _reason
-    try:
-        refusal = _why_not()
-        new = [] if refusal else _find()
-    except Exception as error:
-        refusal, new = f"{type(error).__name__}: {error}", []
-    if refusal:
-        if refusal != _reason:
-            _log.warning("merge_attn_states is not used, vLLM merges as before: %s", refusal)
-        _reason = refusal
-        return
-    _reason = ""
-    _replacements.extend(new)
-    replaced = [place for one in _replacements for place in _swap(one.original, one.ours)]
+    with _lock:
+        try:
+            refusal = _why_not()
+            new = [] if refusal else _find()
+        except Exception as error:
+            refusal, new = f"{type(error).__name__}: {error}", []
+        if refusal:
+            if refusal != _reason and not is_switched_off():
+                _log.warning("merge_attn_states is not used, vLLM merges as before: %s", refusal)
+            _reason = refusal
+            return
+        _reason = ""
+        _replacements.extend(new)
+        replaced = [place for one in _replacements for place in _swap(one.original, one.ours)]
     if new:
         _log.info(
             "merge_attn_states %s merges attention states in vLLM %s: replaced %s",
@@ -105,11 +108,12 @@ def register() -> None:
 def restore() -> None:
     """Give vLLM its own functions back, everywhere in this process."""
     global _reason
-    while _replacements:
-        one = _replacements.pop()
-        _swap(one.ours, one.original)
-    _fallbacks.clear()
-    _reason = "restore() was called"
+    with _lock:
+        while _replacements:
+            one = _replacements.pop()
+            _swap(one.ours, one.original)
+        _fallbacks.clear()
+        _reason = "restore() was called"
 
 
 def status() -> Status:
@@ -121,13 +125,20 @@ def status() -> Status:
         active; reason (why not); vllm (version or None); replaced (module attributes that hold this
         package's function); fallbacks (how many calls vLLM's own function got, by the reason).
     """
-    replaced = [place for one in _replacements for place in _places(one.ours)]
-    return Status(bool(replaced), _reason, _version(), sorted(replaced), dict(_fallbacks))
+    replaced = sorted(place for one in _replacements for place, *_ in _places(one.ours))
+    reason = _reason
+    if reason is None:
+        reason = _switched_off() or "register() was not called"
+    return Status(bool(replaced), reason, _version(), replaced, dict(_fallbacks))
+
+
+def _switched_off() -> str:
+    return f"{SWITCH} takes it off" if is_switched_off() else ""
 
 
 def _why_not() -> str:
-    if os.environ.get("MERGE_ATTN_STATES_VLLM") == "0":
-        return "MERGE_ATTN_STATES_VLLM=0"
+    if is_switched_off():
+        return _switched_off()
     if _version() is None and "vllm" not in sys.modules:
         return "vLLM is not installed"
     if torch.version.hip:
@@ -142,6 +153,9 @@ def _find() -> list[_Replacement]:
     dispatcher = next(filter(None, map(_module, _DISPATCHERS)), None)
     if dispatcher is None:
         raise LookupError(f"this vLLM has neither {' nor '.join(_DISPATCHERS)}")
+    device_type = getattr(getattr(dispatcher, "current_platform", None), "device_type", "")
+    if device_type not in ("cuda", "cpu", ""):  # empty: vLLM knows no platform here
+        raise LookupError(f"vLLM's platform here is {device_type}")
     homes = [dispatcher, importlib.import_module(_CUSTOM_OPS)]
     ours = [one.ours for one in _replacements]
     found = []
@@ -176,21 +190,22 @@ def _replacing(original: _Merge, home: str) -> _Merge:
         prefill_tokens_with_context: int | None = None,
         output_scale: torch.Tensor | None = None,
     ) -> None:
-        given = (
-            output,
-            prefix_output,
-            prefix_lse,
-            suffix_output,
-            suffix_lse,
-            output_lse,
-            prefill_tokens_with_context,
-            output_scale,
-        )
-        if torch.compiler.is_dynamo_compiling():  # a refusal is the trace's
-            return _merge(*given)
         try:
-            return _merge(*given)
+            return _merge(
+                output,
+                prefix_output,
+                prefix_lse,
+                suffix_output,
+                suffix_lse,
+                output_lse,
+                prefill_tokens_with_context,
+                output_scale,
+            )
         except Exception as error:
+            given = (
+                *(output, prefix_output, prefix_lse, suffix_output, suffix_lse),
+                *(output_lse, prefill_tokens_with_context, output_scale),
+            )
             if any(option is not None for option in given[known:]):
                 raise  # the original has no parameter for it
             with _falling_back(error, home):
@@ -203,8 +218,10 @@ def _known_parameters(original: _Merge, home: str) -> int:
     """How many of the op's parameters a function has, which must be the first of them."""
     parameters = inspect.signature(original).parameters
     names = tuple(parameters)
-    if len(names) < _FEWEST or names != _PARAMETERS[: len(names)]:
-        raise LookupError(f"{home}.{_NAME} has other parameters: {', '.join(names)}")
+    by_position = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
+    if len(names) < _FEWEST or names != _PARAMETERS[: len(names)] or not by_position:
+        said = ", ".join(map(str, parameters.values()))
+        raise LookupError(f"{home}.{_NAME} has other parameters: {said}")
     return len(names)
 
 
@@ -232,13 +249,12 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
 def _swap(old: _Merge, new: _Merge) -> list[str]:
     """Replace a function wherever a module holds it; returns where."""
     places = list(_places(old))
-    for place in places:
-        module, _, name = place.rpartition(".")
-        setattr(sys.modules[module], name, new)
-    return places
+    for _, members, name in places:
+        members[name] = new  # not setattr, which a module may refuse
+    return [place for place, *_ in places]
 
 
-def _places(function: _Merge) -> Iterator[str]:
+def _places(function: _Merge) -> Iterator[tuple[str, dict[str, object], str]]:
     """Yield where modules hold a function: those that bound it by name when they were imported."""
     for module_name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType):
@@ -247,7 +263,7 @@ def _places(function: _Merge) -> Iterator[str]:
         members = ModuleType.__getattribute__(module, "__dict__")
         for name, value in list(members.items()):
             if value is function:
-                yield f"{module_name}.{name}"
+                yield f"{module_name}.{name}", members, name
 
 
 def _version() -> str | None:
