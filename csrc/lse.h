@@ -20,13 +20,7 @@
 #include <cmath>
 #include <limits>
 
-#ifdef __CUDACC__
-#define MERGE_ATTN_STATES_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Always inlined: the CPU kernels are built twice, and one copy of a function that both use must
-// not stand for the other.
-#define MERGE_ATTN_STATES_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "log_sum_exp.h"
 
 namespace merge_attn_states {
 
@@ -49,17 +43,14 @@ struct ScalarMath {
   using Scalar = Acc;
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
-  // Of a number in [0, 1]. A GPU's own logarithm of 1 + x is within 2.3 eps (2^-22 by its manual,
-  // and two roundings) and takes 4 instructions, the C library's 35.
-  static MERGE_ATTN_STATES_HOST_DEVICE Acc log1p(Acc x) {
+  // log(exp(larger) + exp(smaller)); e is exp(smaller - larger), and weight 1 / (1 + e).
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc log_sum_exp(Acc larger, Acc smaller, Acc e, Acc weight) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(Acc) == sizeof(float)) {
-      float log2;
-      asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(1 + x));
-      return log2 * 0.693147181f;
+      return precise_log_sum_exp(larger, smaller, e, weight);
     }
 #endif
-    return std::log1p(x);
+    return larger + std::log1p(e);
   }
   // Of a number in [1, 2]. A GPU's IEEE division has a slow path that costs registers; its
   // approximation is within an ulp.
@@ -79,11 +70,13 @@ template <class Math, class V>
 struct MergedLse {
   Weights<V> weights;
   V base;  // the larger lse; or, where e is 0, the merged one itself
+  V smaller;
   V e;
 
   // Apart from the weights, since its logarithm can wait until these are used.
   MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
-    return e == typename Math::Scalar(0) ? base : base + Math::log1p(e);
+    const V weight = weights.prefix > weights.suffix ? weights.prefix : weights.suffix;
+    return e == typename Math::Scalar(0) ? base : Math::log_sum_exp(base, smaller, e, weight);
   }
 };
 
@@ -104,19 +97,21 @@ MERGE_ATTN_STATES_HOST_DEVICE MergedLse<Math, V> merge_lse(V prefix_lse, V suffi
   const V smaller = e * larger;
   const auto prefix_leads = difference >= Acc(0);
   const V leading = prefix_leads ? prefix_lse : suffix_lse;
+  const V following = prefix_leads ? suffix_lse : prefix_lse;
   const V taken = prefix_empty ? (suffix_empty ? none : suffix_lse) : prefix_lse;
 
   const V prefix = prefix_leads ? larger : smaller, suffix = prefix_leads ? smaller : larger;
   return {{any_empty ? (prefix_empty ? skip : one) : prefix,
            any_empty ? (suffix_empty ? skip : one) : suffix},
           any_empty ? taken : leading,
+          following,
           any_empty ? V{} : e};
 }
 
 // A token past the context count: the suffix as it is, its lse raw.
 template <class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE MergedLse<ScalarMath<Acc>, Acc> take_suffix(Acc suffix_lse) {
-  return {{Acc(kSkip), Acc(1)}, suffix_lse, Acc(0)};
+  return {{Acc(kSkip), Acc(1)}, suffix_lse, suffix_lse, Acc(0)};
 }
 
 // V is Acc or a vector of values in one row.

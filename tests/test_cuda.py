@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import BF16, F32, Call, blank, check, compare, make_call
+from support import BF16, F32, Call, assert_within, blank, check, compare, half_ulp, make_call
 
 from merge_attn_states import merge_attn_states as merge
 
@@ -26,6 +26,21 @@ def test_a_graph_replays_with_new_contents(head_size, cuda, entry):
         call.output.fill_(float("nan")), call.output_lse.fill_(float("nan"))
         graph.replay()
         compare(fresh, call.output, call.output_lse)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("magnitude", [0.5, 3, 12, 24, 50, 1000])
+def test_the_lse_is_next_to_the_exact_one(magnitude, head_size, cuda):
+    """Half a unit in the last place, and 5e-8: merges follow one another, and errors add up."""
+    call = make_call((4096, 4, head_size), BF16, cuda, empty=False)
+    call.prefix_lse.uniform_(magnitude / 2, magnitude)
+    call.suffix_lse.copy_(call.prefix_lse + 3 * torch.randn_like(call.suffix_lse))
+    call.suffix_lse[:, ::50] = call.prefix_lse[:, ::50] - 100 * torch.rand_like(
+        call.suffix_lse[:, ::50]
+    )
+    merge(*call)
+    exact = torch.logaddexp(call.prefix_lse.double(), call.suffix_lse.double())
+    assert_within(call.output_lse, exact, half_ulp(exact.abs(), F32) + 5e-8)
 
 
 def test_a_graph_of_a_chain_in_place(cuda):

@@ -17,8 +17,8 @@ struct VectorMath {  // double: for gradient checks, not for speed
   static V exp(V x) {
     return each(x, [](Acc value) { return std::exp(value); });
   }
-  static V log1p(V x) {
-    return each(x, [](Acc value) { return std::log1p(value); });
+  static V log_sum_exp(V larger, V, V e, V) {
+    return larger + each(e, [](Acc value) { return std::log1p(value); });
   }
 };
 
@@ -53,10 +53,10 @@ struct VectorMath<float> {
     return tiny ? Floats{} : (x == x ? scaled : x);
   }
 
-  // log(1 + x) for x in [0, 1], within 3 ulp: 2 atanh(s) with s = x / (2 + x) <= 1/3, whose series
-  // to s^15 leaves 1e-9.
-  static Floats log1p(Floats x) {
-    const Floats s = x / (2.0f + x), square = s * s;
+  // larger + log(1 + e) for e in [0, 1], the logarithm within 3 ulp: 2 atanh(s) with
+  // s = e / (2 + e) <= 1/3, whose series to s^15 leaves 1e-9.
+  static Floats log_sum_exp(Floats larger, Floats, Floats e, Floats) {
+    const Floats s = e / (2.0f + e), square = s * s;
     Floats series = square * (1.0f / 15.0f) + 1.0f / 13.0f;
     series = series * square + 1.0f / 11.0f;
     series = series * square + 1.0f / 9.0f;
@@ -64,6 +64,6 @@ struct VectorMath<float> {
     series = series * square + 0.2f;
     series = series * square + 1.0f / 3.0f;
     const Floats twice = s + s;
-    return series * square * twice + twice;
+    return larger + (series * square * twice + twice);
   }
 };

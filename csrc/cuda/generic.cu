@@ -4,7 +4,7 @@
 // addresses in shared memory; after one barrier all threads walk over the rows' elements,
 // neighbours on neighbouring elements: eight bytes at a time where the layout allows, else one. In
 // place is safe: a row belongs to one block, its LSEs are read before the barrier by the thread
-// that writes the merged one, and an element is read and written by one thread.
+// that writes the merged one after it, and an element is read and written by one thread.
 #include "../rows.h"
 #include "fast_division.h"
 #include "launch.h"
@@ -17,8 +17,10 @@ constexpr int kUnroll = kGenericUnroll;
 
 struct RowTile {
   FastDivision packs_per_row;  // used where several rows share a block, which are then short
+  FastDivision heads;          // used where there are fewer than 2^31 rows
   int64_t row_packs;
   int32_t rows;
+  bool few_rows;
 };
 
 template <class In, class Out>
@@ -29,23 +31,15 @@ struct RowInBlock {
   Out* output;
 };
 
-template <class In, class Out>
-__device__ RowInBlock<In, Out> begin_row(const MergeArgs& args, int64_t row) {
-  const int64_t token = row / args.num_heads, head = row - token * args.num_heads;
-  const auto merged = weigh_row<typename Accumulate<In>::type>(args, token, head);
-  store_lse(args, token, head, merged.lse());
-  return {.weights = merged.weights,
-          .prefix = row_of<In>(args.prefix_output, token, head),
-          .suffix = row_of<In>(args.suffix_output, token, head),
-          .output = row_of<Out>(args.output, token, head)};
-}
-
 // kElements > 1: the elements of a row lie side by side, in aligned packs of that many.
 template <class In, class Out, int kElements>
 __global__ void __launch_bounds__(kGenericThreads)
     merge_generic(const __grid_constant__ MergeArgs args, const __grid_constant__ RowTile tile) {
+  using Acc = typename Accumulate<In>::type;
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];
+  __shared__ MergedLse<ScalarMath<Acc>, Acc> lses[kGenericMaxRows];  // each for its own thread
   const int64_t num_rows = args.num_tokens * args.num_heads;
+  wait_for_previous();
   const Scale scale = Scale::of<Out>(args.output_scale);
   const auto stride = [](const Rows& operand) {
     return kElements > 1 ? kElements : operand.element_stride;
@@ -55,8 +49,22 @@ __global__ void __launch_bounds__(kGenericThreads)
        first += int64_t{gridDim.x} * tile.rows) {
     const int64_t count = min(int64_t{tile.rows}, num_rows - first);
     __syncthreads();  // the rows of the round before are done with
-    if (threadIdx.x < count) rows[threadIdx.x] = begin_row<In, Out>(args, first + threadIdx.x);
+    const bool weighs = threadIdx.x < count;
+    const int64_t mine = first + threadIdx.x;
+    const auto token_of_mine = [&] {
+      return tile.few_rows ? int64_t{tile.heads.quotient(static_cast<uint32_t>(mine))}
+                           : mine / args.num_heads;
+    };
+    if (weighs) {
+      const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
+      lses[threadIdx.x] = weigh_row<Acc>(args, token, head);
+      rows[threadIdx.x] = {.weights = lses[threadIdx.x].weights,
+                           .prefix = row_of<In>(args.prefix_output, token, head),
+                           .suffix = row_of<In>(args.suffix_output, token, head),
+                           .output = row_of<Out>(args.output, token, head)};
+    }
     __syncthreads();
+    launch_next();
 
     const int64_t packs = count * tile.row_packs;
     for (int64_t base = threadIdx.x; base < packs; base += kGenericThreads * kUnroll) {
@@ -85,20 +93,29 @@ __global__ void __launch_bounds__(kGenericThreads)
             .store(to.output + column[k] * stride(args.output));
       }
     }
+    // After the packs: in front of the barrier its logarithm would keep every thread waiting.
+    if (weighs && args.output_lse.data != nullptr) {
+      const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
+      store_lse(args, token, head, lses[threadIdx.x].lse());
+    }
   }
 }
 
 }  // namespace
 
-void launch_generic(const MergeArgs& args, const GenericShape& shape) {
+void launch_generic(const MergeArgs& args, const GenericShape& shape, bool overlaps_previous) {
   const int64_t num_rows = args.num_tokens * args.num_heads;
   const int64_t row_packs = args.head_size / shape.pack_elements;
   const uint32_t divisor = shape.rows == 1 || row_packs == 0 ? 1 : static_cast<uint32_t>(row_packs);
-  const RowTile tile{
-      .packs_per_row = FastDivision(divisor), .row_packs = row_packs, .rows = shape.rows};
+  const bool few_rows = num_rows <= kMaxGridX;
+  const RowTile tile{.packs_per_row = FastDivision(divisor),
+                     .heads = FastDivision(few_rows ? static_cast<uint32_t>(args.num_heads) : 1),
+                     .row_packs = row_packs,
+                     .rows = shape.rows,
+                     .few_rows = few_rows};
   const Grid grid{.blocks = std::min((num_rows - 1) / shape.rows + 1, kMaxGridX),
                   .threads = kGenericThreads,
-                  .overlaps_previous = false};
+                  .overlaps_previous = overlaps_previous};
   dispatch_dtypes(args.input_dtype, args.output_dtype, [&](auto in, auto out) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;

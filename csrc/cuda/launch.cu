@@ -153,10 +153,11 @@ Selection choose(const MergeArgs& args) {
 
 void run(const MergeArgs& args) {
   const DeviceGuard guard(args.device_index);
+  const bool overlaps = overlaps_previous(args.device_index);
   if (const auto tile = tile_for(args)) {
-    launch_vectorized(args, *tile, overlaps_previous(args.device_index));
+    launch_vectorized(args, *tile, overlaps);
   } else {
-    launch_generic(args, generic_shape(args));
+    launch_generic(args, generic_shape(args), overlaps);
   }
 }
 

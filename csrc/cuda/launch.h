@@ -41,7 +41,7 @@ inline int64_t packs_per_row(const MergeArgs& args) {
 }
 
 void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_previous);
-void launch_generic(const MergeArgs& args, const GenericShape& shape);
+void launch_generic(const MergeArgs& args, const GenericShape& shape, bool overlaps_previous);
 
 #ifdef __CUDACC__
 // Programmatic dependent launch (sm_90 and later): the next kernel of the stream may be set up
