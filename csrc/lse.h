@@ -44,7 +44,8 @@ struct ScalarMath {
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
   // log(exp(larger) + exp(smaller)); e is exp(smaller - larger), and weight 1 / (1 + e).
-  static MERGE_ATTN_STATES_HOST_DEVICE Acc log_sum_exp(Acc larger, Acc smaller, Acc e, Acc weight) {
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc log_sum_exp(Acc larger, [[maybe_unused]] Acc smaller,
+                                                       Acc e, [[maybe_unused]] Acc weight) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(Acc) == sizeof(float)) {
       return precise_log_sum_exp(larger, smaller, e, weight);
@@ -69,14 +70,14 @@ struct ScalarMath {
 template <class Math, class V>
 struct MergedLse {
   Weights<V> weights;
-  V base;  // the larger lse; or, where e is 0, the merged one itself
-  V smaller;
+  V base;       // the larger lse; or, where e is 0, the merged one itself
+  V following;  // the smaller one, where e is not 0
   V e;
 
   // Apart from the weights, since its logarithm can wait until these are used.
   MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
     const V weight = weights.prefix > weights.suffix ? weights.prefix : weights.suffix;
-    return e == typename Math::Scalar(0) ? base : Math::log_sum_exp(base, smaller, e, weight);
+    return e == typename Math::Scalar(0) ? base : Math::log_sum_exp(base, following, e, weight);
   }
 };
 

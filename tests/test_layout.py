@@ -237,6 +237,20 @@ def test_more_elements_than_32_bits_count(border, head_size, cuda):
     assert not call.output.isnan().any()
 
 
+@pytest.mark.parametrize("rows", [2**31 - 1, 2**31 + 3])
+def test_more_rows_than_31_bits_count(rows, cuda):
+    """Without elements a row is its LSE alone; rows past 2^31 are divided in 64 bits."""
+    if torch.cuda.mem_get_info()[0] < 4 * rows * 1.6:
+        pytest.skip(f"{int(4 * rows * 1.6) >> 30} GiB of GPU memory are not free")
+    prefix, suffix = (torch.tensor([[x]], device=cuda).expand(1, rows) for x in (1.5, 0.5))
+    values = torch.empty((rows, 1, 0), device=cuda, dtype=BF16)
+    output_lse = torch.full((1, rows), float("nan"), device=cuda)
+    merge(values, values, prefix, values, suffix, output_lse)
+    expected = torch.logaddexp(prefix[0, 0], suffix[0, 0])
+    for part in output_lse[0].split(2**28):
+        assert ((part - expected).abs() < 1e-6).all()
+
+
 def test_strides_without_an_element_mean_nothing(device):
     """head_size 0: the LSEs are merged, and no address is computed from strides near 2^62."""
     call = make_call((4, 2, 8), F32, device, empty=False)

@@ -158,13 +158,14 @@ struct GenericShape {
 inline constexpr int kGenericThreads = 256;
 inline constexpr int kGenericUnroll = 4;  // packs of a thread whose loads are in flight together
 inline constexpr int64_t kGenericPackBytes = 8;
-inline constexpr int64_t kGenericElements = 4096;  // of a block, at least
+inline constexpr int kGenericBlocksAtATime = 6;    // of a multiprocessor: 40 registers a thread
+inline constexpr int64_t kGenericElements = 4096;  // wanted of a block, where there are rows enough
 inline constexpr int64_t kGenericMaxRows = 64;
-// A block a multiprocessor at least, before one gets more rows: microseconds cold / warm (H100,
-// 2026-11-25) of 16x16x128 e4m3 2.63 / 2.12 and 3.76 / 3.01 of 64 rows a block, 128x16x128 e4m3
-// 2.95 / 2.27 and 4.11 / 3.10, 16x16x101 2.49 / 2.02 and 6.26 / 4.73. Two a multiprocessor:
-// 512x16x128 e4m3 4.01 / 3.38 for 4.25 / 3.00; four: 128x16x128 e4m3 4.36 / 3.54. Of these gains a
-// part is the launch that overlaps the kernel before.
+// A block for each of an H100's or H200's multiprocessors, before one gets more rows. Microseconds
+// cold / warm (H100, 2026-11-25): 16x16x128 e4m3 2.63 / 2.12 instead of 3.76 / 3.01, 128x16x128
+// e4m3 2.95 / 2.27 instead of 4.11 / 3.10, 16x16x101 2.49 / 2.02 instead of 6.26 / 4.73, of which a
+// part is the launch that overlaps the kernel before. Two blocks: 512x16x128 e4m3 4.01 / 3.38 for
+// 4.25 / 3.00; four: 128x16x128 e4m3 4.36 / 3.54.
 inline constexpr int64_t kGenericBlocks = 132;
 
 inline GenericShape choose_generic(const MergeArgs& args, bool packs) {

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
   }
   // After the packs: in front of the barrier its logarithm would keep every thread waiting.
-  if (!weighs) return;
+  if (!weighs || args.output_lse.data == nullptr) return;
   store_lse(args, lse_token, lse_head, merged.lse());
   const uint32_t stride = tiles.num_tokens_in_tiles;
   for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
