@@ -33,7 +33,7 @@ struct RowInBlock {
 
 // kElements > 1: the elements of a row lie side by side, in aligned packs of that many.
 template <class In, class Out, int kElements>
-__global__ void __launch_bounds__(kGenericThreads, kElements < 8 ? kGenericBlocksAtATime : 1)
+__global__ void __launch_bounds__(kGenericThreads, generic_blocks_at_a_time(kElements))
     merge_generic(const __grid_constant__ MergeArgs args, const __grid_constant__ RowTile tile) {
   using Acc = typename Accumulate<In>::type;
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];
