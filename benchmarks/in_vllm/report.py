@@ -43,14 +43,15 @@ def section(machines: Sequence[Results]) -> str:
     if not machines:
         return NO_RESULTS
     gains = [results for results in machines if not is_of_engine(results)]
+    gains.sort(key=lambda results: results.environment["gpu"] is None)
     engines = [results for results in machines if is_of_engine(results)]
     paragraphs = ["### At the dispatcher"]
     for results in gains:
-        paragraphs += [f"{origin(results)}.", *host(results)]
+        paragraphs += [f"#### {results.gpu}", f"{origin(results)}.", *host(results)]
         paragraphs += device(results) if "device" in results.runs else []
     paragraphs += ["### In the engine"]
     for results in engines:
-        paragraphs += [f"{origin(results)}.", *engine(results)]
+        paragraphs += [f"#### {results.gpu}", f"{origin(results)}.", *engine(results)]
     return "\n\n".join(paragraphs)
 
 
