@@ -31,9 +31,11 @@ struct RowInBlock {
   Out* output;
 };
 
-// kElements > 1: the elements of a row lie side by side, in aligned packs of that many.
+// kElements > 1: the elements of a row lie side by side, in aligned packs of that many. Registers
+// are left to the compiler: held to 40, it computes each place twice, 406 instructions a round of
+// single elements instead of 286 (sm_90, nvcc 13.0).
 template <class In, class Out, int kElements>
-__global__ void __launch_bounds__(kGenericThreads, generic_blocks_at_a_time(kElements))
+__global__ void __launch_bounds__(kGenericThreads)
     merge_generic(const __grid_constant__ MergeArgs args, const __grid_constant__ RowTile tile) {
   using Acc = typename Accumulate<In>::type;
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];

@@ -167,18 +167,6 @@ inline constexpr int64_t kGenericMaxRows = 64;
 // 4.25 / 3.00; four: 128x16x128 e4m3 4.36 / 3.54.
 inline constexpr int64_t kGenericBlocks = 132;
 
-// Blocks of a multiprocessor that the compiler makes room for; 0: as it likes. Up to sm_90: 40
-// registers a thread, as many as before the LSE was stored behind the packs (46 left to itself,
-// 8192x32x100 57.5 us instead of 56.6, H100, 2026-11-25). Newer code would spill, and so would
-// eight FP8 elements at a time.
-constexpr int generic_blocks_at_a_time(int pack_elements) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 900
-  return pack_elements < 8 ? 6 : 0;
-#else
-  return 0;
-#endif
-}
-
 inline GenericShape choose_generic(const MergeArgs& args, bool packs) {
   const int64_t elements = packs ? kGenericPackBytes / size_of(args.input_dtype) : 1;
   const int64_t wanted = std::max(kGenericElements, kGenericThreads * kGenericUnroll * elements);
