@@ -4,7 +4,8 @@
 //     O = w_p O_p + w_s O_s      lse = m + log(sum_j exp(lse_j - m))
 //
 // With e = exp(-|lse_p - lse_s|) the larger part weighs 1 / (1 + e), the smaller e / (1 + e), and
-// lse = m + log1p(e): one exponential, no overflow, and an exact sum of weights within an ulp.
+// lse = m + log1p(e): one exponential, no overflow, and an exact sum of weights within an ulp. A
+// GPU computes that logarithm from the LSEs themselves (log_sum_exp.h).
 //
 // The empty rule. A part whose lse is -inf or +inf saw no keys:
 //

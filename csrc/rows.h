@@ -31,10 +31,11 @@ MERGE_ATTN_STATES_HOST_DEVICE auto weigh_row(const MergeArgs& args, int64_t toke
                *lse_of<Acc>(args.suffix_lse, token, head));
 }
 
+// Nothing where the merged LSE is not asked for: nor is its logarithm computed then.
 template <class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE void store_lse(const MergeArgs& args, int64_t token, int64_t head,
-                                             Acc lse) {
-  if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = lse;
+                                             const MergedLse<ScalarMath<Acc>, Acc>& merged) {
+  if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = merged.lse();
 }
 
 }  // namespace merge_attn_states

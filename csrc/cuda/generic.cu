@@ -96,9 +96,9 @@ __global__ void __launch_bounds__(kGenericThreads)
       }
     }
     // After the packs: in front of the barrier its logarithm would keep every thread waiting.
-    if (weighs && args.output_lse.data != nullptr) {
+    if (weighs) {
       const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
-      store_lse(args, token, head, lses[threadIdx.x].lse());
+      store_lse(args, token, head, lses[threadIdx.x]);
     }
   }
 }

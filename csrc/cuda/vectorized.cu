@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   // After the packs: in front of the barrier its logarithm would keep every thread waiting.
   if (!weighs || args.output_lse.data == nullptr) return;
-  store_lse(args, lse_token, lse_head, merged.lse());
+  store_lse(args, lse_token, lse_head, merged);
   const uint32_t stride = tiles.num_tokens_in_tiles;
   for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
-    store_lse(args, at, lse_head, *lse_of<float>(args.suffix_lse, at, lse_head));
+    store_lse(args, at, lse_head, take_suffix(*lse_of<float>(args.suffix_lse, at, lse_head)));
   }
 }
 
