@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 
-SWITCH = "MERGE_ATTN_STATES_VLLM"
 _said: set[str] = set()
 
 
-def is_switched_off() -> bool:
-    """Whether the environment takes the plugin off."""
-    return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "off", "no")
+def switched_off() -> str:
+    """Say what in the environment takes the plugin off; empty where nothing does."""
+    switch = "MERGE_ATTN_STATES_VLLM"
+    off = os.environ.get(switch, "").strip().lower() in ("0", "false", "off", "no")
+    return f"{switch} takes it off" if off else ""
 
 
 def register() -> None:
@@ -24,7 +25,7 @@ def register() -> None:
     Does nothing where the environment says `MERGE_ATTN_STATES_VLLM=0`, and leaves everything as it
     was with one warning where the package does not fit. May be called again.
     """
-    if is_switched_off():
+    if switched_off():
         return
     try:
         from merge_attn_states.integrations import vllm

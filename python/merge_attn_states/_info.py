@@ -67,10 +67,10 @@ def _why_not_in_vllm() -> str:
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     if _VLLM_PLUGIN not in plugins.names:
         return "no: merge_attn_states was not installed by pip, so vLLM does not see its plugin"
-    from merge_attn_states_vllm import SWITCH, is_switched_off
+    from merge_attn_states_vllm import switched_off
 
-    if is_switched_off():
-        return f"no: {SWITCH} takes it off"
+    if why := switched_off():
+        return f"no: {why}"
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and _VLLM_PLUGIN not in allowed.split(","):
         return f"no: VLLM_PLUGINS={allowed} leaves {_VLLM_PLUGIN} out"

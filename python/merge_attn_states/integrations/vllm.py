@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from merge_attn_states_vllm import SWITCH, is_switched_off
+from merge_attn_states_vllm import switched_off
 
 from .. import __version__, build_info
 from .. import merge_attn_states as _merge
@@ -89,7 +89,7 @@ def register() -> None:
         except Exception as error:
             refusal, new = f"{type(error).__name__}: {error}", []
         if refusal:
-            if refusal != _reason and not is_switched_off():
+            if refusal != _reason and not switched_off():
                 _log.warning("merge_attn_states is not used, vLLM merges as before: %s", refusal)
             _reason = refusal
             return
@@ -128,17 +128,13 @@ def status() -> Status:
     replaced = sorted(place for one in _replacements for place, *_ in _places(one.ours))
     reason = _reason
     if reason is None:
-        reason = _switched_off() or "register() was not called"
+        reason = switched_off() or "register() was not called"
     return Status(bool(replaced), reason, _version(), replaced, dict(_fallbacks))
 
 
-def _switched_off() -> str:
-    return f"{SWITCH} takes it off" if is_switched_off() else ""
-
-
 def _why_not() -> str:
-    if is_switched_off():
-        return _switched_off()
+    if why := switched_off():
+        return why
     if _version() is None and "vllm" not in sys.modules:
         return "vLLM is not installed"
     if torch.version.hip:
