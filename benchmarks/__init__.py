@@ -14,6 +14,7 @@
     run.py          the command that measures
     targets.py      what we ask of ourselves: target_list.py, of the kinds in target_kinds.py
     tables.py       results as tables
+    in_vllm/        the merge inside vLLM, with and without the plugin: docs/vllm.md
     report.py       what is published of results files: the text of sections.py, the pictures of
                     pictures.py, whose rows (picture_rows.py) are embedded in them
 """

@@ -34,6 +34,8 @@ LINE = 64
 POSITIONAL = "output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse"
 KEYWORDS = ", ".join(f"{name}={name}" for name in POSITIONAL.split(", "))
 
+Times = dict[str, dict[str, Timing]]  # regime: {provider: microseconds}
+
 
 def statements(device: torch.device, missing: dict[str, str]) -> dict[str, str]:
     """What is timed, by provider."""
@@ -95,9 +97,6 @@ def _sweep() -> Callable[[], None]:
     return sweep
 
 
-Times = dict[str, dict[str, Timing]]  # regime: {provider: microseconds}
-
-
 def tight_and_swept(timed: dict[str, TimedCalls], device: torch.device, quick: bool) -> Times:
     """One process's times."""
     torch.set_num_threads(1)
@@ -139,9 +138,8 @@ def best_of(processes: list[Times]) -> Iterator[Record]:
         for provider in processes[0][regime]:
             timings = [Timing(*process[regime][provider]) for process in processes]
             medians = [rounded(timing)["median_us"] for timing in timings]
-            yield {"regime": regime, "provider": provider, **rounded(min(timings))} | {
-                "processes": medians
-            }
+            record = {"regime": regime, "provider": provider, **rounded(min(timings))}
+            yield record | {"processes": medians}
 
 
 def measure_host(

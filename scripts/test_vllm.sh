@@ -1,10 +1,11 @@
 #!/bin/sh
 # Runs the plugin's tests in the real vLLM, a process for each release, with the interpreter $1:
-# on its GPU, or on the CPU, which 0.33.0 then takes for its platform. scripts/vllm_packages.py fetches the releases.
+# on its GPU, or on the CPU, which 0.33.0 then takes for its platform.
+# benchmarks/in_vllm/packages.py fetches the releases.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1
-"$python" scripts/vllm_packages.py
+"$python" -m benchmarks.in_vllm.packages
 "$python" -c "import torch; raise SystemExit(not torch.cuda.is_available())" || {
   echo "merge_attn_states: no GPU here, so the CPU's part is tested"
   export VLLM_TARGET_DEVICE=cpu

@@ -13,6 +13,7 @@ from benchmarks.results import Results  # noqa: E402
 
 NAMES = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}
 TREES = {"csrc": "c" * 40, "python": "d" * 40}
+HANDED_IN = f"csrc={TREES['csrc']},python={TREES['python']},commit={'e' * 40}"
 
 # Microseconds before the first byte, cold and warm terabytes a second.
 MODELS = {

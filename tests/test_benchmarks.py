@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmark_support import TREES, environment, synthetic
+from benchmark_support import HANDED_IN, TREES, environment, synthetic
 
 from benchmarks import environment as environments
 from benchmarks import host, report, run, timing
@@ -16,7 +16,6 @@ from benchmarks.results import KEY, Results
 from benchmarks.triad import triad_buffers
 
 CPU = torch.device("cpu")
-HANDED_IN = f"csrc={TREES['csrc']},python={TREES['python']},commit={'e' * 40}"
 
 
 @pytest.fixture

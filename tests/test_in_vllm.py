@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from benchmark_support import ROOT, TREES
+from benchmark_support import HANDED_IN, ROOT
 from support import assert_bits
 
 from benchmarks.in_vllm import engine, gain, process, report, watch
@@ -17,7 +17,6 @@ from benchmarks.results import Results
 from merge_attn_states.integrations import vllm as plugin
 
 CPU = torch.device("cpu")
-HANDED_IN = f"csrc={TREES['csrc']},python={TREES['python']},commit={'e' * 40}"
 
 
 def test_copies_keep_strides_and_aliases():
@@ -151,6 +150,47 @@ def test_an_engine_without_the_plugin_says_so(vllm, monkeypatch):
     found = process.run(SCENARIOS["final"], "model")
     assert set(found) == {"title", "plugin", "first"}
     assert not found["plugin"]["active"]
+
+
+@pytest.fixture
+def started(seen, monkeypatch):
+    """The command, with what each process would report in place of the processes."""
+    starts = []
+
+    def run(name, model, paths, log, **variables):
+        starts.append((name, model.name, variables))
+        if variables:
+            return {"plugin": {"active": False}, "first": seen["answers"]["vllm"]}
+        return seen | {"log": "INFO replaced", "title": name, "differences": {}}
+
+    for name, value in {
+        "unfit": lambda: "", "fetch": lambda: None, "install": lambda target: None,
+        "save_model": lambda name, folder: folder.mkdir(), "run": run, "DEVICE": CPU,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(engine, name, value)
+    return starts
+
+
+def test_the_engines_are_started_and_one_without_the_plugin(started, tmp_path, capsys):
+    file = tmp_path / "engine.json"
+    options = ["--source-trees", HANDED_IN, "--logs", str(tmp_path), "--output", str(file)]
+    engine.main(["--only", "chunks", "final", *options])
+    off = {"MERGE_ATTN_STATES_VLLM": "0"}
+    assert started == [("chunks", "deepseek", {}), ("chunks", "deepseek", off),
+                       ("final", "deepseek", {})]  # fmt: skip
+    results = Results.load(file)
+    assert list(results.runs) == ["chunks", "final"]
+    assert "off" in results.runs["chunks"]
+    assert "off" not in results.runs["final"]
+    (taken_off,) = (r for r in results.records if r["regime"] == "answers")
+    assert (taken_off["group"], taken_off["same_tokens"]) == ("chunks", 2)
+    assert "| chunks | started without it, and taken off |" in report.section([results])
+    assert "regime=share" in capsys.readouterr().out
+
+
+def test_an_engine_that_keeps_the_plugin_is_no_comparison(seen):
+    with pytest.raises(SystemExit, match="did not take the plugin off"):
+        engine.compare_taken_off(seen, {"plugin": {"active": True}})
 
 
 def test_differences_end_at_the_first_other_token():

@@ -1,7 +1,7 @@
 """The whole vLLM 0.26.0 with the plugin: `python -m benchmarks.in_vllm.engine --output FILE`.
 
 Wants an H100 or newer with 30 GB to spare, CPython 3.12, PyTorch 2.11 with CUDA, and transformers.
-What else it takes is fetched into .cache/vllm where there is a network (scripts/vllm_packages.py).
+What else it takes is fetched into .cache/vllm where there is a network (packages.py).
 This package is installed there by pip, so that vLLM finds the plugin as a user's vLLM does. Each
 scenario (scenarios.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0.
 """
@@ -26,14 +26,14 @@ from ..environment import ROOT
 from ..measure import Record, rounded
 from ..results import Results
 from ..timing import Timing
+from .packages import ENGINE as RELEASE
+from .packages import ENGINE_PYTHON, FLASH_ATTENTION, FOLDER, OP_LIBRARY
 from .process import differences
 from .scenarios import ENVIRONMENT, SCENARIOS, save_model
 
-FOLDER = ROOT / ".cache" / "vllm"
-RELEASE = "0.26.0"
 NEEDED = {  # beside the Python packages
-    "vllm/_C_stable_libtorch.abi3.so": "its op library",
-    "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": "its FlashAttention 3",
+    OP_LIBRARY: "its op library",
+    FLASH_ATTENTION: "its FlashAttention 3",
     f"vllm-{RELEASE}.dist-info/METADATA": "its metadata",
 }
 DEVICE = torch.device("cuda")
@@ -47,8 +47,8 @@ def unfit() -> str:
         return "FlashAttention 3, which is fetched alone, wants an H100 or newer"
     if not torch.__version__.startswith("2.11."):
         return f"vLLM {RELEASE} is built for PyTorch 2.11, and this is {torch.__version__}"
-    if sys.version_info[:2] != (3, 12):
-        return "the wheels that are fetched are CPython 3.12's"
+    if sys.version_info[:2] != ENGINE_PYTHON:
+        return f"the wheels that are fetched are CPython {'.'.join(map(str, ENGINE_PYTHON))}'s"
     if importlib.util.find_spec("transformers") is None:
         return "transformers is missing: it makes the models"
     return ""
@@ -62,13 +62,12 @@ def fetch() -> None:
     SystemExit
         Something is missing and cannot be fetched.
     """
-    fetched = subprocess.run(
-        [sys.executable, "scripts/vllm_packages.py", "--engine"], cwd=ROOT, check=False
-    )
+    command = [sys.executable, "-m", "benchmarks.in_vllm.packages", "--engine"]
+    fetched = subprocess.run(command, cwd=ROOT, check=False)
     absent = [f"  {RELEASE}/{path}: {what}" for path, what in NEEDED.items()
               if not (FOLDER / RELEASE / path).is_file()]  # fmt: skip
     if not (FOLDER / "needs" / "made_of").is_file():
-        absent.append("  engine/*.whl, needs/: the wheels of scripts/vllm_engine_wheels.txt")
+        absent.append("  engine/*.whl, needs/: the wheels of benchmarks/in_vllm/engine_wheels.txt")
     if absent:
         raise SystemExit("\n".join(["benchmarks: .cache/vllm lacks, of vLLM:", *absent]))
     if fetched.returncode:
@@ -175,37 +174,38 @@ def main(arguments: list[str]) -> None:
         site = Path(folder, "site")
         install(site)
         paths = [site, FOLDER / RELEASE, FOLDER / "needs"]
-        models = {SCENARIOS[name].model for name in options.only}
-        for model in models:
-            save_model(model, Path(folder, model))
+
+        def start(name: str, log: str, **variables: str) -> dict[str, Any]:
+            model = Path(folder, SCENARIOS[name].model)
+            if not model.exists():
+                save_model(model.name, model)
+            return run(name, model, paths, options.logs / f"{log}.log", **variables)
+
         for name in options.only:
-            model_folder = Path(folder, SCENARIOS[name].model)
-            seen = run(name, model_folder, paths, options.logs / f"{name}.log")
+            seen = start(name, name)
             if why := proves_nothing(name, seen):
                 raise SystemExit(f"benchmarks: {name}: {why}")
-            run_ = environment.circumstances(DEVICE, trees["commit"])
-            run_ |= {"title": seen["title"], "plugin": seen["plugin"], "log": seen["log"]}
-            run_ |= {"fallbacks": seen["fallbacks"], "answers": seen["answers"]}
-            results.add(name, results.environment, run_, records_of(name, seen))
+            circumstances = environment.circumstances(DEVICE, trees["commit"])
+            told = {key: seen[key] for key in ("title", "plugin", "log", "fallbacks", "answers")}
+            if name == options.only[0]:
+                off = start(name, "off", MERGE_ATTN_STATES_VLLM="0")
+                told["off"] = compare_taken_off(seen, off)
+            results.add(name, results.environment, circumstances | told, records_of(name, seen))
             if options.output:
                 results.save(options.output)
             for record in results.select(name):
                 print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
-        name = options.only[0]
-        off = run(name, Path(folder, SCENARIOS[name].model), paths, options.logs / "off.log",
-                  MERGE_ATTN_STATES_VLLM="0")  # fmt: skip
-        if off["plugin"]["active"]:
-            raise SystemExit("benchmarks: MERGE_ATTN_STATES_VLLM=0 did not take the plugin off")
-        results.runs[name]["off"] = {"plugin": off["plugin"], "answers": off["first"]}
-        apart = differences(results.runs[name]["answers"]["vllm"], off["first"])
-        record = {"group": name, "case": "started without it, and taken off", "regime": "answers"}
-        records = [*results.select(name), record | {"provider": "vllm"} | apart]
-        results.add(name, results.environment, results.runs[name], records)
-    for record in results.records:
-        if record.get("further_off"):
-            print(f"FURTHER OFF THAN vLLM's own: {record}")
-    if options.output:
-        results.save(options.output)
+                if record.get("further_off"):
+                    print("FURTHER OFF THAN vLLM's own, above")
+
+
+def compare_taken_off(seen: dict[str, Any], off: dict[str, Any]) -> dict[str, Any]:
+    """Add how an engine that was started without the plugin answers to what one with it saw."""
+    if off["plugin"]["active"]:
+        raise SystemExit("benchmarks: MERGE_ATTN_STATES_VLLM=0 did not take the plugin off")
+    apart = differences(seen["answers"]["vllm"], off["first"])
+    seen["differences"]["started without it, and taken off"] = apart
+    return {"plugin": off["plugin"], "answers": off["first"]}
 
 
 if __name__ == "__main__":

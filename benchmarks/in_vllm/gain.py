@@ -34,8 +34,6 @@ from .dispatcher import Merge, patched, unpatched
 from .patterns import PATTERNS, TOKENS, Pattern
 
 HOST_TOKENS = 16
-
-
 Merges = dict[str, Merge]  # the dispatcher with and without the plugin, by provider
 
 

@@ -136,7 +136,7 @@ def timing(merge: Merge, calls: list[tuple[bool, float]]) -> Merge:
         begin = time.perf_counter_ns()
         merge(*args, **kwargs)
         end = time.perf_counter_ns()
-        has_lse = len(args) > 5 or kwargs.get("output_lse") is not None
+        has_lse = bound(args, kwargs).output_lse is not None
         calls.append((has_lse, (end - begin) / 1e3))
 
     return merge_attn_states

@@ -1,7 +1,7 @@
 """Fetches what the tests and the measurements with the real vLLM need, into .cache/vllm.
 
-    python scripts/vllm_packages.py            # the Python packages of both releases
-    python scripts/vllm_packages.py --engine   # what a whole engine needs, for CPython 3.12 too
+    python -m benchmarks.in_vllm.packages            # the Python packages of both releases
+    python -m benchmarks.in_vllm.packages --engine   # what a whole engine needs
 
     .cache/vllm/0.33.0, 0.26.0   the wheel's Python files and metadata, its op library, and its
                                  FlashAttention 3
@@ -21,8 +21,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]  # not environment's: nothing here waits for PyTorch
 FOLDER = ROOT / ".cache" / "vllm"
+NEEDS = FOLDER / "needs"
 RELEASES = ("0.33.0", "0.26.0")  # the newest, and the one for PyTorch 2.11
 ENGINE = "0.26.0"
 ENGINE_PYTHON = (3, 12)
@@ -57,18 +58,18 @@ def fetch_release(version: str) -> None:
 
 
 def listed(name: str) -> list[str]:
-    return (ROOT / "scripts" / name).read_text().split()
+    return Path(__file__).with_name(name).read_text().split()
 
 
 def fetch_needs() -> None:
-    """What the package and its attention backends import, without PyTorch.
+    """Install what the package and its attention backends import, without PyTorch.
 
     Where the engine's wheels lie and this is their Python, those: no network is asked.
     """
-    target, made = FOLDER / "needs", FOLDER / "needs" / "made_of"
+    target, made = NEEDS, NEEDS / "made_of"
     wheels = sorted(str(wheel) for wheel in (FOLDER / "engine").glob("*.whl"))
     here = wheels and sys.version_info[:2] == ENGINE_PYTHON
-    wanted = ["--no-index", *wheels] if here else listed("vllm_needs.txt")
+    wanted = ["--no-index", *wheels] if here else listed("needs.txt")
     of = "\n".join([sys.version, *wanted])
     if made.is_file() and made.read_text() == of:
         return
@@ -78,11 +79,11 @@ def fetch_needs() -> None:
 
 
 def fetch_engine() -> None:
-    """The wheels that an engine needs beside PyTorch, transformers and what they bring."""
+    """Fetch the wheels that an engine needs beside PyTorch, transformers and what they bring."""
     target = FOLDER / "engine"
     platforms = [f"--platform={platform}_x86_64" for platform in PLATFORMS]
     version = "".join(map(str, ENGINE_PYTHON))
-    for name in listed("vllm_engine_wheels.txt"):
+    for name in listed("engine_wheels.txt"):
         project, _, release = name.partition("==")
         if any(target.glob(f"{project.replace('-', '_').lower()}-{release}-*")):
             continue
