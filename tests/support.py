@@ -37,6 +37,11 @@ class Call(NamedTuple):
     output_scale: torch.Tensor | None = None
 
 
+def cloned(call: Sequence) -> Call:
+    """The call with operands of its own, dense."""
+    return Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in call))
+
+
 def blank(shape: Sequence[int], dtype, device, strides=None, offset=0) -> torch.Tensor:
     """A NaN-filled tensor that starts `offset` elements behind a 16-byte border."""
     if strides is None:
@@ -235,7 +240,7 @@ def run_guarded(call: Call, run) -> None:
 
 def check(call: Call, run=merge_attn_states.merge_attn_states) -> Call:
     """Runs the call, on the kernel that is due, and compares everything with the reference."""
-    inputs = Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in call))
+    inputs = cloned(call)
     if call.output.numel():
         assert merge_attn_states.selected_kernel(*call).kernel == expected_kernel(call)
     run_guarded(call, run)

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
-from support import BF16, F32, Call, assert_within, blank, check, compare, half_ulp, make_call
+from support import BF16, F32, assert_within, blank, check, cloned, compare, half_ulp, make_call
 
 from merge_attn_states import merge_attn_states as merge
 
 HEAD_SIZES = [128, 99]  # vectorized, generic
-
-
-def inputs_of(call: Call) -> Call:
-    return Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in call))
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -75,7 +71,7 @@ def test_a_graph_of_a_chain_in_place(cuda):
 def test_the_current_stream_is_used(head_size, cuda, entry):
     """The inputs arrive late on a side stream: a launch on any other one reads them too early."""
     call = make_call((65, 4, head_size), BF16, cuda)
-    source = inputs_of(call)
+    source = cloned(call)
     call.prefix_output.fill_(float("nan")), call.suffix_output.fill_(float("nan"))
     torch.cuda.synchronize()
     side = torch.cuda.Stream()

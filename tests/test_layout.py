@@ -16,6 +16,7 @@ from support import (
     Call,
     blank,
     check,
+    cloned,
     compare,
     make_call,
     place,
@@ -191,7 +192,7 @@ def far_apart(name, border, dtype, device) -> Call:
 @pytest.mark.parametrize("border", [2**31 - 64, 2**31, 2**32])  # below int32, uint32 elements
 def test_rows_past_the_borders_of_32_bits(border, name, device):
     call = far_apart(name, border // 4 if name in LSES else border, BF16, device)
-    inputs = Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in call))
+    inputs = cloned(call)
     merge(*call)
     dense = check(
         inputs._replace(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support import BF16, E4M3, E5M2, F16, F32, F64, compare, make_call
+from support import BF16, E4M3, E5M2, F16, F32, F64, cloned, compare, make_call
 
 from merge_attn_states import merge_attn_states as merge
 
@@ -86,9 +86,7 @@ def test_random_calls(part, device):
     start = None
     for index in range(count + WARM_UP):
         call = random_call(draw, device)
-        before = call._replace(
-            **{name: x.clone() for name, x in call._asdict().items() if torch.is_tensor(x)}
-        )
+        before = cloned(call)
         merge(*call)
         compare(before, call.output, call.output_lse)
         del call, before

@@ -8,13 +8,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import torch
-from support import BF16, F32, INF, NAN, Call, assert_bits, compare, make_call
+from support import BF16, F32, INF, NAN, assert_bits, cloned, compare, make_call
 
 import merge_attn_states_vllm
 from benchmarks.in_vllm.dispatcher import OPS, patched, unpatched
@@ -89,14 +90,20 @@ def merge(modules):
     return modules["stranger"].merge
 
 
-def as_call(operands):
-    return Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in operands))
-
-
 def without_plugin(*args):
     """Let vLLM's own functions answer a call."""
     with unpatched() as merge:
         merge(*args)
+
+
+def run_python(code, environment, *arguments, **variables):
+    """A process that finds what this one does."""
+    paths = filter(None, [environment["PYTHONPATH"], *sys.path])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment | variables | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def outcome(merge, operands):
@@ -170,12 +177,8 @@ print("CUDA", torch.cuda.is_initialized())
 @pytest.mark.parametrize(("switch", "answer"), [("1", "ACTIVE True "), ("0", "ACTIVE False ")])
 def test_a_process_that_vllm_starts(switch, answer, child_environment):
     variables = {"MERGE_ATTN_STATES_VLLM": switch, "VLLM_PLUGINS": "merge_attn_states"}
-    paths = [*child_environment["PYTHONPATH"].split(":"), *sys.path]
-    ran = subprocess.run(
-        [sys.executable, "-c", PROCESS],
-        env=child_environment | variables | {"PYTHONPATH": ":".join(filter(None, paths))},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    ran = run_python(PROCESS, child_environment, **variables)
+    assert ran.returncode == 0, ran.stderr
     assert answer in ran.stdout
     assert "CUDA False" in ran.stdout
     assert "NEW []" in ran.stdout  # nothing heavier than vLLM's own modules
@@ -190,7 +193,7 @@ def test_a_process_that_vllm_starts(switch, answer, child_environment):
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_pattern_is_right(pattern, tokens, device, merge, taken):
     operands = pattern.make(tokens, torch.device(device))
-    before = as_call(operands)
+    before = cloned(operands)
     pattern.call(merge, operands)
     compare(before, operands.output, operands.output_lse)
     assert taken == [True]  # it merged here: nothing went back to vLLM
@@ -231,7 +234,7 @@ def test_a_graph_of_the_plugins_path(pattern, cuda, merge):
             if isinstance(old, torch.Tensor):
                 old.copy_(new)
         graph.replay()
-        compare(as_call(fresh), operands.output, operands.output_lse)
+        compare(cloned(fresh), operands.output, operands.output_lse)
 
 
 # The dispatcher's branch for a CPU.
@@ -240,13 +243,13 @@ def test_a_graph_of_the_plugins_path(pattern, cuda, merge):
 @pytest.mark.skipif(not IS_CPU, reason=f"vLLM {VERSION} takes this machine for no CPU platform")
 def test_the_cpu_branch_runs_this_packages_kernel(merge, taken):
     call = make_call((9, 4, 64), BF16)
-    before = as_call(call)
+    before = cloned(call)
     merge(*call)
     compare(before, call.output, call.output_lse)
     assert taken == [True]
     ours = make_call((9, 4, 64), BF16, empty=False)
     ours.prefix_lse[:, 4], ours.suffix_lse[:, 4] = -INF, -INF
-    theirs = as_call(ours)
+    theirs = cloned(ours)
     without_plugin(*theirs)
     merge(*ours)
     torch.testing.assert_close(theirs.output, ours.output, rtol=2**-7, atol=2**-9)
@@ -264,7 +267,7 @@ def test_without_a_cpu_branch_there_is_an_error_there(merge):
 
 def both_answers(call):
     """The plugin's output and vLLM's own for one call, and the operands as they were."""
-    before, theirs = as_call(call), copied(Operands(*call))
+    before, theirs = cloned(call), copied(Operands(*call))
     patched()(*call)
     compare(before, call.output, call.output_lse)
     without_plugin(*theirs)
@@ -331,7 +334,7 @@ def padded(values, width):
 def test_different_head_strides_are_refused_there(modules, cuda):
     call = make_call((33, 4, 128), BF16, cuda)
     call = call._replace(prefix_output=padded(call.prefix_output, 192))
-    before = as_call(call)
+    before = cloned(call)
     patched()(*call)
     compare(before, call.output, call.output_lse)
     if KNOWN:
@@ -370,12 +373,7 @@ print("ALIVE")
 @pytest.mark.parametrize("whose", ["ours", "theirs"])
 def test_a_misaligned_pointer_kills_the_context_there(whose, cuda, child_environment):
     """In a process of its own, which vLLM's own kernel takes down."""
-    paths = [*child_environment["PYTHONPATH"].split(":"), *sys.path]
-    ran = subprocess.run(
-        [sys.executable, "-c", MISALIGNED, whose],
-        env=child_environment | {"PYTHONPATH": ":".join(filter(None, paths))},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = run_python(MISALIGNED, child_environment, whose)
     if whose == "ours":
         assert "ALIVE" in ran.stdout, ran.stderr
     elif KNOWN:

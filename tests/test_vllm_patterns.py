@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import Call, compare
+from support import cloned, compare
 
 from benchmarks.in_vllm.patterns import PATTERNS
 from merge_attn_states import merge_attn_states
@@ -12,6 +12,6 @@ from merge_attn_states import merge_attn_states
 @pytest.mark.parametrize("tokens", [5, 128])  # fewer than a tile's, and several tiles
 def test_every_pattern_is_right(pattern, tokens, device):
     operands = pattern.make(tokens, torch.device(device))
-    before = Call(*(x.clone() if isinstance(x, torch.Tensor) else x for x in operands))
+    before = cloned(operands)
     pattern.call(merge_attn_states, operands)
     compare(before, operands.output, operands.output_lse)
