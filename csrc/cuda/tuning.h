@@ -161,10 +161,10 @@ inline constexpr int64_t kGenericPackBytes = 8;
 inline constexpr int64_t kGenericElements = 4096;  // wanted of a block, where there are rows enough
 inline constexpr int64_t kGenericMaxRows = 64;
 // A block for each of an H100's or H200's multiprocessors, before one gets more rows. Microseconds
-// cold / warm (H100, 2026-11-25): 16x16x128 e4m3 2.63 / 2.12 instead of 3.76 / 3.01, 128x16x128
-// e4m3 2.95 / 2.27 instead of 4.11 / 3.10, 16x16x101 2.49 / 2.02 instead of 6.26 / 4.73, of which a
+// cold / warm (H100, 2026-11-25): 16x16x128 e4m3 2.64 / 2.18 instead of 3.73 / 2.97, 128x16x128
+// e4m3 2.95 / 2.29 instead of 4.11 / 3.08, 16x16x101 2.56 / 2.09 instead of 6.23 / 4.70, of which a
 // part is the launch that overlaps the kernel before. Two blocks: 512x16x128 e4m3 4.01 / 3.38 for
-// 4.25 / 3.00; four: 128x16x128 e4m3 4.36 / 3.54.
+// 4.24 / 3.00; four: 128x16x128 e4m3 4.36 / 3.54.
 inline constexpr int64_t kGenericBlocks = 132;
 
 inline GenericShape choose_generic(const MergeArgs& args, bool packs) {

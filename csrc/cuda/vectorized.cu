@@ -142,7 +142,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
   }
   // After the packs: in front of the barrier its logarithm would keep every thread waiting.
-  if (!weighs || args.output_lse.data == nullptr) return;
+  // store_lse alone asks whether there is an output_lse: asked here too, nvcc 13.0 orders the loads
+  // above otherwise, and 2048x16x128 warm takes 4.79 us instead of 4.51 (H100, 2026-11-25).
+  if (!weighs) return;
   store_lse(args, lse_token, lse_head, merged);
   const uint32_t stride = tiles.num_tokens_in_tiles;
   for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
