@@ -52,7 +52,7 @@ fuzz:  ## fuzz the C entry for FUZZ_SECONDS (clang and its libFuzzer are needed)
 sanitize-cpu: $(VENV)/extra-test  ## layout, alias and error tests under ASan and UBSan
 	scripts/sanitize_cpu.sh $(venv_python)
 
-test-gpu:  ## run the suite on a GPU with PYTHON itself, installing nothing; SHARD=k/n: a part
+test-gpu:  ## run the suite on a GPU with PYTHON itself, installing nothing; JOBS=8: in parts
 	scripts/test_gpu.sh $(PYTHON)
 
 test-vllm: $(VENV)/extra-test $(VENV)/built  ## test the plugin in the real vLLM 0.33.0 and 0.26.0
