@@ -9,7 +9,7 @@
 namespace {
 
 struct Parameters {
-  char bytes[272];
+  char bytes[304];  // MergeArgs and Tiles
 };
 
 __global__ void nothing(const __grid_constant__ Parameters) {

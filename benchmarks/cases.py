@@ -89,7 +89,6 @@ Comparison = tuple[Case, ...]
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576)
 TOKENS_AND_HEADS = ((1024, 16), (2048, 16), (4096, 32), (8192, 16))
-LARGEST = ((8192, 64, 64), (8192, 64, 128), (8192, 128, 128))
 LEAST_SWEEP_BYTES = 12_000_000
 PAIRED_SHAPES = ((2048, 16, 128), (8192, 16, 128), (8192, 128, 128))
 WARM_BYTES = 40_000_000  # what still lies in the L2 of an H100 or H200 after the attention wrote it
@@ -112,7 +111,7 @@ MODEL_TOKENS = (16, 128, 2048, 8192)  # decode, decode, and two sizes of a prefi
 
 def _sweep() -> list[Comparison]:
     cases = [Case(n, h, d) for d in HEAD_SIZES for n, h in TOKENS_AND_HEADS]
-    cases += [Case(*shape) for shape in LARGEST]
+    cases += [Case(8192, 128, d) for d in HEAD_SIZES] + [Case(8192, 64, d) for d in (64, 128)]
     cases += [Case(2048, 32, 64)]  # cold beside the one in `warm`
     cases += [Case(n, h, 128, "float16") for n, h in ((1024, 16), (8192, 16), (8192, 128))]
     cases += [Case(n, h, d, "float16") for n, h, d in ((2048, 32, 64), (4096, 32, 96))]
@@ -125,13 +124,18 @@ def _sweep() -> list[Comparison]:
 def _warm() -> list[Comparison]:
     shapes = [(1024, 16, 128), (2048, 16, 128), (2048, 32, 64), (1024, 16, 256), (512, 16, 512)]
     shapes += [(2048, 16, 96), (1024, 16, 192)]  # 19 MB
-    return [(Case(*shape, regime="warm"),) for shape in shapes]
+    cases = [Case(*shape) for shape in shapes] + [Case(2048, 16, 128, "float16")]
+    cases += [Case(1024, 16, 128, "float32"), Case(1024, 16, 96, "float32")]
+    return [(replace(case, regime="warm"),) for case in cases]
 
 
 def _small() -> list[Comparison]:
     shapes = [(1, 128, 128), (16, 16, 128), (64, 16, 128), (256, 16, 128)]
     shapes += [(512, 16, 128)]  # joins the curve to `sweep` and `warm`
-    return [(Case(*shape, regime=regime),) for shape in shapes for regime in ("cold", "warm")]
+    cases = [Case(*shape) for shape in shapes]
+    cases += [Case(n, 16, 128, "float16") for n in (64, 256)]
+    cases += [Case(n, 16, 128, "float32") for n in (32, 128)]
+    return [(replace(case, regime=regime),) for case in cases for regime in ("cold", "warm")]
 
 
 def _models() -> list[Comparison]:
@@ -163,6 +167,12 @@ def _layouts() -> list[Comparison]:
         Case(8192, 32, 128, layout="heads first"),
         Case(8192, 32, 128, layout="padded heads"),
         Case(8192, 32, 128, output_dtype=FP8),
+        *(
+            Case(n, 16, 128, output_dtype=FP8, layout=layout, regime=regime)
+            for n in (256, 2048)
+            for layout in ("contiguous", "padded heads")
+            for regime in ("cold", "warm")
+        ),
         # The generic kernel from here on.
         Case(8192, 32, 100),
         Case(8192, 32, 101),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ import merge_attn_states
 
 from . import vllm
 from .cases import HOST_CASE
+from .check import check
 from .measure import Record, rounded
 from .native import library
 from .operands import Operands, make_operands
+from .providers import Bound
 from .timing import TimedCalls, Timing, time_host
 
 PROCESSES = 3
@@ -61,6 +64,11 @@ def _timed_calls(device: torch.device, missing: dict[str, str]) -> dict[str, Tim
     }
     if device.type == "cuda" and "vllm" not in missing:
         names |= {"vllm_op": torch.ops._C.merge_attn_states, "vllm_merge": vllm.dispatcher()}
+    for provider, statement in statements(device, missing).items():
+        run = partial(exec, statement, names)
+        bound = Bound(run, lambda: (operands.output, operands.output_lse))
+        if provider != "add" and (reason := check(bound, operands)):
+            raise SystemExit(f"{provider}: {statement}: {reason}")
     # The set-up reads the clock once: its code is then in the caches whatever was swept.
     timed: dict[str, TimedCalls] = {
         provider: timeit.Timer(statement, "_timer()", globals=names).timeit
@@ -75,8 +83,7 @@ def _bare_launches() -> TimedCalls:
     launches = library("bare_launch").bare_launch_seconds
     launches.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     launches.restype = ctypes.c_double
-    threads = 256
-    blocks = HOST_CASE.tokens * HOST_CASE.heads * HOST_CASE.head_size // (threads * 8)
+    blocks, threads = 4, 128  # what tuning.h gives HOST_CASE
 
     def timed(count: int) -> float:
         seconds: float = launches(count, blocks, threads, torch.cuda.current_stream().cuda_stream)

@@ -82,6 +82,7 @@ def draw_limit(figure: Figure, rows: Sequence[Row]) -> None:
                 color=COLORS[provider],
                 markersize=5 if provider == "ours" else 4.5,
                 alpha=0.85 if provider == "ours" else 0.6,
+                zorder=2.5 if provider == "compile" else 2,  # three points, that others would hide
                 markeredgewidth=0,
                 label=TITLES[provider],
             )

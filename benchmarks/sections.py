@@ -47,6 +47,7 @@ def readme(machines: Sequence[Results]) -> str:
         f"buffers and writes one. Over vLLM: the time of {vllm}'s own op over ours. Cold: "
         "the inputs come from DRAM; warm: they lie in L2.",
         _shapes_table(tabled),
+        *_other_sources(tabled),
         *_pictures(machines, ["limit"], "docs/benchmarks"),
         *(_summary(results) for results in tabled),
         f"An eager call at {HOST_CASE.shape}, microseconds of the host, launch included, in a "
@@ -66,6 +67,7 @@ def docs(machines: Sequence[Results]) -> str:
     if not machines:
         return NO_RESULTS
     paragraphs = ["\n".join(f"- {origin(results)}" for results in machines)]
+    paragraphs += _other_sources([results for results in machines if results.environment["gpu"]])
     for picture in _pictures(machines, PICTURES, "benchmarks"):
         paragraphs += [f"### {picture.partition(']')[0][2:]}", picture]
     for results in machines:
@@ -73,6 +75,15 @@ def docs(machines: Sequence[Results]) -> str:
     for results in machines:
         paragraphs += [f"### Every case, {results.gpu}", *_every_case(results)]
     return "\n\n".join(paragraphs)
+
+
+def _other_sources(machines: Sequence[Results]) -> Iterator[str]:
+    """Says which columns and panels are of other sources than the first one's."""
+    for first, *others in [machines] if machines else []:
+        trees = first.environment["trees"]["csrc"]
+        named = [one.gpu for one in others if one.environment["trees"]["csrc"] != trees]
+        if named:
+            yield f"{_joined(named)}: measured with other sources than {first.gpu}."
 
 
 def _pictures(machines: Sequence[Results], names: Iterable[str], folder: str) -> Iterator[str]:
@@ -88,7 +99,10 @@ def _joined(values: Iterable[str | None]) -> str:
 
 
 def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    if value is None:
+        return "-"
+    digits = 3 if 0.995 <= value < 1.005 else 2  # a loss is not rounded away
+    return f"{value:.{digits}f}x"
 
 
 def _percent(value: float | None) -> str:

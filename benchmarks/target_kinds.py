@@ -61,9 +61,13 @@ def share_of_plain(results: Results, record: Record) -> float | None:
     return ours / base if ours is not None and base else None
 
 
-def cases(*names: str, regime: str | None = None) -> Chosen:
+def cases(*names: str) -> Chosen:
     """By the beginning of the name: a shape, or a shape and a dtype."""
-    return lambda r: r["case"].startswith(names) and regime in (None, r["regime"])
+    return lambda r: bool(r["case"].startswith(names))
+
+
+def of_megabytes(more_than: float, less_than: float, regime: str | None = None) -> Chosen:
+    return lambda r: more_than < r["bytes"] / 1e6 < less_than and regime in (None, r["regime"])
 
 
 def in_regime(regime: str) -> Chosen:

@@ -2,11 +2,12 @@
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from benchmark_support import HANDED_IN, TREES, environment, synthetic
+from benchmark_support import HANDED_IN, ROOT, TREES, environment, synthetic
 
 from benchmarks import environment as environments
 from benchmarks import host, report, run, timing
@@ -181,6 +182,45 @@ def test_everyone_is_first_in_turn():
     turns = [names for _, names in timing._turns(["a", "b", "c"], 6)]
     assert [names[0] for names in turns] == ["a", "b", "c", "a", "b", "c"]
     assert {tuple(sorted(names)) for names in turns} == {("a", "b", "c")}
+
+
+def test_whose_answer_is_wrong_is_not_timed_on_the_host(monkeypatch):
+    assert set(host._timed_calls(CPU, {})) == {"ours", "ours_keyword", "ours_ops", "add"}
+    keyword = f"merge({host.KEYWORDS}, prefill_tokens_with_context=1)"
+    monkeypatch.setattr(host, "statements", lambda *_: {"ours_keyword": keyword})
+    with pytest.raises(SystemExit, match="^ours_keyword: merge.*not close"):
+        host._timed_calls(CPU, {})
+
+
+def test_the_commands(tmp_path):
+    """As people call them, each in a process."""
+
+    def benchmarks(*arguments):
+        command = [sys.executable, "-m", "benchmarks", *arguments]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    file = str(tmp_path / "cpu.json")
+    measures = ("--device", "cpu", "--only", "cpu", "--quick", "--rounds", "1", "--output", file)
+    status, said = benchmarks(*measures, "--source-trees", HANDED_IN)
+    assert status == 0, said
+    assert "8x4x64 fp32 cpu" in said
+    status, said = benchmarks("targets", file)
+    assert "CPU, 100 MB" in said, said
+    status, said = benchmarks("report", file)
+    assert status == 1
+    assert "is of --quick, which measures nothing" in said
+
+
+def test_a_binary_of_other_sources_is_refused(monkeypatch, tmp_path):
+    trees = environments.source_trees(HANDED_IN)
+    monkeypatch.setattr(environments, "git", lambda *arguments: "f" * 40)
+    assert "build again" in environments.built_from_elsewhere(trees)
+    monkeypatch.setattr(environments, "git", lambda *arguments: trees["csrc"])
+    assert environments.built_from_elsewhere(trees) == ""
+    monkeypatch.setattr(environments, "source_trees", lambda given: trees | {"dirty": True})
+    with pytest.raises(SystemExit, match="csrc or python has changes"):
+        run.main(["--device", "cpu", "--output", str(tmp_path / "results.json")])
 
 
 def test_best_of_three_processes(monkeypatch):

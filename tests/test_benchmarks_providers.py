@@ -1,5 +1,8 @@
 """Who is measured: vLLM's op by its schema, and nobody whose answer is wrong."""
 
+import math
+import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -7,7 +10,7 @@ import torch
 from benchmark_support import environment
 
 from benchmarks import check, run, vllm
-from benchmarks.cases import Case
+from benchmarks.cases import FP8, Case
 from benchmarks.measure import measure
 from benchmarks.operands import Operands, make_operands, vary
 from benchmarks.providers import Bound, Provider, providers
@@ -72,6 +75,40 @@ def test_vllm_arguments_by_schema(schema, vllm_op):
         assert with_context["median_us"] > 0
     odd = measured_on_cpu(Case(8, 2, 20))["vllm"]
     assert odd["reason"] == "head size 20 is no multiple of 16 bytes"
+
+
+def test_flashinfer_is_given_its_own_layout_and_base(monkeypatch):
+    """merge_state takes [N, H] LSEs in base 2 and makes new outputs."""
+
+    def merge_state(v_a, s_a, v_b, s_b):
+        assert s_a.shape == s_b.shape == v_a.shape[:2]
+        assert s_a.is_contiguous() and s_b.is_contiguous()
+        v, s = merge_attn_states_reference(
+            v_a, s_a.T * math.log(2), v_b, s_b.T * math.log(2)
+        )
+        return v.to(v_a.dtype), (s.T / math.log(2)).float()
+
+    stub = types.ModuleType("flashinfer")
+    stub.merge_state = merge_state
+    monkeypatch.setitem(sys.modules, "flashinfer", stub)
+    (flashinfer,) = (one for one in providers({}) if one.name == "flashinfer")
+
+    def measured(case):
+        records = measure("small", (case,), [flashinfer], CPU, rounds=1)
+        return next(one for one in records if one["provider"] == "flashinfer")
+
+    assert measured(Case(8, 2, 16))["median_us"] > 0
+    assert measured(Case(8, 2, 16, "float32"))["reason"] == "no float32"
+    for refused in (
+        Case(8, 2, 16, context_tokens=3),
+        Case(8, 2, 16, in_place=True),
+        Case(8, 2, 16, output_dtype=FP8),
+        Case(8, 2, 16, layout="padded heads"),
+        Case(8, 128, 128),
+    ):
+        assert measured(refused)["status"] == "not supported"
+    stub.merge_state = lambda *parts: merge_state(*parts[:3], parts[1])
+    assert measured(Case(8, 2, 16))["status"] == "wrong"
 
 
 def test_a_wrong_answer_is_reported_and_not_timed(vllm_op, tmp_path):

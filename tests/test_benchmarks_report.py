@@ -38,7 +38,7 @@ def test_targets_met_and_missed(gpu):
     asked = {one.text: one for one in outcomes(results)}
     assert all(one.met is not None for one in asked.values())
 
-    warm = "vLLM's time over ours, warm, 25 MB"
+    warm = "vLLM's time over ours, warm, 25 MB (2048x16x128 bf16)"
     scale(results, 0.5, group="warm", provider="ours", case="2048x16x128 bf16")
     assert outcome_of(results, warm).met is True
     scale(results, 3, group="warm", provider="ours", case="2048x16x128 bf16")
@@ -125,6 +125,11 @@ def test_report(root, capsys):
     assert f"{speed_up:.2f}x | " in readme  # in its line, and by name among all cases
     assert f"from {speed_up:.2f}x (8192x16x128 bf16 cold)" in readme
     assert "| **missed** |" in docs
+    assert "measured with other sources" not in readme + docs
+    results["H200"].environment["trees"]["csrc"] = "f" * 40
+    for text in report.SECTIONS.values():
+        assert "\nH200: measured with other sources than H100.\n" in text([*results.values()])
+    results["H200"].environment["trees"]["csrc"] = TREES["csrc"]
     assert docs.count("<details>") == 2 * (len(ALL_GROUPS) - 1)
     for one in results.values():
         assert all(record["case"] in docs for record in one.records)
