@@ -188,7 +188,7 @@ def test_whose_answer_is_wrong_is_not_timed_on_the_host(monkeypatch):
     assert set(host._timed_calls(CPU, {})) == {"ours", "ours_keyword", "ours_ops", "add"}
     keyword = f"merge({host.KEYWORDS}, prefill_tokens_with_context=1)"
     monkeypatch.setattr(host, "statements", lambda *_: {"ours_keyword": keyword})
-    with pytest.raises(SystemExit, match="^ours_keyword: merge.*not close"):
+    with pytest.raises(SystemExit, match=r"^ours_keyword: merge.*not close"):
         host._timed_calls(CPU, {})
 
 

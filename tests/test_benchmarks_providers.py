@@ -82,10 +82,9 @@ def test_flashinfer_is_given_its_own_layout_and_base(monkeypatch):
 
     def merge_state(v_a, s_a, v_b, s_b):
         assert s_a.shape == s_b.shape == v_a.shape[:2]
-        assert s_a.is_contiguous() and s_b.is_contiguous()
-        v, s = merge_attn_states_reference(
-            v_a, s_a.T * math.log(2), v_b, s_b.T * math.log(2)
-        )
+        assert s_a.is_contiguous()
+        assert s_b.is_contiguous()
+        v, s = merge_attn_states_reference(v_a, s_a.T * math.log(2), v_b, s_b.T * math.log(2))
         return v.to(v_a.dtype), (s.T / math.log(2)).float()
 
     stub = types.ModuleType("flashinfer")

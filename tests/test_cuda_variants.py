@@ -42,11 +42,17 @@ VARIANTS = {
     (3001, 17, 96): "8 tokens x 4 heads, 384 threads",
     (2001, 15, 576): "4 tokens x 1 heads, 288 threads",
 }
-SIZES = pytest.mark.parametrize(
-    "shape",
-    [TINY, SMALL, ONE_WAVE, TWO_PACKS, MAY_BE_WARM, LARGE],
-    ids=["tiny", "small", "one wave", "two packs", "may be warm", "large"],
-)
+SHAPES = {
+    "tiny": TINY,
+    "small": SMALL,
+    "one wave": ONE_WAVE,
+    "two packs": TWO_PACKS,
+    "two packs, heads": (2001, 15, 96),
+    "may be warm": MAY_BE_WARM,
+    "large": LARGE,
+    "large, heads": (13001, 17, 32),
+}
+SIZES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def on_gpu(shape, dtype=BF16, **options) -> Call:
@@ -73,8 +79,12 @@ def test_the_variant_is_the_one_and_right(shape, count, cuda, entry):
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @SIZES
 def test_other_dtypes(shape, dtype, cuda):
-    check(on_gpu(shape, dtype))
-    check(on_gpu(shape, dtype, output_dtype=E4M3, scale=0.37))
+    tokens, heads, head_size = shape
+    shape_of_dtype = (tokens * 2 // dtype.itemsize, heads, head_size)  # as many packs
+    call = check(on_gpu(shape_of_dtype, dtype))
+    threads = selected_kernel(*call).variant.partition(", ")[2]
+    assert threads == VARIANTS[shape].partition(", ")[2]
+    check(on_gpu(shape_of_dtype, dtype, output_dtype=E4M3, scale=0.37))
 
 
 @SIZES
@@ -141,14 +151,16 @@ def test_other_strides(layout, shape, cuda):
 @SIZES
 def test_calls_that_follow_each_other_closely(shape, cuda):
     """Each reads what the one before wrote, and is launched before that one has ended."""
-    call = on_gpu(shape, F32, empty=False)
+    call = on_gpu(shape, empty=False)
     state, lse = call.prefix_output, call.prefix_lse
     start, start_lse = state.clone(), lse.clone()
+    here = call._replace(output=state, output_lse=lse)
+    assert selected_kernel(*here).variant == VARIANTS[shape]
 
     def chain(wait):
         state.copy_(start), lse.copy_(start_lse)
         for _ in range(20):
-            merge(state, state, lse, call.suffix_output, call.suffix_lse, lse)
+            merge(*here)
             wait()
         return bits(state), bits(lse)
 

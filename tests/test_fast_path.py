@@ -9,11 +9,25 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from support import BF16, E4M3, F16, F32, F64, LSES, ROWS, Call, assert_bits, check, make_call
+from support import (
+    BF16,
+    E4M3,
+    F16,
+    F32,
+    F64,
+    LSES,
+    ROWS,
+    Call,
+    assert_bits,
+    check,
+    cloned,
+    make_call,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_attn_states import merge_attn_states as merge
@@ -184,11 +198,11 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_million_calls_leave_nothing_behind():
+def test_a_million_calls_leave_nothing_behind(device):
     path, why = fast_path()
     if path is None:
         pytest.skip(why)
-    call = make_call((1, 1, 8), F32, count=1)
+    call = make_call((1, 1, 8), F32, device, count=1)
     refused = call._replace(prefix_lse=call.prefix_lse.new_zeros(2, 2))
     aside = call._replace(suffix_lse=torch.nn.Parameter(call.suffix_lse, requires_grad=False))
     objects = [*call, *refused, *aside, True, False, None, 1]
@@ -212,6 +226,8 @@ def test_a_million_calls_leave_nothing_behind():
     # tests left behind may let go of them meanwhile (from 3.12 on they never change).
     grown = [sys.getrefcount(x) - old for x, old in zip(objects, references, strict=True)]
     assert all(abs(change) < 10_000 for change in grown), grown
+    if device == "cuda":
+        torch.cuda.synchronize()
     assert resident_bytes() - memory < 2**22
 
 
@@ -250,6 +266,66 @@ def test_threads_have_states_of_their_own(taken):
 
 
 # CUDA; graphs, streams and devices for every way in are in test_cuda.py.
+
+
+def test_threads_with_a_stream_each(cuda, taken):
+    """Every thread's chain of merges runs in its own stream, in the thread's order."""
+    count, merges = 8, 1000
+    calls = [plain(cuda, seed=seed, empty=False) for seed in range(count)]
+    alone = [cloned(call) for call in calls]
+    torch.cuda.synchronize()
+
+    def chain(call):
+        for _ in range(merges):
+            state, lse = call.prefix_output, call.prefix_lse
+            merge(state, state, lse, call.suffix_output, call.suffix_lse, lse)
+
+    def in_a_stream_of_its_own(call):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            chain(call)
+
+    workers = [threading.Thread(target=in_a_stream_of_its_own, args=[call]) for call in calls]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.cuda.synchronize()
+    assert taken == [True] * (count * merges)
+    for call, expected in zip(calls, alone, strict=True):
+        chain(expected)
+        assert_bits(call.prefix_output, expected.prefix_output)
+        assert_bits(call.prefix_lse, expected.prefix_lse)
+
+
+def test_other_threads_run_while_a_launch_waits(cuda, taken):
+    """A full queue of launches holds the caller up, but not the interpreter."""
+    call = plain(cuda)
+    merge(*call)
+    torch.cuda.synchronize()
+    begun, gaps, done = threading.Event(), [], threading.Event()
+
+    def watch():
+        last = time.monotonic()
+        while not done.is_set():
+            begun.set()
+            time.sleep(0.001)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begun.wait(60)
+    torch.cuda._sleep(4_000_000_000)  # two seconds
+    begin = time.monotonic()
+    for _ in range(5000):  # a queue takes a thousand
+        merge(*call)
+    waited = time.monotonic() - begin
+    done.set()
+    watcher.join()
+    torch.cuda.synchronize()
+    assert waited > 1, "the queue was not full"
+    assert max(gaps) < waited / 2
 
 
 @pytest.mark.parametrize("where", ["a graph", "a side stream", "another device"])

@@ -14,9 +14,9 @@ from support import (
     LSES,
     ROWS,
     Call,
+    assert_bits,
     blank,
     check,
-    cloned,
     compare,
     make_call,
     place,
@@ -173,34 +173,69 @@ def test_any_strides_and_offsets(data):
     check(make_call(shape, dtype, count=count, strides=strides, offsets=offsets))
 
 
-def far_apart(name, border, dtype, device) -> Call:
-    """Three rows of `name` so far apart that the second and third lie past the border."""
-    sizes = (3, 1, 64) if name in ROWS else (1, 3)
-    call = make_call((3, 1, 64), dtype, device, empty=False)
+def far_apart(call, name, border, device) -> Call:
+    """`name` stored anew: three rows so far apart that the second and third lie past the border."""
     own = getattr(call, name)
-    length = 2 * border + 2 * 64
+    length = 2 * border + 2 * max(own.shape)
     try:
         memory = torch.empty(length, dtype=own.dtype, device=device)
     except (RuntimeError, torch.OutOfMemoryError):
         pytest.skip(f"{length * own.element_size() >> 30} GiB for one operand are not there")
-    strides = (border, 64, 1) if name in ROWS else (64, border)
-    return call._replace(**{name: memory.as_strided(sizes, strides).copy_(own)})
+    strides = [border if size == 3 else max(own.shape) for size in own.shape]
+    strides[2:] = [1] * (own.dim() - 2)  # the elements of a row lie side by side
+    return call._replace(**{name: memory.as_strided(own.shape, strides).copy_(own)})
+
+
+FAR_APART = {  # variants of the vectorized kernel; the axis of three is the one that is far apart
+    "tiles": ((3, 1, 64), {}),
+    "rows wider than a block": ((3, 1, 8192), {}),
+    "tokens first": ((2, 3, 64), {"strides": dict.fromkeys(ROWS, (64, 128, 1))}),
+    "FP8 output": ((3, 1, 64), {"output_dtype": E4M3, "scale": 0.5}),
+}
 
 
 # On a CPU the untouched pages between the rows cost address space alone.
 @pytest.mark.parametrize("name", [*ROWS, *LSES])
 @pytest.mark.parametrize("border", [2**31 - 64, 2**31, 2**32])  # below int32, uint32 elements
-def test_rows_past_the_borders_of_32_bits(border, name, device):
-    call = far_apart(name, border // 4 if name in LSES else border, BF16, device)
-    inputs = cloned(call)
+@pytest.mark.parametrize("variant", FAR_APART)
+def test_rows_past_the_borders_of_32_bits(variant, border, name, device):
+    shape, options = FAR_APART[variant]
+    near = make_call(shape, BF16, device, empty=False, **options)
+    call = far_apart(near, name, border // 4 if name in LSES else border, device)
+    if device == "cuda":
+        assert merge_attn_states.selected_kernel(*call).kernel == "vectorized"
     merge(*call)
-    dense = check(
-        inputs._replace(
-            output=blank((3, 1, 64), BF16, device), output_lse=blank((1, 3), F32, device)
-        )
+    check(near)
+    assert_bits(call.output, near.output)
+    assert_bits(call.output_lse, near.output_lse)
+
+
+@pytest.mark.parametrize("border", [2**31, 2**32])
+def test_two_packs_past_the_borders_of_32_bits(border, cuda):
+    """All three operands alike, as two packs a thread want them."""
+    tokens, heads, head_size = shape = (1501, 15, 128)
+    token_stride = border // 1400 // 8 * 8
+    need = 3 * 2 * tokens * token_stride
+    if torch.cuda.mem_get_info()[0] < need * 1.05:
+        pytest.skip(f"{need >> 30} GiB of GPU memory are not free")
+    near = Call(
+        output=torch.full(shape, float("nan"), device=cuda, dtype=BF16),
+        prefix_output=torch.randn(shape, device=cuda, dtype=BF16),
+        prefix_lse=torch.randn(heads, tokens, device=cuda),
+        suffix_output=torch.randn(shape, device=cuda, dtype=BF16),
+        suffix_lse=torch.randn(heads, tokens, device=cuda),
+        output_lse=torch.full((heads, tokens), float("nan"), device=cuda),
     )
-    assert torch.equal(call.output, dense.output)
-    assert torch.equal(call.output_lse, dense.output_lse)
+    call = near._replace(output_lse=near.output_lse.clone())
+    for name in ROWS:
+        memory = torch.empty(tokens * token_stride, device=cuda, dtype=BF16)
+        rows = memory.as_strided(shape, (token_stride, head_size, 1))
+        call = call._replace(**{name: rows.copy_(getattr(near, name))})
+    assert merge_attn_states.selected_kernel(*call).variant.endswith("two packs")
+    merge(*near), merge(*call)
+    assert_bits(call.output, near.output)
+    assert_bits(call.output_lse, near.output_lse)
+    assert not torch.isnan(call.output).any()
 
 
 # 2^31 and 2^32 elements and a little more; the odd head size runs the generic kernel.
