@@ -29,9 +29,10 @@ struct Tile {
 };
 
 // Every figure: bfloat16, our bytes a second over the triad's, warm / cold, H100 (a) or H200 (b),
-// PyTorch-free laboratory of 2026-11-24. Beside each its alternative.
+// benchmarks/tune.cu, 2026-11-24 where no other day stands. Beside each its alternative. All are
+// older than the merged LSE of log_sum_exp.h.
 
-// More threads for one row are no gain; a wider row loops.
+// With 1,024 threads 0.86 to 0.93 warm and below 12 MB. A wider row loops.
 inline constexpr int kMaxThreads = 512;
 
 // The packs that an H100's or H200's 132 multiprocessors hold at a time, one a thread.
@@ -45,7 +46,8 @@ inline constexpr int kSmallThreads = 256;
 
 // With a block or less a multiprocessor, 128 threads: (b) 16x16x128 1.12 / 1.12 and 1.02 / 1.11 of
 // 256 threads, 64x16x128 1.20 / 1.10 and 1.06 / 1.11, 128x16x128 1.10 / 1.09 and 1.06 / 1.07. But
-// 256x16x128 0.82 / 1.07 and 1.00 / 1.07.
+// 256x16x128 0.82 / 1.07 and 1.00 / 1.07. Through the package on (a), 2026-11-25, 128x16x128 and
+// 16x128x128 have 0.89 warm with 128 threads and had 0.92 with 256, in another run.
 inline constexpr int64_t kTinyPacks = 128 * 256;
 inline constexpr int kTinyThreads = 128;
 
@@ -54,10 +56,10 @@ inline constexpr int kTinyThreads = 128;
 inline constexpr int kThreads = 512;
 inline constexpr int kThreadsOfOddRows = 448;
 
-// 256 for more than one wave of blocks that may still be warm (40 MB): 2048x16x128 (a) on two cards
-// 1.035 / 0.99 and 1.00 of 256 threads, 1.02 / 1.00 and 0.95 of 512; warm on the second card
-// 2048x32x64 0.98 and 0.95, 1024x16x256 0.99 and 0.95, 512x16x512 0.98 and 0.94. In 512x16x512 (b)
-// 0.94 / 0.98 and 0.93 / 1.005.
+// 256 for more than one wave of blocks that may still be warm (40 MB), 2026-11-25: 2048x16x128 (a)
+// on two cards 1.035 / 0.99 and 1.00 of 256 threads, 1.02 / 1.00 and 0.95 of 512; warm on the
+// second card 2048x32x64 0.98 and 0.95, 1024x16x256 0.99 and 0.95, 512x16x512 0.98 and 0.94. In
+// 512x16x512 (b) 0.94 / 0.98 and 0.93 / 1.005.
 inline constexpr int64_t kWarmPacks = 40'000'000 / 48;
 inline constexpr int kWarmThreads = 256;
 
@@ -149,7 +151,8 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
 // The generic kernel: 256 threads, packs of 8 bytes where rows allow them (else single elements),
 // and rows enough for one round of every thread. 8192x32x128 e4m3 cold (a): 64 rows, 8192 elements,
 // 0.82; 32 rows 0.65; packs of 16 bytes and 128 rows 0.90, for which a third kernel a dtype would
-// have to take what is aligned to 8. bfloat16 aligned to 8: 4096 elements 0.96, 8192 0.94.
+// have to take what is aligned to 8. bfloat16 aligned to 8: 4096 elements 0.96, 8192 0.94. All of
+// 2026-11-25. For the threads and the packs in flight there is no figure.
 struct GenericShape {
   int32_t rows;           // of a block
   int32_t pack_elements;  // 1: any layout
