@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -200,6 +201,16 @@ def test_a_missing_name_is_left_alone(vllm, log):
         assert_left_alone(stand_in, log, "TypeError: None is not a callable object")
 
 
+def test_without_the_ops_module_it_is_left_alone(vllm, log, monkeypatch):
+    stand_in = vllm()
+    before = stand_in.early_backend.merge_attn_states
+    monkeypatch.setitem(sys.modules, "vllm._custom_ops", None)
+    merge_attn_states_vllm.register()
+    (said,) = log(logging.WARNING)
+    assert "vllm._custom_ops" in said
+    assert stand_in.early_backend.merge_attn_states is before
+
+
 def test_a_broken_vllm_is_left_alone(vllm, log, tmp_path):
     stand_in = vllm()
     path = tmp_path / NEW.replace(".", "/") / "merge_attn_states.py"
@@ -268,6 +279,44 @@ def test_without_vllm_nothing_happens(monkeypatch, log):
     assert "vLLM is not installed" in log(logging.WARNING)[0]
 
 
+def test_vllm_gets_all_back_where_no_kernel_runs(vllm, log, monkeypatch):
+    """A GPU that this build has no code for is seen at the first call, not at the start."""
+    stand_in = vllm()
+    originals = stand_in.early_backend.merge_attn_states, stand_in._custom_ops.merge_attn_states
+    plugin.register()
+
+    def unavailable(*_):
+        raise RuntimeError("merge_attn_states: no kernel for this GPU")
+
+    monkeypatch.setattr(plugin, "_merge", unavailable)
+    operands = make_call((5, 3, 64), F32)
+    stand_in.early_backend.by_position(*operands)
+    assert (operands.output == 7).all()  # vLLM's own answer
+    assert stand_in.early_backend.merge_attn_states is originals[0]
+    assert stand_in._custom_ops.merge_attn_states is originals[1]
+    stand_in.early_backend.by_position(*operands)
+    (said,) = log(logging.WARNING)
+    assert "cannot run here, vLLM merges as before: merge_attn_states: no kernel" in said
+    state = plugin.status()
+    assert not state.active
+    assert state.reason == "RuntimeError: merge_attn_states: no kernel for this GPU"
+
+
+def test_what_is_replaced_stays_so_where_vllm_changes_underneath(vllm, log, monkeypatch):
+    stand_in = vllm()
+    plugin.register()
+    ours = stand_in.early_backend.merge_attn_states
+    monkeypatch.setattr(stand_in._custom_ops, "merge_attn_states", lambda output: None)
+    for _ in range(2):
+        plugin.register()
+    (said,) = log(logging.WARNING)
+    assert said.startswith("merge_attn_states replaces nothing that is new in vLLM: LookupError")
+    state = plugin.status()
+    assert (state.active, state.reason) == (True, "")
+    assert stand_in.early_backend.merge_attn_states is ours
+    check(make_call((5, 3, 64), F32), stand_in.early_backend.by_position)
+
+
 def test_modules_that_are_none_are_passed_over(vllm, monkeypatch):
     """Some programs put other things than modules into sys.modules, or modules that load late."""
 
@@ -275,11 +324,21 @@ def test_modules_that_are_none_are_passed_over(vllm, monkeypatch):
         def __getattribute__(self, name):
             raise AssertionError(f"looked at {name}")
 
+    class SaysItIsOne:
+        @property
+        def __class__(self):
+            raise RuntimeError("no class")
+
     monkeypatch.setitem(sys.modules, "a_stranger", object())
+    monkeypatch.setitem(sys.modules, "a_mock", MagicMock(spec=ModuleType))
+    monkeypatch.setitem(sys.modules, "a_proxy", SaysItIsOne())
     monkeypatch.setitem(sys.modules, "a_lazy_one", LoadsWhenLookedAt("a_lazy_one"))
     stand_in = vllm()
     plugin.register()
     check(make_call((5, 3, 64), F32), stand_in.early_backend.by_position)
+    assert plugin.status().active
+    plugin.restore()
+    assert len(plugin._replacements) == 0
 
 
 # A process of its own: what a plugin must not do.
@@ -329,6 +388,33 @@ def test_the_switch_is_what_status_tells(vllm, log, monkeypatch):
         call()
         assert plugin.status().reason == "MERGE_ATTN_STATES_VLLM takes it off"
     assert log(logging.WARNING) == []  # who sets it knows
+
+
+NO_FAST_PATH = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch, merge_attn_states_vllm
+from support import F32, check, make_call
+from vllm import early_backend
+merge_attn_states_vllm.register()
+from merge_attn_states.integrations import vllm as plugin
+assert plugin._merge is torch.ops.merge_attn_states.merge_attn_states
+check(make_call((5, 3, 64), F32), early_backend.by_position)
+wrong = make_call((5, 3, 64), F32)._replace(prefix_lse=torch.zeros(3, 3))
+early_backend.by_position(*wrong)
+print(plugin.status().active, *plugin.status().fallbacks)
+"""
+
+
+def test_without_the_fast_path_it_goes_straight_to_the_op(tmp_path, child_environment):
+    vllm_standin.write(tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-c", NO_FAST_PATH.format(folder=str(tmp_path))],
+        env=child_environment | {"MERGE_ATTN_STATES_FAST_PATH": "0"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("True ValueError: prefix_lse: expected shape ")
 
 
 def test_an_old_pytorch_gets_one_warning(tmp_path, child_environment):

@@ -33,8 +33,8 @@ import torch
 
 from merge_attn_states_vllm import switched_off
 
-from .. import __version__, build_info
-from .. import merge_attn_states as _merge
+from .. import __version__, build_info, merge_attn_states
+from .._library import fast_path
 
 __all__ = ["Status", "register", "restore", "status"]
 
@@ -44,11 +44,15 @@ _DISPATCHERS = (
 )
 _CUSTOM_OPS = "vllm._custom_ops"
 _NAME = "merge_attn_states"
-_PARAMETERS = tuple(inspect.signature(_merge).parameters)
+_PARAMETERS = tuple(inspect.signature(merge_attn_states).parameters)
 _FEWEST = 6  # parameters of vLLM's function; older releases lack the last one or two
 _log = logging.getLogger("vllm.merge_attn_states")  # under vLLM's, whose handler shows it
 
 _Merge = Callable[..., None]
+# Without the fast path the function takes longer than the op, and than vLLM's own.
+_merge: _Merge = (
+    torch.ops.merge_attn_states.merge_attn_states if fast_path()[0] is None else merge_attn_states
+)
 
 
 class _Replacement(NamedTuple):
@@ -69,6 +73,7 @@ class Status(NamedTuple):
 
 _replacements: list[_Replacement] = []
 _fallbacks: dict[str, int] = {}
+_refused_later: set[str] = set()  # by calls of register() after one that replaced something
 _reason: str | None = None  # None until register() is called
 _thread = threading.local()
 _lock = threading.RLock()  # importing a module may bring another call of register()
@@ -82,20 +87,23 @@ def register() -> None:
     one warning says why.
     """
     global _reason
+    new: list[_Replacement] = []
     with _lock:
         try:
             refusal = _why_not()
             new = [] if refusal else _find()
+            replaced = [
+                place
+                for one in [*_replacements, *new]
+                for place in _swap(one.original, one.ours)
+            ]
         except Exception as error:
-            refusal, new = f"{type(error).__name__}: {error}", []
+            refusal = f"{type(error).__name__}: {error}"
         if refusal:
-            if refusal != _reason and not switched_off():
-                _log.warning("merge_attn_states is not used, vLLM merges as before: %s", refusal)
-            _reason = refusal
+            _refuse(refusal)
             return
         _reason = ""
         _replacements.extend(new)
-        replaced = [place for one in _replacements for place in _swap(one.original, one.ours)]
     if new:
         _log.info(
             "merge_attn_states %s merges attention states in vLLM %s: replaced %s",
@@ -105,15 +113,33 @@ def register() -> None:
         )
 
 
+def _refuse(refusal: str) -> None:
+    """Say once why what is not replaced stays vLLM's own; what is replaced stays so."""
+    global _reason
+    if _replacements:
+        if refusal not in _refused_later:
+            _refused_later.add(refusal)
+            _log.warning("merge_attn_states replaces nothing that is new in vLLM: %s", refusal)
+        return
+    if refusal != _reason and not switched_off():
+        _log.warning("merge_attn_states is not used, vLLM merges as before: %s", refusal)
+    _reason = refusal
+
+
 def restore() -> None:
     """Give vLLM its own functions back, everywhere in this process."""
+    _give_back("restore() was called")
+
+
+def _give_back(reason: str) -> None:
     global _reason
     with _lock:
         while _replacements:
             one = _replacements.pop()
             _swap(one.ours, one.original)
         _fallbacks.clear()
-        _reason = "restore() was called"
+        _refused_later.clear()
+        _reason = reason
 
 
 def status() -> Status:
@@ -231,7 +257,14 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
     if getattr(_thread, "is_falling_back", False):
         yield
         return
-    reason = re.sub(r"(?<![a-z0-9])-?\d+", "#", f"{type(error).__name__}: {error}")
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        # Not this call's fault: no kernel for this GPU, or a CUDA that refuses them. The next call
+        # would be refused as well, and cost the host twice.
+        _log.warning("merge_attn_states cannot run here, vLLM merges as before: %s", error)
+        _give_back(f"{type(error).__name__}: {error}")
+        yield
+        return
+    reason = re.sub(r"(?<![A-Za-z0-9])-?\d+", "#", f"{type(error).__name__}: {error}")
     if reason not in _fallbacks:
         _log.warning("merge_attn_states refuses a call, vLLM's own %s gets it: %s", home, error)
     _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
@@ -253,7 +286,7 @@ def _swap(old: _Merge, new: _Merge) -> list[str]:
 def _places(function: _Merge) -> Iterator[tuple[str, dict[str, object], str]]:
     """Yield where modules hold a function: those that bound it by name when they were imported."""
     for module_name, module in list(sys.modules.items()):
-        if not isinstance(module, ModuleType):
+        if not issubclass(type(module), ModuleType):  # isinstance believes what a proxy says
             continue
         # Not getattr: a module that loads itself when it is looked at stays unloaded.
         members = ModuleType.__getattribute__(module, "__dict__")
@@ -265,5 +298,5 @@ def _places(function: _Merge) -> Iterator[tuple[str, dict[str, object], str]]:
 def _version() -> str | None:
     try:
         return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
+    except Exception:  # none, or metadata that cannot be read
         return getattr(sys.modules.get("vllm"), "__version__", None)
