@@ -188,6 +188,15 @@ def test_the_engines_are_started_and_one_without_the_plugin(started, tmp_path, c
     assert "regime=share" in capsys.readouterr().out
 
 
+def test_a_result_that_is_further_off_is_an_error(started, seen, tmp_path):
+    seen["checked"][0] |= {"further_off": 3, "largest_excess": 1e-7}
+    file = tmp_path / "engine.json"
+    options = ["--source-trees", HANDED_IN, "--logs", str(tmp_path), "--output", str(file)]
+    with pytest.raises(SystemExit, match=r"further off than vLLM's own:\n  chunks: .*: 3 of "):
+        engine.main(["--only", "chunks", *options])
+    assert Results.load(file).runs  # what was seen is kept
+
+
 def test_an_engine_that_keeps_the_plugin_is_no_comparison(seen):
     with pytest.raises(SystemExit, match="did not take the plugin off"):
         engine.compare_taken_off(seen, {"plugin": {"active": True}})

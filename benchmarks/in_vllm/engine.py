@@ -195,8 +195,18 @@ def main(arguments: list[str]) -> None:
                 results.save(options.output)
             for record in results.select(name):
                 print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
-                if record.get("further_off"):
-                    print("FURTHER OFF THAN vLLM's own, above")
+    if said := further_off(results):
+        raise SystemExit("\n".join(["benchmarks: further off than vLLM's own:", *said]))
+
+
+def further_off(results: Results) -> list[str]:
+    """Merges of which this package's result was further from float64 than vLLM's own."""
+    return [
+        f"  {record['group']}: {record['case']}, {record['result']}: {record['further_off']} of "
+        f"{record['calls']} calls, by {record['largest_excess']:.1e} at most"
+        for record in results.records
+        if record.get("further_off")
+    ]
 
 
 def compare_taken_off(seen: dict[str, Any], off: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Nothing of it is part of this project or of its packages. A release is 300 MB to
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,13 @@ FLASH_ATTENTION = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
 PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux_2_31")
 
 
-def pip(*arguments: str) -> None:
+def run_pip(*arguments: str) -> bool:
     command = [sys.executable, "-m", "pip", *arguments, "-q", "--disable-pip-version-check"]
-    if subprocess.run(command, check=False).returncode:
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def pip(*arguments: str) -> None:
+    if not run_pip(*arguments):
         raise SystemExit(
             "merge_attn_states: pip could not fetch that; without a network, copy .cache/vllm from "
             "a machine that has one."
@@ -61,13 +66,26 @@ def listed(name: str) -> list[str]:
     return Path(__file__).with_name(name).read_text().split()
 
 
+def wheels_here() -> list[Path]:
+    """Those that an engine on ENGINE_PYTHON needs, as far as they are here."""
+    return list((FOLDER / "engine").glob("*.whl"))
+
+
+def is_installed(requirement: str) -> bool:
+    try:
+        importlib.metadata.distribution(requirement.partition("==")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def fetch_needs() -> None:
     """Install what the package and its attention backends import, without PyTorch.
 
     Where the engine's wheels lie and this is their Python, those: no network is asked.
     """
     target, made = NEEDS, NEEDS / "made_of"
-    wheels = sorted(str(wheel) for wheel in (FOLDER / "engine").glob("*.whl"))
+    wheels = sorted(map(str, wheels_here()))
     here = wheels and sys.version_info[:2] == ENGINE_PYTHON
     wanted = ["--no-index", *wheels] if here else listed("needs.txt")
     of = "\n".join([sys.version, *wanted])
@@ -90,6 +108,18 @@ def fetch_engine() -> None:
         options = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", *platforms]
         options += ["--platform=any", f"--abi=cp{version}", "--abi=abi3", "--abi=none"]
         pip("download", name, *options, "--dest", str(target))
+    if sys.version_info[:2] != ENGINE_PYTHON:
+        return
+    # What most environments with PyTorch and transformers have, and this one has not.
+    projects = {wheel.name.partition("-")[0].replace("_", "-").lower() for wheel in wheels_here()}
+    absent = [
+        name
+        for name in listed("needs.txt")
+        if name.partition("==")[0].lower() not in projects and not is_installed(name)
+    ]
+    options = ["--no-deps", "--only-binary=:all:", "--retries=0", "--dest", str(target)]
+    if absent and not run_pip("download", *options, *absent):
+        print(f"not installed here, and not fetched: {', '.join(absent)}")  # perhaps not needed
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def _with_context(n: int, device: torch.device) -> Operands:
 
 
 def _fp8_output(n: int, device: torch.device) -> Operands:
-    output = torch.zeros(n, HEADS, HEAD_SIZE, device=device).to(FP8)
+    output = torch.full((n, HEADS, HEAD_SIZE), torch.nan, device=device).to(FP8)
     return _padded(n, device)._replace(output=output, output_scale=torch.tensor(0.5, device=device))
 
 
@@ -98,7 +98,7 @@ def _fp8_inputs(n: int, device: torch.device) -> Operands:
     made = _ping_pong(n, device)
     parts = made.prefix_output.to(FP8), made.suffix_output.to(FP8)
     return made._replace(
-        output=torch.zeros_like(parts[0]),
+        output=torch.full_like(made.prefix_output, torch.nan).to(FP8),
         prefix_output=parts[0],
         suffix_output=parts[1],
         output_scale=torch.ones((), device=device),  # its dispatcher asks for one

@@ -25,7 +25,8 @@ RUN = "what the engine runs"
 HOSTS = (RUN, "merge", "calls timed", "host us a call, without", "with", "")
 SHARES = (
     *(RUN, "merges a round", "GPU us a merge, without", "with"),
-    *("share of the wall time, without", "with", "share of the GPU's time, without", "with"),
+    *("ms a step, without", "with", "share of the wall time, without", "with"),
+    *("share of the GPU's time, without", "with"),
 )
 ERRORS = (
     *(RUN, "merge", "result", "calls checked", "tokens"),
@@ -124,6 +125,7 @@ def _shares(records: Sequence[Record]) -> Iterator[str]:
     yield str(share["ours"]["merges"])
     for name, shown in (
         ("gpu_us_a_merge", microseconds),
+        ("step_us", _milliseconds),
         ("merge_share_of_wall", _percent),
         ("merge_share_of_gpu", _percent),
     ):
@@ -151,6 +153,10 @@ def _answers(records: Sequence[Record]) -> Iterator[list[str]]:
             same = f"{record['same_tokens']} of {record['tokens']}"
             apart = number(record["largest_logprob_difference"], 4)
             yield [record["case"], same, str(record["compared_logprobs"]), apart]
+
+
+def _milliseconds(us: float) -> str:
+    return number(us / 1e3)
 
 
 def _percent(value: float) -> str:

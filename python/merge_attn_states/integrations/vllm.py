@@ -93,9 +93,7 @@ def register() -> None:
             refusal = _why_not()
             new = [] if refusal else _find()
             replaced = [
-                place
-                for one in [*_replacements, *new]
-                for place in _swap(one.original, one.ours)
+                place for one in [*_replacements, *new] for place in _swap(one.original, one.ours)
             ]
         except Exception as error:
             refusal = f"{type(error).__name__}: {error}"
