@@ -3,7 +3,6 @@
 SOAK_CALLS is how many there are in all; on a CPU a twentieth of them.
 """
 
-import ctypes
 import gc
 import os
 import random
@@ -73,12 +72,6 @@ def held(device):
     return Held(allocated, sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def pending_error():
-    """What CUDA would tell the next one who asks, without taking it away."""
-    major = torch.version.cuda.partition(".")[0]
-    return ctypes.CDLL(f"libcudart.so.{major}").cudaPeekAtLastError()
-
-
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_calls(part, device):
     count = CALLS // PARTS // (1 if device == "cuda" else 20)
@@ -97,5 +90,6 @@ def test_random_calls(part, device):
     assert end.python_blocks - start.python_blocks < count // 2  # a leaked tensor is one and more
     assert end.resident - start.resident < MEMORY_SLACK
     if device == "cuda":
+        # A kernel's error comes up here; a launch's own status raises in its call (launch.cu), and
+        # what the op library's CUDA runtime holds back is its own: it is linked into it.
         torch.cuda.synchronize()
-        assert pending_error() == 0

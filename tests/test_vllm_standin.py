@@ -3,7 +3,6 @@
 import importlib
 import importlib.metadata
 import logging
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -12,26 +11,14 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import vllm_standin
-from support import BF16, F32, check, compare, make_call
-from vllm_standin import NAMES, PATHS
+from support import BF16, F32, check, make_call
+from vllm_standin import NAMES, PATHS, refused
 
-import merge_attn_states
 import merge_attn_states_vllm
-from merge_attn_states import _info
 from merge_attn_states.integrations import vllm as plugin
 
 OLD, NEW = PATHS[1], PATHS[0]
 SHAPES = [(6, OLD), (7, OLD), (7, NEW), (8, OLD), (8, NEW)]
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO, "vllm.merge_attn_states")
-
-    def texts(level):
-        return [record.message for record in caplog.records if record.levelno == level]
-
-    return texts
 
 
 @pytest.mark.parametrize(("count", "path"), SHAPES)
@@ -102,12 +89,6 @@ def test_a_second_time_changes_nothing(vllm, log):
     assert stand_in.calls == (0, 0)
 
 
-def refused(tokens=5, count=8):
-    """Operands that this package refuses and vLLM's own function may take."""
-    operands = make_call((tokens, 3, 64), F32)
-    return operands._replace(prefix_lse=operands.prefix_lse.to(BF16))[:count]
-
-
 @pytest.mark.parametrize("count", [6, 7, 8])
 def test_what_is_refused_goes_to_vllms_own(count, vllm, log):
     stand_in = vllm(count)
@@ -160,80 +141,6 @@ def test_an_option_that_vllms_own_lacks_is_not_dropped(count, option, vllm):
     assert stand_in.calls == (0, 0)
 
 
-UNKNOWN = {
-    "too few": "output, prefix_output, prefix_lse, suffix_output, suffix_lse",
-    "too many": vllm_standin.parameters(9),
-    "another order": "output, output_lse, prefix_output, prefix_lse, suffix_output, suffix_lse",
-    "other names": vllm_standin.parameters(8).replace("prefix_lse", "prefix_softmax_lse"),
-    "by keyword only": vllm_standin.parameters(8).replace("output_lse", "*, output_lse"),
-}
-
-
-def assert_left_alone(stand_in, log, reason):
-    before = stand_in.early_backend.merge_attn_states, stand_in._custom_ops.merge_attn_states
-    for _ in range(2):
-        merge_attn_states_vllm.register()
-    assert before[0] is stand_in.early_backend.merge_attn_states
-    assert before[1] is stand_in._custom_ops.merge_attn_states
-    (said,) = log(logging.WARNING)
-    assert said.startswith("merge_attn_states is not used, vLLM merges as before: ")
-    assert reason in said
-    assert log(logging.INFO) == []
-    state = plugin.status()
-    assert not state.active
-    assert reason in state.reason
-
-
-@pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_shape_is_left_alone(kind, vllm, log):
-    assert_left_alone(vllm(signature=UNKNOWN[kind]), log, "has other parameters: output, ")
-
-
-def test_an_unknown_place_is_left_alone(vllm, log):
-    assert_left_alone(vllm(path="vllm.somewhere.else_"), log, "this vLLM has neither vllm.v1.")
-
-
-def test_a_missing_name_is_left_alone(vllm, log):
-    stand_in = vllm()
-    del stand_in._custom_ops.merge_attn_states
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stand_in._custom_ops, "merge_attn_states", None, raising=False)
-        assert_left_alone(stand_in, log, "TypeError: None is not a callable object")
-
-
-def test_without_the_ops_module_it_is_left_alone(vllm, log, monkeypatch):
-    stand_in = vllm()
-    before = stand_in.early_backend.merge_attn_states
-    monkeypatch.setitem(sys.modules, "vllm._custom_ops", None)
-    merge_attn_states_vllm.register()
-    (said,) = log(logging.WARNING)
-    assert "vllm._custom_ops" in said
-    assert stand_in.early_backend.merge_attn_states is before
-
-
-def test_a_broken_vllm_is_left_alone(vllm, log, tmp_path):
-    stand_in = vllm()
-    path = tmp_path / NEW.replace(".", "/") / "merge_attn_states.py"
-    path.write_text("import a_module_that_vllm_needs\n")
-    merge_attn_states_vllm.register()
-    assert "No module named 'a_module_that_vllm_needs'" in log(logging.WARNING)[0]
-    assert "merge_attn_states" in dir(stand_in._custom_ops)
-
-
-def test_rocm_is_left_alone(vllm, log, monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "7.0", raising=False)
-    assert_left_alone(vllm(), log, "is a ROCm build")
-
-
-def test_another_platform_is_left_alone(vllm, log):
-    class Platform:
-        device_type = "xpu"
-
-    stand_in = vllm()
-    stand_in.dispatcher.current_platform = Platform()
-    assert_left_alone(stand_in, log, "vLLM's platform here is xpu")
-
-
 def test_a_module_that_refuses_changes_is_changed_too(vllm):
     class Closed(ModuleType):
         def __setattr__(self, name, value):
@@ -263,20 +170,6 @@ def test_threads_replace_it_once(vllm, log):
         list(pool.map(lambda _: merge_attn_states_vllm.register(), range(8)))
     assert len(log(logging.INFO)) == 1
     assert len(plugin._replacements) == 2
-
-
-def test_a_build_without_kernels_is_left_alone(vllm, log, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(plugin, "build_info", lambda: {"cuda": None})
-    assert_left_alone(vllm(), log, "has no CUDA kernels")
-
-
-def test_without_vllm_nothing_happens(monkeypatch, log):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(plugin, "_version", lambda: None)
-    merge_attn_states_vllm.register()
-    assert "vLLM is not installed" in log(logging.WARNING)[0]
 
 
 def test_vllm_gets_all_back_where_no_kernel_runs(vllm, log, monkeypatch):
@@ -339,166 +232,3 @@ def test_modules_that_are_none_are_passed_over(vllm, monkeypatch):
     assert plugin.status().active
     plugin.restore()
     assert len(plugin._replacements) == 0
-
-
-# A process of its own: what a plugin must not do.
-
-PROCESS = """
-import logging, sys
-sys.path.insert(0, {folder!r})
-logging.basicConfig(format="LOG %(message)s", level=logging.INFO, stream=sys.stdout)
-import torch, vllm
-{before}
-known = set(sys.modules)
-import merge_attn_states_vllm
-merge_attn_states_vllm.register()
-merge_attn_states_vllm.register()
-new = {{name.partition(".")[0] for name in set(sys.modules) - known}}
-print(sorted(new - set(sys.stdlib_module_names) - {{"vllm"}}))
-print(torch.cuda.is_initialized())
-"""
-
-
-def process(folder, environment, before="", **variables):
-    vllm_standin.write(folder)
-    return subprocess.run(
-        [sys.executable, "-c", PROCESS.format(folder=str(folder), before=before)],
-        env=environment | variables, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-
-
-def test_it_imports_little_and_does_not_initialise_cuda(tmp_path, child_environment):
-    said, new, initialised = process(tmp_path, child_environment)
-    assert said.startswith("LOG merge_attn_states ")
-    assert new == "['merge_attn_states', 'merge_attn_states_vllm']"
-    assert initialised == "False"
-
-
-@pytest.mark.parametrize("off", ["0", "false", "OFF", "no"])
-def test_it_is_taken_off_by_one_variable(off, tmp_path, child_environment):
-    new, _ = process(tmp_path, child_environment, MERGE_ATTN_STATES_VLLM=off)
-    assert new == "['merge_attn_states_vllm']"
-
-
-def test_the_switch_is_what_status_tells(vllm, log, monkeypatch):
-    vllm()
-    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
-    monkeypatch.setattr(plugin, "_reason", None)
-    for call in (merge_attn_states_vllm.register, plugin.register):
-        call()
-        assert plugin.status().reason == "MERGE_ATTN_STATES_VLLM takes it off"
-    assert log(logging.WARNING) == []  # who sets it knows
-
-
-NO_FAST_PATH = """
-import sys
-sys.path.insert(0, {folder!r})
-import torch, merge_attn_states_vllm
-from support import F32, check, make_call
-from vllm import early_backend
-merge_attn_states_vllm.register()
-from merge_attn_states.integrations import vllm as plugin
-assert plugin._merge is torch.ops.merge_attn_states.merge_attn_states
-check(make_call((5, 3, 64), F32), early_backend.by_position)
-wrong = make_call((5, 3, 64), F32)._replace(prefix_lse=torch.zeros(3, 3))
-early_backend.by_position(*wrong)
-print(plugin.status().active, *plugin.status().fallbacks)
-"""
-
-
-def test_without_the_fast_path_it_goes_straight_to_the_op(tmp_path, child_environment):
-    vllm_standin.write(tmp_path)
-    ran = subprocess.run(
-        [sys.executable, "-c", NO_FAST_PATH.format(folder=str(tmp_path))],
-        env=child_environment | {"MERGE_ATTN_STATES_FAST_PATH": "0"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("True ValueError: prefix_lse: expected shape ")
-
-
-def test_an_old_pytorch_gets_one_warning(tmp_path, child_environment):
-    said = process(tmp_path, child_environment, "torch.__version__ = '2.10.1+cu130'")
-    (warning,) = (line for line in said if line.startswith("LOG"))
-    assert warning == (
-        "LOG merge_attn_states is not used, vLLM merges as before: merge_attn_states needs PyTorch "
-        "2.11 or newer, and this is 2.10.1+cu130: upgrade torch."
-    )
-
-
-# Under torch.compile, and what users see.
-
-
-def test_compiled_code_traces_it_whole(vllm):
-    stand_in = vllm()
-    plugin.register()
-    merge = torch.compile(stand_in.early_backend.by_position, fullgraph=True, backend="eager")
-    check(make_call((5, 3, 64), F32, empty=False), merge)
-    assert stand_in.calls == (0, 0)
-
-
-def test_a_cuda_graph_around_a_backend(vllm, cuda):
-    """Captured as vLLM captures a whole step, and replayed with new contents, in place too."""
-    stand_in = vllm()
-    plugin.register()
-    operands = check(make_call((33, 4, 128), BF16, cuda), stand_in.early_backend.by_position)
-    in_place = operands._replace(output=operands.suffix_output, output_lse=operands.suffix_lse)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        stand_in.early_backend.by_position(*in_place)
-    for seed in (1, 2):
-        fresh = make_call((33, 4, 128), BF16, cuda, seed=seed)
-        for old, new in zip(in_place[1:5], fresh[1:5], strict=True):
-            old.copy_(new)
-        graph.replay()
-        compare(fresh, in_place.output, in_place.output_lse)
-    assert stand_in.calls == (0, 0)
-
-
-def test_compiled_code_has_no_fallback(vllm):
-    stand_in = vllm()
-    plugin.register()
-    merge = torch.compile(stand_in.early_backend.by_position, backend="eager")
-    with pytest.raises(Exception, match="prefix_lse: expected float32"):
-        merge(*refused())
-    assert stand_in.calls == (0, 0)
-
-
-def test_info_says_what_is_replaced(vllm, monkeypatch):
-    vllm()
-    monkeypatch.setattr(_info, "_why_not_in_vllm", lambda: "")
-    (line,) = (line for line in _info.lines() if line.startswith("vllm "))
-    assert f"yes, {vllm_standin.VERSION}: replaces vllm._custom_ops.merge_attn_states, " in line
-
-
-def test_info_says_why_vllm_does_not_find_it(vllm, monkeypatch):
-    vllm()
-
-    class EntryPoints:
-        names = frozenset({"merge_attn_states"})
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: EntryPoints)
-    assert _info._why_not_in_vllm() == ""
-    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
-    assert _info._why_not_in_vllm() == "no: MERGE_ATTN_STATES_VLLM takes it off"
-    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM")
-    monkeypatch.setenv("VLLM_PLUGINS", "another,yet_another")
-    assert "VLLM_PLUGINS=another,yet_another leaves merge_attn_states out" in (
-        _info._why_not_in_vllm()
-    )
-    monkeypatch.setattr(EntryPoints, "names", frozenset())
-    assert "was not installed by pip" in _info._why_not_in_vllm()
-
-
-def test_the_entry_point_is_installed():
-    try:
-        importlib.metadata.version("merge-attn-states")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("built in place, not installed: there is no metadata")
-    (found,) = (
-        point
-        for point in importlib.metadata.entry_points(group="vllm.general_plugins")
-        if point.name == "merge_attn_states"
-    )
-    assert found.load() is merge_attn_states_vllm.register
-    assert merge_attn_states.__version__ == found.dist.version

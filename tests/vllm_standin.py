@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 
 import pytest
+from support import BF16, F32, make_call
 
 from merge_attn_states.integrations import vllm as plugin
 
@@ -118,3 +120,19 @@ def vllm(tmp_path, monkeypatch):
         del sys.modules[name]
     sys.modules.update(hidden)
     importlib.invalidate_caches()
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "vllm.merge_attn_states")
+
+    def texts(level):
+        return [record.message for record in caplog.records if record.levelno == level]
+
+    return texts
+
+
+def refused(tokens=5, count=8):
+    """Operands that this package refuses and vLLM's own function may take."""
+    operands = make_call((tokens, 3, 64), F32)
+    return operands._replace(prefix_lse=operands.prefix_lse.to(BF16))[:count]

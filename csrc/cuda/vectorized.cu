@@ -156,12 +156,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// An FP8 output has two kernels, any other four: each costs the compiler a second an architecture.
+// An FP8 output has three kernels, any other four: each costs the compiler a second an
+// architecture.
 template <class In, class Out>
 auto kernel_for(const MergeArgs& args, const Tile& tile) {
   constexpr bool kConverts = !std::is_same_v<In, Out>;
   if (packs_per_row(args) > tile.threads) return merge_tiles<In, Out, false, 1, true>;
-  if (!is_plain(args, tile)) return merge_tiles<In, Out, false, 1, kConverts>;
+  if (!is_plain(args, tile)) return merge_tiles<In, Out, false, 1, false>;
   if constexpr (!kConverts) {
     if (tile.packs_a_thread == 2) return merge_tiles<In, Out, true, 2, false>;
   }
