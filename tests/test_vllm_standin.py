@@ -3,8 +3,10 @@
 import importlib
 import importlib.metadata
 import logging
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
 
@@ -17,6 +19,7 @@ from vllm_standin import NAMES, PATHS, refused
 import merge_attn_states_vllm
 from merge_attn_states.integrations import vllm as plugin
 
+ROOT = Path(__file__).parents[1]
 OLD, NEW = PATHS[1], PATHS[0]
 SHAPES = [(6, OLD), (7, OLD), (7, NEW), (8, OLD), (8, NEW)]
 
@@ -179,7 +182,7 @@ def test_vllm_gets_all_back_where_no_kernel_runs(vllm, log, monkeypatch):
     plugin.register()
 
     def unavailable(*_):
-        raise RuntimeError("merge_attn_states: no kernel for this GPU")
+        raise RuntimeError("cuda:0 has 7.5, and this build of merge_attn_states holds 8.0")
 
     monkeypatch.setattr(plugin, "_merge", unavailable)
     operands = make_call((5, 3, 64), F32)
@@ -189,10 +192,38 @@ def test_vllm_gets_all_back_where_no_kernel_runs(vllm, log, monkeypatch):
     assert stand_in._custom_ops.merge_attn_states is originals[1]
     stand_in.early_backend.by_position(*operands)
     (said,) = log(logging.WARNING)
-    assert "cannot run here, vLLM merges as before: merge_attn_states: no kernel" in said
+    assert "cannot run here, vLLM merges as before: cuda:0 has 7.5, and this build" in said
     state = plugin.status()
     assert not state.active
-    assert state.reason == "RuntimeError: merge_attn_states: no kernel for this GPU"
+    assert state.reason.startswith("RuntimeError: cuda:0 has 7.5")
+
+
+def test_what_is_raised_without_a_kernel_names_the_build():
+    sources = [ROOT / "csrc" / name for name in ("merge.cpp", "cuda/launch.cu")]
+    raised = [
+        " ".join(re.findall(r'"([^"]*)"', text))
+        for source in sources
+        for text in re.findall(r"throw Unavailable\((.*?)\);", source.read_text(), re.DOTALL)
+    ]
+    assert len(raised) == 3
+    assert all(plugin._OF_THE_BUILD in text for text in raised)
+
+
+def test_an_error_that_cuda_has_at_the_moment_is_of_one_call(vllm, log, monkeypatch):
+    stand_in = vllm()
+    plugin.register()
+    merge = plugin._merge
+
+    def failing(*_):
+        raise RuntimeError("cuda:0: cudaErrorStreamCaptureInvalidated, operation failed")
+
+    monkeypatch.setattr(plugin, "_merge", failing)
+    stand_in.early_backend.by_position(*make_call((5, 3, 64), F32))
+    monkeypatch.setattr(plugin, "_merge", merge)
+    assert stand_in.calls == (1, 1)
+    check(make_call((5, 3, 64), F32), stand_in.early_backend.by_position)
+    assert plugin.status().active
+    assert len(log(logging.WARNING)) == 1
 
 
 def test_what_is_replaced_stays_so_where_vllm_changes_underneath(vllm, log, monkeypatch):

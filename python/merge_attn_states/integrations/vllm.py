@@ -45,6 +45,7 @@ _DISPATCHERS = (
 _CUSTOM_OPS = "vllm._custom_ops"
 _NAME = "merge_attn_states"
 _PARAMETERS = tuple(inspect.signature(merge_attn_states).parameters)
+_OF_THE_BUILD = "this build of merge_attn_states"  # in what is raised where it has no kernel
 _FEWEST = 6  # parameters of vLLM's function; older releases lack the last one or two
 _log = logging.getLogger("vllm.merge_attn_states")  # under vLLM's, whose handler shows it
 
@@ -255,9 +256,8 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
     if getattr(_thread, "is_falling_back", False):
         yield
         return
-    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-        # Not this call's fault: no kernel for this GPU, or a CUDA that refuses them. The next call
-        # would be refused as well, and cost the host twice.
+    if isinstance(error, RuntimeError) and _OF_THE_BUILD in str(error):
+        # No kernel for this GPU or driver: the next call would be refused too, and cost twice.
         _log.warning("merge_attn_states cannot run here, vLLM merges as before: %s", error)
         _give_back(f"{type(error).__name__}: {error}")
         yield
