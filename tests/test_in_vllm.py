@@ -9,7 +9,7 @@ import torch
 from benchmark_support import HANDED_IN, ROOT
 from support import assert_bits
 
-from benchmarks.in_vllm import engine, gain, process, report, watch
+from benchmarks.in_vllm import engine, gain, process, report, scenarios, watch
 from benchmarks.in_vllm.memory import copied
 from benchmarks.in_vllm.patterns import PATTERNS
 from benchmarks.in_vllm.scenarios import SCENARIOS
@@ -157,10 +157,11 @@ def started(seen, monkeypatch):
     """The command, with what each process would report in place of the processes."""
     starts = []
 
-    def run(name, model, paths, log, **variables):
-        starts.append((name, model.name, variables))
-        if variables:
-            return {"plugin": {"active": False}, "first": seen["answers"]["vllm"]}
+    def run(name, model, paths, log, *options, **variables):
+        starts.append((name, model.name, *options, variables))
+        if variables or options:
+            plugin = {"active": not variables, "fallbacks": {}}
+            return {"plugin": plugin, "first": seen["answers"]["vllm"]}
         return seen | {"log": "INFO replaced", "title": name, "differences": {}}
 
     for name, value in {
@@ -177,14 +178,18 @@ def test_the_engines_are_started_and_one_without_the_plugin(started, tmp_path, c
     engine.main(["--only", "chunks", "final", *options])
     off = {"MERGE_ATTN_STATES_VLLM": "0"}
     assert started == [("chunks", "deepseek", {}), ("chunks", "deepseek", off),
-                       ("final", "deepseek", {})]  # fmt: skip
+                       ("final", "deepseek", {}), ("chunks", "deepseek", "--as-served", {}),
+                       ("chunks", "deepseek", "--as-served", off)]  # fmt: skip
     results = Results.load(file)
     assert list(results.runs) == ["chunks", "final"]
     assert "off" in results.runs["chunks"]
     assert "off" not in results.runs["final"]
-    (taken_off,) = (r for r in results.records if r["regime"] == "answers")
-    assert (taken_off["group"], taken_off["same_tokens"]) == ("chunks", 2)
-    assert "| chunks | started without it, and taken off |" in report.section([results])
+    assert results.runs["chunks"]["served"]["plugin"]["active"]
+    answers = [r for r in results.records if r["regime"] == "answers"]
+    assert [(r["group"], r["same_tokens"]) for r in answers] == [("chunks", 2)] * 2
+    page = report.section([results])
+    assert "| chunks | started without it, and taken off |" in page
+    assert f"| chunks | {engine.SERVED_CASE} |" in page
     assert "regime=share" in capsys.readouterr().out
 
 
@@ -200,6 +205,33 @@ def test_a_result_that_is_further_off_is_an_error(started, seen, tmp_path):
 def test_an_engine_that_keeps_the_plugin_is_no_comparison(seen):
     with pytest.raises(SystemExit, match="did not take the plugin off"):
         engine.compare_taken_off(seen, {"plugin": {"active": True}})
+
+
+def test_an_engine_as_served(vllm, monkeypatch):
+    vllm()
+
+    class Served(Engine):
+        def __init__(self, chosen, model, as_served):
+            assert as_served
+            super().__init__(chosen, model)
+
+        def plugin_in_worker(self):
+            return scenarios._plugin_status(None)
+
+    monkeypatch.setattr(process, "Engine", Served)
+    plugin.register()
+    found = process.run_as_served(SCENARIOS["final"], "model")
+    assert found["plugin"]["active"]
+    plugin.restore()
+    without = process.run_as_served(SCENARIOS["final"], "model")
+    told, record = engine.compare_served(found, without)
+    assert told["plugin"] == found["plugin"]
+    assert record["tokens"] == 2
+    with pytest.raises(SystemExit, match="in the worker"):
+        engine.compare_served(without, without)
+    went_back = found | {"plugin": found["plugin"] | {"fallbacks": {"why": 1}}}
+    with pytest.raises(SystemExit, match="went back to vLLM"):
+        engine.compare_served(went_back, without)
 
 
 def test_differences_end_at_the_first_other_token():

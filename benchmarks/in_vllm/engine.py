@@ -3,7 +3,8 @@
 Wants an H100 or newer with 30 GB to spare, CPython 3.12, PyTorch 2.11 with CUDA, and transformers.
 What else it takes is fetched into .cache/vllm where there is a network (packages.py).
 This package is installed there by pip, so that vLLM finds the plugin as a user's vLLM does. Each
-scenario (scenarios.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0.
+scenario (scenarios.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0,
+and the first one twice as `vllm serve` runs an engine: compiled, in a process apart.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..timing import Timing
 from .packages import ENGINE as RELEASE
 from .packages import ENGINE_PYTHON, FLASH_ATTENTION, FOLDER, OP_LIBRARY
 from .process import differences
-from .scenarios import ENVIRONMENT, SCENARIOS, save_model
+from .scenarios import SCENARIOS, save_model
 
 NEEDED = {  # beside the Python packages
     OP_LIBRARY: "its op library",
@@ -37,6 +38,7 @@ NEEDED = {  # beside the Python packages
     f"vllm-{RELEASE}.dist-info/METADATA": "its metadata",
 }
 DEVICE = torch.device("cuda")
+SERVED_CASE = "compiled, in processes of its own: with the plugin, and without"
 
 
 def unfit() -> str:
@@ -84,12 +86,12 @@ def install(target: Path) -> None:
         raise SystemExit("benchmarks: pip could not install this checkout")
 
 
-def run(name: str, model: Path, paths: list[Path], log: Path, **variables: str) -> dict[str, Any]:
+def run(
+    name: str, model: Path, paths: list[Path], log: Path, *options: str, **variables: str
+) -> dict[str, Any]:
     """Start one scenario's process and return what it saw."""
-    scenario = SCENARIOS[name]
-    variables |= ENVIRONMENT | scenario.environment
     ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks.in_vllm.process", name, str(model)],
+        [sys.executable, "-m", "benchmarks.in_vllm.process", name, str(model), *options],
         cwd=ROOT,
         env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
@@ -175,11 +177,11 @@ def main(arguments: list[str]) -> None:
         install(site)
         paths = [site, FOLDER / RELEASE, FOLDER / "needs"]
 
-        def start(name: str, log: str, **variables: str) -> dict[str, Any]:
+        def start(name: str, log: str, *given: str, **variables: str) -> dict[str, Any]:
             model = Path(folder, SCENARIOS[name].model)
             if not model.exists():
                 save_model(model.name, model)
-            return run(name, model, paths, options.logs / f"{log}.log", **variables)
+            return run(name, model, paths, options.logs / f"{log}.log", *given, **variables)
 
         for name in options.only:
             seen = start(name, name)
@@ -195,6 +197,16 @@ def main(arguments: list[str]) -> None:
                 results.save(options.output)
             for record in results.select(name):
                 print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
+
+        first = options.only[0]
+        served = start(first, "served", "--as-served")
+        without = start(first, "served-off", "--as-served", MERGE_ATTN_STATES_VLLM="0")
+        told, record = compare_served(served, without)
+        records = [*results.select(first), {"group": first} | record]
+        results.add(first, results.environment, results.runs[first] | {"served": told}, records)
+        if options.output:
+            results.save(options.output)
+        print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
     if said := further_off(results):
         raise SystemExit("\n".join(["benchmarks: further off than vLLM's own:", *said]))
 
@@ -216,6 +228,17 @@ def compare_taken_off(seen: dict[str, Any], off: dict[str, Any]) -> dict[str, An
     apart = differences(seen["answers"]["vllm"], off["first"])
     seen["differences"]["started without it, and taken off"] = apart
     return {"plugin": off["plugin"], "answers": off["first"]}
+
+
+def compare_served(served: dict[str, Any], without: dict[str, Any]) -> tuple[Record, Record]:
+    """What is told of engines as `vllm serve` runs them, and how their answers differ."""
+    if not served["plugin"]["active"] or without["plugin"]["active"]:
+        raise SystemExit(f"benchmarks: in the worker: {served['plugin']}, {without['plugin']}")
+    if served["plugin"]["fallbacks"]:
+        raise SystemExit(f"benchmarks: calls went back to vLLM: {served['plugin']['fallbacks']}")
+    record = {"case": SERVED_CASE, "regime": "answers", "provider": "ours"}
+    told = {"plugin": served["plugin"], "answers": [served["first"], without["first"]]}
+    return told, record | differences(served["first"], without["first"])
 
 
 if __name__ == "__main__":

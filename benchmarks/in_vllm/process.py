@@ -1,7 +1,8 @@
 """One engine, started as a user starts it: `python -m benchmarks.in_vllm.process NAME MODEL`.
 
 The last line is what was seen, in JSON. vLLM finds the plugin by its entry point; the first answers
-come from an engine that nothing of this folder has touched. Then, in the same engine:
+come from an engine that nothing of this folder has touched. Then, in the same engine, unless it
+runs --as-served, in a process of its own:
 
 | round    | merges                                                                              |
 | -------- | ----------------------------------------------------------------------------------- |
@@ -19,7 +20,7 @@ import os
 from typing import Any
 
 from .dispatcher import Merge, patched, unpatched
-from .scenarios import ENVIRONMENT, SCENARIOS, Answers, Engine, Scenario
+from .scenarios import AS_SERVED, ENVIRONMENT, SCENARIOS, WATCHED, Answers, Engine, Scenario
 from .watch import (
     Checked,
     Errors,
@@ -154,14 +155,23 @@ def run(scenario: Scenario, model: str) -> dict[str, Any]:
     }
 
 
+def run_as_served(scenario: Scenario, model: str) -> dict[str, Any]:
+    """Answers of an engine as `vllm serve` runs one, and the plugin's status in its worker."""
+    engine = Engine(scenario, model, as_served=True)
+    first = engine.answer()
+    return {"title": scenario.title, "plugin": engine.plugin_in_worker(), "first": first}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("name", choices=SCENARIOS)
     parser.add_argument("model", help="the model's folder")
+    parser.add_argument("--as-served", action="store_true", help="compiled, with processes")
     options = parser.parse_args()
     scenario = SCENARIOS[options.name]
-    os.environ.update(ENVIRONMENT | scenario.environment)
-    print(json.dumps(run(scenario, options.model)))
+    way, environment = (run_as_served, AS_SERVED) if options.as_served else (run, WATCHED)
+    os.environ.update(ENVIRONMENT | environment | scenario.environment)
+    print(json.dumps(way(scenario, options.model)))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ SCENARIOS = {
     ),
 }
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+WATCHED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # an engine whose calls can be watched
+AS_SERVED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # a worker is asked for the plugin's status
 VOCABULARY = 4096
 
 
@@ -96,10 +97,19 @@ def save_model(name: str, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-class Engine:
-    """vLLM's `LLM` with a scenario's settings, and its prompts."""
+def _plugin_status(worker: Any) -> dict[str, Any]:
+    from merge_attn_states.integrations import vllm as plugin
 
-    def __init__(self, scenario: Scenario, model: str) -> None:
+    return plugin.status()._asdict()
+
+
+class Engine:
+    """vLLM's `LLM` with a scenario's settings, and its prompts.
+
+    As served: compiled, with CUDA graphs, and in a process of its own, as vLLM does by default.
+    """
+
+    def __init__(self, scenario: Scenario, model: str, as_served: bool = False) -> None:
         from vllm import LLM
 
         if scenario.workspace_tokens:
@@ -110,7 +120,7 @@ class Engine:
             )
         settings = {
             "skip_tokenizer_init": True,
-            "enforce_eager": True,
+            "enforce_eager": not as_served,
             "max_model_len": 12288,
             "max_num_batched_tokens": 2048,
             "enable_chunked_prefill": True,
@@ -127,6 +137,11 @@ class Engine:
             return drawn
 
         self.prompts = [{"prompt_token_ids": ids} for ids in scenario.prompts(tokens)]
+
+    def plugin_in_worker(self) -> dict[str, Any]:
+        """The plugin's status in the process that merges."""
+        (state,) = self.llm.collective_rpc(_plugin_status)
+        return dict(state)
 
     def answer(self) -> Answers:
         """Greedy tokens and their log-probabilities, nothing of an earlier round being cached."""
