@@ -1,6 +1,8 @@
 """Fixtures of the suite: the devices, the ways into the op, seeds and the hypothesis profile."""
 
+import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -91,6 +93,16 @@ def child_environment():
     """For a second Python that imports the package and this folder's helpers."""
     paths = [Path(__file__).parent, Path(merge_attn_states.__file__).parents[1]]
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+@pytest.fixture
+def gigabytes():
+    """One test at a time that takes gigabytes, of all processes that run parts of the suite."""
+    with Path(tempfile.gettempdir(), "merge_attn_states_gigabytes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what a test leaves to the next is nobody's for the others
 
 
 @pytest.fixture(autouse=True)

@@ -198,7 +198,7 @@ FAR_APART = {  # variants of the vectorized kernel; the axis of three is the one
 @pytest.mark.parametrize("name", [*ROWS, *LSES])
 @pytest.mark.parametrize("border", [2**31 - 64, 2**31, 2**32])  # below int32, uint32 elements
 @pytest.mark.parametrize("variant", FAR_APART)
-def test_rows_past_the_borders_of_32_bits(variant, border, name, device):
+def test_rows_past_the_borders_of_32_bits(variant, border, name, device, gigabytes):
     shape, options = FAR_APART[variant]
     near = make_call(shape, BF16, device, empty=False, **options)
     call = far_apart(near, name, border // 4 if name in LSES else border, device)
@@ -211,7 +211,7 @@ def test_rows_past_the_borders_of_32_bits(variant, border, name, device):
 
 
 @pytest.mark.parametrize("border", [2**31, 2**32])
-def test_two_packs_past_the_borders_of_32_bits(border, cuda):
+def test_two_packs_past_the_borders_of_32_bits(border, cuda, gigabytes):
     """All three operands alike, as two packs a thread want them."""
     tokens, heads, head_size = shape = (1501, 15, 128)
     token_stride = border // 1400 // 8 * 8
@@ -241,7 +241,7 @@ def test_two_packs_past_the_borders_of_32_bits(border, cuda):
 # 2^31 and 2^32 elements and a little more; the odd head size runs the generic kernel.
 @pytest.mark.parametrize("head_size", [128, 127])
 @pytest.mark.parametrize("border", [2**31, 2**32])
-def test_more_elements_than_32_bits_count(border, head_size, cuda):
+def test_more_elements_than_32_bits_count(border, head_size, cuda, gigabytes):
     heads = 16
     tokens = border // (heads * head_size) + 17
     need = 3 * 2 * tokens * heads * head_size + 3 * 4 * tokens * heads
@@ -274,7 +274,7 @@ def test_more_elements_than_32_bits_count(border, head_size, cuda):
 
 
 @pytest.mark.parametrize("rows", [2**31 - 1, 2**31 + 3])
-def test_more_rows_than_31_bits_count(rows, cuda):
+def test_more_rows_than_31_bits_count(rows, cuda, gigabytes):
     """Without elements a row is its LSE alone; rows past 2^31 are divided in 64 bits."""
     if torch.cuda.mem_get_info()[0] < 4 * rows * 1.6:
         pytest.skip(f"{int(4 * rows * 1.6) >> 30} GiB of GPU memory are not free")
