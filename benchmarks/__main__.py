@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure; `... report`: publish; `... targets FILE`: compare."""
+"""`python -m benchmarks`: measure; `report`: publish; `targets`: judge; `compare`: two builds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ def main() -> int:
         from .report import main as command
     elif sys.argv[1:2] == ["targets"]:
         from .targets import main as command
+    elif sys.argv[1:2] == ["compare"]:
+        from .compare import main as command
     else:
         from .run import main as measure
 

@@ -16,6 +16,7 @@ import sys
 import timeit
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,9 +127,12 @@ def tight_and_swept(timed: dict[str, TimedCalls], device: torch.device, quick: b
     }
 
 
-def run_processes(module: str, arguments: list[str], count: int) -> list[Any]:
+def run_processes(
+    module: str, arguments: list[str], count: int, first_on_path: Path | None = None
+) -> list[Any]:
     """What a module prints as its last line, in JSON, from processes one after the other."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    paths = [str(first_on_path or ""), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", module, *arguments]
     answers = []
     for _ in range(count):

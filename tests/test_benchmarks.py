@@ -9,12 +9,14 @@ import pytest
 import torch
 from benchmark_support import HANDED_IN, ROOT, TREES, environment, synthetic
 
+from benchmarks import compare, host, report, run, timing
 from benchmarks import environment as environments
-from benchmarks import host, report, run, timing
 from benchmarks.cases import GROUPS, Case
+from benchmarks.cases import quick as quick_cases
 from benchmarks.operands import make_operands, vary
 from benchmarks.results import KEY, Results
 from benchmarks.triad import triad_buffers
+from merge_attn_states._library import OP_LIBRARY
 
 CPU = torch.device("cpu")
 
@@ -211,6 +213,16 @@ def test_the_commands(tmp_path):
     status, said = benchmarks("report", str(tmp_path / "h100.json"))
     assert status == 1
     assert "is of --quick, which measures nothing" in said
+
+
+def test_two_op_libraries_side_by_side(capsys):
+    libraries = [str(OP_LIBRARY)] * 2
+    options = ["--only", "cpu", "--device", "cpu", "--quick", "--rounds", "1", "--turns", "1"]
+    assert compare.main([*libraries, *options]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split().count("limit") == 2
+    assert len(rows) == len(quick_cases(GROUPS["cpu"]))
+    assert rows[0].startswith("cpu: 8x4x128 fp32 cpu ")
 
 
 def test_a_binary_of_other_sources_is_refused(monkeypatch, tmp_path):
