@@ -226,9 +226,11 @@ def test_a_million_calls_leave_nothing_behind(device):
     # tests left behind may let go of them meanwhile (from 3.12 on they never change).
     grown = [sys.getrefcount(x) - old for x, old in zip(objects, references, strict=True)]
     assert all(abs(change) < 10_000 for change in grown), grown
+    slack = 2**22
     if device == "cuda":
         torch.cuda.synchronize()
-    assert resident_bytes() - memory < 2**22
+        slack = 2**24  # the driver's queues grow too; an object a call would be 2^25 and more
+    assert resident_bytes() - memory < slack
 
 
 def test_threads_have_states_of_their_own(taken):

@@ -429,7 +429,8 @@ def test_what_is_refused_goes_to_vllm(device, merge):
     else:
         assert_bits(refused.output, theirs.output)
     right, _ = merge_attn_states_reference(*refused[1:5])
+    output, right = refused.output.cpu(), right.float().cpu()
     if device == "cpu" and IS_CPU:
-        torch.testing.assert_close(refused.output, right.float())
-    elif KNOWN and expected is None:  # its bytes, read as float32
-        assert not torch.allclose(refused.output, right.float(), atol=0.01)
+        torch.testing.assert_close(output, right)
+    elif KNOWN and device == "cuda" and expected is None:  # its bytes, read as float32
+        assert not torch.allclose(output, right, atol=0.01)
