@@ -241,6 +241,34 @@ def test_what_is_replaced_stays_so_where_vllm_changes_underneath(vllm, log, monk
     check(make_call((5, 3, 64), F32), stand_in.early_backend.by_position)
 
 
+def test_taken_off_later_it_touches_nothing_more(vllm, monkeypatch):
+    stand_in = vllm()
+    plugin.register()
+    original = stand_in.early_backend.merge_attn_states.__wrapped__
+    monkeypatch.setattr(stand_in.late_backend, "under_another_name", original)
+    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM", "0")
+    plugin.register()
+    assert stand_in.late_backend.under_another_name is original
+
+
+def test_a_swap_that_fails_can_be_taken_back(vllm, log, monkeypatch):
+    stand_in = vllm()
+    original = stand_in.early_backend.merge_attn_states
+    stand_in._custom_ops  # noqa: B018  loads it
+    swap = plugin._swap
+
+    def failing(old, new):
+        swap(old, new)
+        raise OSError("halfway")
+
+    monkeypatch.setattr(plugin, "_swap", failing)
+    plugin.register()
+    assert len(log(logging.WARNING)) == 1
+    monkeypatch.setattr(plugin, "_swap", swap)
+    plugin.restore()
+    assert stand_in.early_backend.merge_attn_states is original
+
+
 def test_modules_that_are_none_are_passed_over(vllm, monkeypatch):
     """Some programs put other things than modules into sys.modules, or modules that load late."""
 

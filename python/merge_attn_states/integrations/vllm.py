@@ -92,17 +92,18 @@ def register() -> None:
     with _lock:
         try:
             refusal = _why_not()
-            new = [] if refusal else _find()
-            replaced = [
-                place for one in [*_replacements, *new] for place in _swap(one.original, one.ours)
-            ]
+            if not refusal:
+                new = _find()
+                _replacements.extend(new)  # first, so that restore() knows of every place
+                replaced = [
+                    place for one in _replacements for place in _swap(one.original, one.ours)
+                ]
         except Exception as error:
             refusal = f"{type(error).__name__}: {error}"
         if refusal:
             _refuse(refusal)
             return
         _reason = ""
-        _replacements.extend(new)
     if new:
         _log.info(
             "merge_attn_states %s merges attention states in vLLM %s: replaced %s",
