@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import merge_attn_states
+from merge_attn_states._library import OP_LIBRARY
 
 from .cases import GROUPS, quick
 from .host import run_processes
@@ -27,7 +27,6 @@ from .providers import providers
 from .results import MAY_BE_MISSING, Results, case_title
 from .tables import microseconds, number, plain
 
-OP_LIBRARY = "libmerge_attn_states.so"
 Shares = dict[str, tuple[float, float]]  # by case: microseconds, share of the limit
 
 
@@ -54,10 +53,10 @@ def measured(groups: Sequence[str], device: torch.device, tiny: bool, rounds: in
 
 def with_library(library: Path, folder: Path) -> Path:
     """A copy of the package with that op library, and without _C, which belongs to another."""
-    package = Path(merge_attn_states.__file__).parent
+    package = OP_LIBRARY.parent
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(package, folder / package.name, ignore=ignored)
-    shutil.copy(library, folder / package.name / OP_LIBRARY)
+    shutil.copy(library, folder / package.name / OP_LIBRARY.name)
     return folder
 
 

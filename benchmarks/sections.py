@@ -79,11 +79,10 @@ def docs(machines: Sequence[Results]) -> str:
 
 def _other_sources(machines: Sequence[Results]) -> Iterator[str]:
     """Says which columns and panels are of other sources than the first one's."""
-    for first, *others in [machines] if machines else []:
-        trees = first.environment["trees"]["csrc"]
-        named = [one.gpu for one in others if one.environment["trees"]["csrc"] != trees]
-        if named:
-            yield f"{_joined(named)}: measured with other sources than {first.gpu}."
+    trees = [results.environment["trees"]["csrc"] for results in machines]
+    named = [one.gpu for one, tree in zip(machines, trees, strict=True) if tree != trees[0]]
+    if named:
+        yield f"{_joined(named)}: measured with other sources than {machines[0].gpu}."
 
 
 def _pictures(machines: Sequence[Results], names: Iterable[str], folder: str) -> Iterator[str]:

@@ -4,9 +4,14 @@ Memory starts as bytes of 0xFF, which are NaN in every dtype: outputs start as N
 a write outside an operand shows. `check` runs a call and compares all of it with the reference.
 """
 
+import os
+import shutil
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 
 import merge_attn_states
@@ -246,3 +251,28 @@ def check(call: Call, run=merge_attn_states.merge_attn_states) -> Call:
     run_guarded(call, run)
     compare(inputs, call.output, call.output_lse)
     return call
+
+
+def compiler(variable: str, *names: str) -> str:
+    for name in (os.environ.get(variable), *names):
+        if name and (found := shutil.which(name)):
+            return found
+    pytest.skip(f"no compiler: neither {variable} nor {' or '.join(names)} is here")
+
+
+def run_command(*command, **environment) -> str:
+    ran = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

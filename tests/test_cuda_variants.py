@@ -6,7 +6,7 @@ time (270,336), up to all of it, up to one and a half times that, up to 40 MB, a
 
 import pytest
 import torch
-from support import BF16, E4M3, F16, F32, Call, assert_bits, bits, check, make_call
+from support import BF16, E4M3, F16, F32, ROWS, Call, assert_bits, bits, check, make_call
 
 from merge_attn_states import merge_attn_states as merge
 from merge_attn_states import selected_kernel
@@ -168,3 +168,23 @@ def test_calls_that_follow_each_other_closely(shape, cuda):
     for _ in range(5):
         together = chain(lambda: None)
         assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("border", [2**31, 2**32])
+def test_two_packs_past_the_borders_of_32_bits(border, cuda, gigabytes):
+    """All three operands alike, as two packs a thread want them."""
+    token_stride = border // 1400 // 8 * 8
+    need = 3 * 2 * TWO_PACKS[0] * token_stride
+    if torch.cuda.mem_get_info()[0] < need * 1.05:
+        pytest.skip(f"{need >> 30} GiB of GPU memory are not free")
+    near = on_gpu(TWO_PACKS, empty=False)
+    call = near._replace(output_lse=near.output_lse.clone())
+    for name in ROWS:
+        memory = torch.empty(TWO_PACKS[0] * token_stride, device=cuda, dtype=BF16)
+        rows = memory.as_strided(TWO_PACKS, (token_stride, TWO_PACKS[2], 1))
+        call = call._replace(**{name: rows.copy_(getattr(near, name))})
+    assert selected_kernel(*call).variant == VARIANTS[TWO_PACKS]
+    merge(*near), merge(*call)
+    assert_bits(call.output, near.output)
+    assert_bits(call.output_lse, near.output_lse)
+    assert not torch.isnan(call.output).any()

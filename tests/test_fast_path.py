@@ -5,12 +5,10 @@ What it leaves to torch.ops is in test_fast_path_aside.py.
 
 import contextlib
 import gc
-import os
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +25,7 @@ from support import (
     check,
     cloned,
     make_call,
+    resident_bytes,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -191,11 +190,6 @@ def test_backward_refuses_a_saved_tensor_that_was_overwritten(device, taken):
 
 
 # A million calls, and many threads.
-
-
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_a_million_calls_leave_nothing_behind(device):

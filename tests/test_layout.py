@@ -211,34 +211,6 @@ def test_rows_past_the_borders_of_32_bits(variant, border, name, device, gigabyt
     assert_bits(call.output_lse, dense.output_lse)
 
 
-@pytest.mark.parametrize("border", [2**31, 2**32])
-def test_two_packs_past_the_borders_of_32_bits(border, cuda, gigabytes):
-    """All three operands alike, as two packs a thread want them."""
-    tokens, heads, head_size = shape = (1501, 15, 128)
-    token_stride = border // 1400 // 8 * 8
-    need = 3 * 2 * tokens * token_stride
-    if torch.cuda.mem_get_info()[0] < need * 1.05:
-        pytest.skip(f"{need >> 30} GiB of GPU memory are not free")
-    near = Call(
-        output=torch.full(shape, float("nan"), device=cuda, dtype=BF16),
-        prefix_output=torch.randn(shape, device=cuda, dtype=BF16),
-        prefix_lse=torch.randn(heads, tokens, device=cuda),
-        suffix_output=torch.randn(shape, device=cuda, dtype=BF16),
-        suffix_lse=torch.randn(heads, tokens, device=cuda),
-        output_lse=torch.full((heads, tokens), float("nan"), device=cuda),
-    )
-    call = near._replace(output_lse=near.output_lse.clone())
-    for name in ROWS:
-        memory = torch.empty(tokens * token_stride, device=cuda, dtype=BF16)
-        rows = memory.as_strided(shape, (token_stride, head_size, 1))
-        call = call._replace(**{name: rows.copy_(getattr(near, name))})
-    assert merge_attn_states.selected_kernel(*call).variant.endswith("two packs")
-    merge(*near), merge(*call)
-    assert_bits(call.output, near.output)
-    assert_bits(call.output_lse, near.output_lse)
-    assert not torch.isnan(call.output).any()
-
-
 # 2^31 and 2^32 elements and a little more; the odd head size runs the generic kernel.
 @pytest.mark.parametrize("head_size", [128, 127])
 @pytest.mark.parametrize("border", [2**31, 2**32])

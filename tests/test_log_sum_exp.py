@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import BF16, F32, F64, Call
-from test_c_api import compiler, run
+from support import BF16, F32, F64, Call, compiler, half_ulp, run_command
 
 from merge_attn_states import merge_attn_states as merge
 
@@ -33,9 +32,7 @@ def random_lses(mean, deviation, device="cpu"):
 
 def assert_next_to_exact(lse, parts):
     exact = torch.logaddexp(*parts.to(F64))
-    rounded = exact.to(F32).abs()
-    ulp = torch.nextafter(rounded, torch.full_like(rounded, torch.inf)) - rounded
-    beyond = (lse.to(F64) - exact).abs() - ulp.to(F64) / 2
+    beyond = (lse.to(F64) - exact).abs() - half_ulp(exact.abs(), F32)
     assert beyond.max() < CLOSENESS
 
 
@@ -45,7 +42,7 @@ def log_sum_exps(tmp_path_factory):
     source, library = folder / "log_sum_exps.cpp", folder / "log_sum_exps.so"
     source.write_text(SOURCE)
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    run(compiler("CXX", "c++", "g++"), *flags, source, "-o", library)
+    run_command(compiler("CXX", "c++", "g++"), *flags, source, "-o", library)
     function = ctypes.CDLL(str(library)).log_sum_exps
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long]
 

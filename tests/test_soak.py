@@ -7,12 +7,11 @@ import gc
 import os
 import random
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from support import BF16, E4M3, E5M2, F16, F32, F64, cloned, compare, make_call
+from support import BF16, E4M3, E5M2, F16, F32, F64, cloned, compare, make_call, resident_bytes
 
 from merge_attn_states import merge_attn_states as merge
 
@@ -67,9 +66,8 @@ class Held(NamedTuple):
 
 def held(device):
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
     allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
-    return Held(allocated, sys.getallocatedblocks(), pages * os.sysconf("SC_PAGE_SIZE"))
+    return Held(allocated, sys.getallocatedblocks(), resident_bytes())
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,13 @@ def main(arguments: list[str]) -> None:
                 save_model(model.name, model)
             return run(name, model, paths, options.logs / f"{log}.log", *given, **variables)
 
+        def keep(name: str, run: Record, new: list[Record], old: Sequence[Record] = ()) -> None:
+            results.add(name, results.environment, run, [*old, *new])
+            if options.output:
+                results.save(options.output)
+            for record in new:
+                print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
+
         for name in options.only:
             seen = start(name, name)
             if why := proves_nothing(name, seen):
@@ -192,21 +200,16 @@ def main(arguments: list[str]) -> None:
             if name == options.only[0]:
                 off = start(name, "off", MERGE_ATTN_STATES_VLLM="0")
                 told["off"] = compare_taken_off(seen, off)
-            results.add(name, results.environment, circumstances | told, records_of(name, seen))
-            if options.output:
-                results.save(options.output)
-            for record in results.select(name):
-                print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
+            keep(name, circumstances | told, records_of(name, seen))
 
         first = options.only[0]
         served = start(first, "served", "--as-served")
         without = start(first, "served-off", "--as-served", MERGE_ATTN_STATES_VLLM="0")
         told, record = compare_served(served, without)
-        records = [*results.select(first), {"group": first} | record]
-        results.add(first, results.environment, results.runs[first] | {"served": told}, records)
-        if options.output:
-            results.save(options.output)
-        print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
+        seen_before = results.select(first)
+        keep(
+            first, results.runs[first] | {"served": told}, [{"group": first} | record], seen_before
+        )
     if said := further_off(results):
         raise SystemExit("\n".join(["benchmarks: further off than vLLM's own:", *said]))
 

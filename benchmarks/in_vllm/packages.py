@@ -66,9 +66,9 @@ def listed(name: str) -> list[str]:
     return Path(__file__).with_name(name).read_text().split()
 
 
-def wheels_here() -> list[Path]:
-    """Those that an engine on ENGINE_PYTHON needs, as far as they are here."""
-    return list((FOLDER / "engine").glob("*.whl"))
+def wheel_names(requirement: str, release: str = "*") -> str:
+    """How the files of its wheels begin."""
+    return f"{requirement.partition('==')[0].replace('-', '_').lower()}-{release}-*"
 
 
 def is_installed(requirement: str) -> bool:
@@ -85,7 +85,7 @@ def fetch_needs() -> None:
     Where the engine's wheels lie and this is their Python, those: no network is asked.
     """
     target, made = NEEDS, NEEDS / "made_of"
-    wheels = sorted(map(str, wheels_here()))
+    wheels = sorted(str(wheel) for wheel in (FOLDER / "engine").glob("*.whl"))
     here = wheels and sys.version_info[:2] == ENGINE_PYTHON
     wanted = ["--no-index", *wheels] if here else listed("needs.txt")
     of = "\n".join([sys.version, *wanted])
@@ -102,8 +102,7 @@ def fetch_engine() -> None:
     platforms = [f"--platform={platform}_x86_64" for platform in PLATFORMS]
     version = "".join(map(str, ENGINE_PYTHON))
     for name in listed("engine_wheels.txt"):
-        project, _, release = name.partition("==")
-        if any(target.glob(f"{project.replace('-', '_').lower()}-{release}-*")):
+        if any(target.glob(wheel_names(name, name.partition("==")[2]))):
             continue
         options = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", *platforms]
         options += ["--platform=any", f"--abi=cp{version}", "--abi=abi3", "--abi=none"]
@@ -111,11 +110,10 @@ def fetch_engine() -> None:
     if sys.version_info[:2] != ENGINE_PYTHON:
         return
     # What most environments with PyTorch and transformers have, and this one has not.
-    projects = {wheel.name.partition("-")[0].replace("_", "-").lower() for wheel in wheels_here()}
     absent = [
         name
         for name in listed("needs.txt")
-        if name.partition("==")[0].lower() not in projects and not is_installed(name)
+        if not any(target.glob(wheel_names(name))) and not is_installed(name)
     ]
     options = ["--no-deps", "--only-binary=:all:", "--retries=0", "--dest", str(target)]
     if absent and not run_pip("download", *options, *absent):

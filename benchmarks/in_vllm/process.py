@@ -1,8 +1,8 @@
 """One engine, started as a user starts it: `python -m benchmarks.in_vllm.process NAME MODEL`.
 
 The last line is what was seen, in JSON. vLLM finds the plugin by its entry point; the first answers
-come from an engine that nothing of this folder has touched. Then, in the same engine, unless it
-runs --as-served, in a process of its own:
+come from an engine that nothing of this folder has touched. With --as-served that is all: such an
+engine merges in another process. Else, in the same engine:
 
 | round    | merges                                                                              |
 | -------- | ----------------------------------------------------------------------------------- |
