@@ -123,6 +123,14 @@ def make_call(
     )
 
 
+PLAIN_SHAPE = (5, 3, 64)
+
+
+def plain(device="cpu", **options) -> Call:
+    """Small tensors with nothing special about them but what `options` say."""
+    return make_call(PLAIN_SHAPE, options.pop("dtype", F32), device, **options)
+
+
 def expected_kernel(call: Call) -> str:
     """The dispatch rule of the README, written a second time."""
     output, inputs = call.output, (call.prefix_output, call.suffix_output)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from support import F32, LSES, ROWS, Call, assert_bits, check, make_call
+from support import LSES, PLAIN_SHAPE, ROWS, assert_bits, check, plain
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -13,11 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from merge_attn_states import merge_attn_states as merge
 
 OP = torch.ops.merge_attn_states.merge_attn_states
-N, H, D = 5, 3, 64
-
-
-def plain(device="cpu", **options) -> Call:
-    return make_call((N, H, D), F32, device, **options)
+N, H, D = PLAIN_SHAPE
 
 
 class Watching(TorchFunctionMode):
