@@ -23,7 +23,7 @@ MERGE_ATTN_STATES_HOST_DEVICE auto weigh(bool has_prefix, Acc prefix_lse, Acc su
 }
 
 // Reads a row's LSEs. In place the merged one replaces one of them, so a row is weighed once, by
-// the thread that then writes it.
+// the thread that then calls store_lse.
 template <class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE auto weigh_row(const MergeArgs& args, int64_t token, int64_t head) {
   const bool has_prefix = token < args.num_tokens_with_context;
@@ -31,11 +31,11 @@ MERGE_ATTN_STATES_HOST_DEVICE auto weigh_row(const MergeArgs& args, int64_t toke
                *lse_of<Acc>(args.suffix_lse, token, head));
 }
 
-// Null where the merged LSE is not asked for: nor need its logarithm be computed then.
+// Nothing where the merged LSE is not asked for: nor is its logarithm computed then.
 template <class Acc>
-MERGE_ATTN_STATES_HOST_DEVICE Acc* output_lse_of(const MergeArgs& args, int64_t token,
-                                                 int64_t head) {
-  return args.output_lse.data == nullptr ? nullptr : lse_of<Acc>(args.output_lse, token, head);
+MERGE_ATTN_STATES_HOST_DEVICE void store_lse(const MergeArgs& args, int64_t token, int64_t head,
+                                             const MergedLse<ScalarMath<Acc>, Acc>& merged) {
+  if (args.output_lse.data != nullptr) *lse_of<Acc>(args.output_lse, token, head) = merged.lse();
 }
 
 }  // namespace merge_attn_states

@@ -31,12 +31,6 @@ struct RowInBlock {
   Out* output;
 };
 
-template <class Acc>
-struct LseOfThread {
-  MergedLse<ScalarMath<Acc>, Acc> merged;
-  Acc* output;
-};
-
 // kElements > 1: the elements of a row lie side by side, in aligned packs of that many. Registers
 // are left to the compiler: held to 40, it computes each place twice, 406 instructions a round of
 // single elements instead of 286 (sm_90, nvcc 13.0).
@@ -45,7 +39,7 @@ __global__ void __launch_bounds__(kGenericThreads)
     merge_generic(const __grid_constant__ MergeArgs args, const __grid_constant__ RowTile tile) {
   using Acc = typename Accumulate<In>::type;
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];
-  __shared__ LseOfThread<Acc> lses[kGenericMaxRows];
+  __shared__ MergedLse<ScalarMath<Acc>, Acc> lses[kGenericMaxRows];  // each for its own thread
   const int64_t num_rows = args.num_tokens * args.num_heads;
   wait_for_previous();
   const Scale scale = Scale::of<Out>(args.output_scale);
@@ -58,15 +52,15 @@ __global__ void __launch_bounds__(kGenericThreads)
     const int64_t count = min(int64_t{tile.rows}, num_rows - first);
     __syncthreads();  // the rows of the round before are done with
     const bool weighs = threadIdx.x < count;
+    const int64_t mine = first + threadIdx.x;
+    const auto token_of_mine = [&] {
+      return tile.few_rows ? int64_t{tile.heads.quotient(static_cast<uint32_t>(mine))}
+                           : mine / args.num_heads;
+    };
     if (weighs) {
-      const int64_t mine = first + threadIdx.x;
-      const int64_t token = tile.few_rows
-                                ? int64_t{tile.heads.quotient(static_cast<uint32_t>(mine))}
-                                : mine / args.num_heads;
-      const int64_t head = mine - token * args.num_heads;
-      const auto merged = weigh_row<Acc>(args, token, head);
-      lses[threadIdx.x] = {.merged = merged, .output = output_lse_of<Acc>(args, token, head)};
-      rows[threadIdx.x] = {.weights = merged.weights,
+      const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
+      lses[threadIdx.x] = weigh_row<Acc>(args, token, head);
+      rows[threadIdx.x] = {.weights = lses[threadIdx.x].weights,
                            .prefix = row_of<In>(args.prefix_output, token, head),
                            .suffix = row_of<In>(args.suffix_output, token, head),
                            .output = row_of<Out>(args.output, token, head)};
@@ -102,9 +96,10 @@ __global__ void __launch_bounds__(kGenericThreads)
       }
     }
     // After the packs: in front of the barrier its logarithm would keep every thread waiting.
-    if (!weighs) continue;
-    const LseOfThread<Acc>& lse = lses[threadIdx.x];
-    if (lse.output != nullptr) store_global(lse.output, lse.merged.lse());
+    if (weighs) {
+      const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
+      store_lse(args, token, head, lses[threadIdx.x]);
+    }
   }
 }
 

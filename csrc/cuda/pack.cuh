@@ -111,9 +111,6 @@ __device__ inline void store_global(uint4* to, uint4 w) {
 __device__ inline void store_global(uint2* to, uint2 w) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w.x), "r"(w.y) : "memory");
 }
-__device__ inline void store_global(float* to, float w) {
-  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(w) : "memory");
-}
 template <class Word>
 __device__ void store_global(Word* to, Word w) {
   *to = w;
