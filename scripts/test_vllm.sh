@@ -6,6 +6,10 @@ set -eu
 cd "$(dirname "$0")/.."
 python=$1
 "$python" -m benchmarks.in_vllm.packages
+"$python" -c "import merge_attn_states" 2> /dev/null || {
+  scripts/build.sh "$python"
+  export PYTHONPATH="python${PYTHONPATH:+:$PYTHONPATH}"
+}
 "$python" -c "import torch; raise SystemExit(not torch.cuda.is_available())" || {
   echo "merge_attn_states: no GPU here, so the CPU's part is tested"
   export VLLM_TARGET_DEVICE=cpu

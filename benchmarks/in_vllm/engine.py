@@ -29,7 +29,7 @@ from ..measure import Record, rounded
 from ..results import Results
 from ..timing import Timing
 from .packages import ENGINE as RELEASE
-from .packages import ENGINE_PYTHON, FLASH_ATTENTION, FOLDER, OP_LIBRARY
+from .packages import ENGINE_PYTHON, FLASH_ATTENTION, FOLDER, OP_LIBRARY, missing_wheels
 from .process import differences
 from .scenarios import SCENARIOS, save_model
 
@@ -69,8 +69,9 @@ def fetch() -> None:
     fetched = subprocess.run(command, cwd=ROOT, check=False)
     absent = [f"  {RELEASE}/{path}: {what}" for path, what in NEEDED.items()
               if not (FOLDER / RELEASE / path).is_file()]  # fmt: skip
+    absent += [f"  engine/: a wheel of {name}" for name in missing_wheels()]
     if not (FOLDER / "needs" / "made_of").is_file():
-        absent.append("  engine/*.whl, needs/: the wheels of benchmarks/in_vllm/engine_wheels.txt")
+        absent.append("  needs/: what those wheels install")
     if absent:
         raise SystemExit("\n".join(["benchmarks: .cache/vllm lacks, of vLLM:", *absent]))
     if fetched.returncode:
@@ -139,6 +140,7 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
                 | rounded(Timing(median, low, high))
             )
         steps = [sum(one["steps_us"]) for one in rounds]
+        step_low, step_median, step_high = statistics.quantiles(steps, n=4, method="inclusive")
         merges = [sum(map(sum, one["calls_us"].values())) for one in rounds]
         count = len(rounds[0]["steps_us"])
         shares = [merge / step for merge, step in zip(merges, steps, strict=True)]
@@ -147,7 +149,9 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
             {
                 "case": "all steps", "regime": "share", "provider": provider,
                 "rounds": len(rounds), "steps": count, "merges": gpu["merges"],
-                "step_us": round(statistics.median(steps) / count, 1),
+                "step_us": round(step_median / count, 1),
+                "step_low_us": round(step_low / count, 1),
+                "step_high_us": round(step_high / count, 1),
                 "merge_share_of_wall": round(statistics.median(shares), 5),
                 "merge_share_of_gpu": round(gpu["merge_us"] / gpu["all_us"], 5),
                 "gpu_us_a_merge": round(gpu["merge_us"] / max(1, gpu["merges"]), 3),

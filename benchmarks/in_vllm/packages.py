@@ -91,9 +91,22 @@ def fetch_needs() -> None:
     of = "\n".join([sys.version, *wanted])
     if made.is_file() and made.read_text() == of:
         return
-    shutil.rmtree(target, ignore_errors=True)
-    pip("install", "--no-deps", "--target", str(target), *wanted)
+    unfinished = target.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pip("install", "--no-deps", "--target", str(unfinished), *wanted)
+    shutil.rmtree(target, ignore_errors=True)  # only now: what serves another Python was not lost
+    unfinished.rename(target)
     made.write_text(of)
+
+
+def missing_wheels() -> list[str]:
+    """What an engine needs and has no wheel for here."""
+    folder = FOLDER / "engine"
+    return [
+        name
+        for name in listed("engine_wheels.txt")
+        if not any(folder.glob(wheel_names(name, name.partition("==")[2])))
+    ]
 
 
 def fetch_engine() -> None:
@@ -101,9 +114,7 @@ def fetch_engine() -> None:
     target = FOLDER / "engine"
     platforms = [f"--platform={platform}_x86_64" for platform in PLATFORMS]
     version = "".join(map(str, ENGINE_PYTHON))
-    for name in listed("engine_wheels.txt"):
-        if any(target.glob(wheel_names(name, name.partition("==")[2]))):
-            continue
+    for name in missing_wheels():
         options = ["--no-deps", "--only-binary=:all:", f"--python-version={version}", *platforms]
         options += ["--platform=any", f"--abi=cp{version}", "--abi=abi3", "--abi=none"]
         pip("download", name, *options, "--dest", str(target))
