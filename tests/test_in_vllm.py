@@ -3,13 +3,15 @@
 import importlib
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from benchmark_support import HANDED_IN, ROOT
 from support import assert_bits
 
-from benchmarks.in_vllm import engine, gain, process, report, scenarios, watch
+from benchmarks.in_vllm import engine, gain, packages, process, report, scenarios, watch
 from benchmarks.in_vllm.memory import copied
 from benchmarks.in_vllm.patterns import PATTERNS
 from benchmarks.in_vllm.scenarios import SCENARIOS
@@ -260,10 +262,35 @@ def test_what_an_engine_lacks_is_said(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="this PyTorch sees no GPU"):
             engine.main([])
-    monkeypatch.setattr(engine, "FOLDER", ROOT / "nowhere")
+    for module in (engine, packages):
+        monkeypatch.setattr(module, "FOLDER", ROOT / "nowhere")
     monkeypatch.setattr(engine.subprocess, "run", lambda *_, **__: type("R", (), {"returncode": 1}))
-    with pytest.raises(SystemExit, match=r"lacks, of vLLM:\n  0.26.0/vllm/_C_stable_libtorch"):
+    with pytest.raises(SystemExit, match=r"lacks, of vLLM:\n  0.26.0/vllm/_C_stable") as caught:
         engine.fetch()
+    for name in packages.listed("engine_wheels.txt"):
+        assert f"engine/: a wheel of {name}\n" in str(caught.value)
+
+
+def test_what_was_fetched_outlives_a_fetch_that_fails(monkeypatch, tmp_path):
+    """Of another Python, say: the one that it serves shall find it again."""
+    monkeypatch.setattr(packages, "FOLDER", tmp_path)
+    monkeypatch.setattr(packages, "NEEDS", tmp_path / "needs")
+    made = tmp_path / "needs" / "made_of"
+    made.parent.mkdir()
+    made.write_text("another Python's")
+    monkeypatch.setattr(packages, "run_pip", lambda *_: False)
+    with pytest.raises(SystemExit, match="pip could not fetch that"):
+        packages.fetch_needs()
+    assert made.read_text() == "another Python's"
+
+    def install(*arguments):
+        Path(arguments[arguments.index("--target") + 1]).mkdir()
+        return True
+
+    monkeypatch.setattr(packages, "run_pip", install)
+    packages.fetch_needs()
+    assert made.read_text().startswith(sys.version)
+    assert list(tmp_path.iterdir()) == [made.parent]
 
 
 def test_the_page_names_tests_that_are_there():

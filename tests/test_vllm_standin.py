@@ -134,6 +134,20 @@ def test_what_both_refuse_raises_both_reasons(vllm):
     assert list(plugin.status().fallbacks.values()) == [2]
 
 
+def test_threads_count_every_fallback(vllm, log, monkeypatch):
+    stand_in = vllm()
+    plugin.register()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: stand_in.early_backend.by_position(*refused()), range(2000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert list(plugin.status().fallbacks.values()) == [2000]
+    assert len(log(logging.WARNING)) == 1
+
+
 @pytest.mark.parametrize(("count", "option"), [(6, {"prefill_tokens_with_context": 2}),
                                                (7, {"output_scale": torch.ones(1)})])  # fmt: skip
 def test_an_option_that_vllms_own_lacks_is_not_dropped(count, option, vllm):
@@ -196,6 +210,9 @@ def test_vllm_gets_all_back_where_no_kernel_runs(vllm, log, monkeypatch):
     state = plugin.status()
     assert not state.active
     assert state.reason.startswith("RuntimeError: cuda:0 has 7.5")
+    plugin.register()  # for good
+    assert plugin.status() == state
+    assert len(log(logging.WARNING)) == 1
 
 
 def test_what_is_raised_without_a_kernel_names_the_build():

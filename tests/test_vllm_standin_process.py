@@ -141,6 +141,20 @@ def test_info_says_what_is_replaced(vllm, monkeypatch):
     assert f"yes, {vllm_standin.VERSION}: replaces vllm._custom_ops.merge_attn_states, " in line
 
 
+def test_info_knows_where_no_kernel_would_run(vllm, monkeypatch):
+    """The plugin itself learns it from the first merge."""
+    vllm()
+    no_code = "no: cuda:0 has compute capability 7.5, for which this build holds no code"
+    for name, value in {
+        "_why_not_in_vllm": lambda: "", "_why_no_cuda": lambda *_: no_code,
+        "_device_count": lambda: 1, "_describe_gpu": str,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(_info, name, value)
+    said = {line[:22].strip(): line[22:] for line in _info.lines()}
+    assert said["cuda kernels"] == said["vllm"] == no_code
+    assert not plugin.status().active
+
+
 def test_info_says_why_vllm_does_not_find_it(vllm, monkeypatch):
     vllm()
 

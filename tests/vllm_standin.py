@@ -108,6 +108,7 @@ def vllm(tmp_path, monkeypatch):
     monkeypatch.delenv("MERGE_ATTN_STATES_VLLM", raising=False)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setattr(plugin, "_version", lambda: VERSION)
+    monkeypatch.setattr(plugin, "_cannot_run", "")
 
     def make(count=8, path=PATHS[0], **options):
         write(tmp_path, count, path, **options)

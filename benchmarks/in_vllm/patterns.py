@@ -22,7 +22,6 @@ class Pattern(NamedTuple):
     """`make` gives the arguments for a number of tokens; `by_keyword` is how they are passed."""
 
     name: str
-    caller: str
     make: Callable[[int, torch.device], Operands]
     by_keyword: bool = False
     goes_to_triton: bool = False  # in vLLM's dispatcher, on a GPU
@@ -112,13 +111,14 @@ def _odd_head_size(n: int, device: torch.device) -> Operands:
 
 
 PATTERNS = (
-    Pattern("cascade", "flash_attn.py, flashinfer.py", _plain),
-    Pattern("decode-context-parallel, output = suffix", "flash_attn.py", _onto_suffix),
-    Pattern("MLA running buffer, in place", "mla_attention.py", _running_buffer, True),
-    Pattern("MLA ping-pong buffers", "mla_attention.py before 0.33", _ping_pong, True),
-    Pattern("MLA final merge, 128 of 192 wide", "mla_attention.py", _padded, True),
-    Pattern("MLA final merge, context count", "mla_attention.py, 0.26", _with_context, True),
-    Pattern("FP8 output", "mla_attention.py, 0.26", _fp8_output, True),
-    Pattern("FP8 inputs", "FP8 attention outputs", _fp8_inputs, goes_to_triton=True),
-    Pattern("head size 100", "any backend", _odd_head_size, goes_to_triton=True),
+    Pattern("cascade", _plain),  # flash_attn.py, flashinfer.py
+    Pattern("decode-context-parallel, output = suffix", _onto_suffix),  # flash_attn.py
+    Pattern("MLA running buffer, in place", _running_buffer, True),  # mla_attention.py
+    Pattern("MLA ping-pong buffers", _ping_pong, True),  # mla_attention.py before 0.33
+    Pattern("MLA final merge, 128 of 192 wide", _padded, True),  # mla_attention.py
+    Pattern("MLA final merge, context count", _with_context, True),  # mla_attention.py, 0.26
+    # What the dispatcher takes, and no backend of these releases asks for.
+    Pattern("FP8 output", _fp8_output, True),
+    Pattern("FP8 inputs", _fp8_inputs, goes_to_triton=True),
+    Pattern("head size 100", _odd_head_size, goes_to_triton=True),
 )

@@ -25,7 +25,7 @@ RUN = "what the engine runs"
 HOSTS = (RUN, "merge", "calls timed", "host us a call, without", "with", "")
 SHARES = (
     *(RUN, "merges a round", "GPU us a merge, without", "with"),
-    *("ms a step, without", "with", "share of the wall time, without", "with"),
+    *("ms a step (quartiles), without", "with", "share of the wall time, without", "with"),
     *("share of the GPU's time, without", "with"),
 )
 ERRORS = (
@@ -123,13 +123,8 @@ def _shares(records: Sequence[Record]) -> Iterator[str]:
     """Of all merges of an engine together."""
     share = {r["provider"]: r for r in records if r["regime"] == ENGINE_CASES}
     yield str(share["ours"]["merges"])
-    for name, shown in (
-        ("gpu_us_a_merge", microseconds),
-        ("step_us", _milliseconds),
-        ("merge_share_of_wall", _percent),
-        ("merge_share_of_gpu", _percent),
-    ):
-        yield from (shown(share[provider][name]) for provider in ("vllm", "ours"))
+    for shown in (_gpu_us, _step, _share_of_wall, _share_of_gpu):
+        yield from (shown(share[provider]) for provider in ("vllm", "ours"))
 
 
 def _errors(records: Sequence[Record]) -> Iterator[list[str]]:
@@ -155,8 +150,23 @@ def _answers(records: Sequence[Record]) -> Iterator[list[str]]:
             yield [record["case"], same, str(record["compared_logprobs"]), apart]
 
 
-def _milliseconds(us: float) -> str:
-    return number(us / 1e3)
+def _gpu_us(record: Record) -> str:
+    return microseconds(record["gpu_us_a_merge"])
+
+
+def _step(record: Record) -> str:
+    """Milliseconds, with the quartiles where the file has them: "5.57 (5.49-5.66)"."""
+    quartiles = [record[name] for name in ("step_low_us", "step_high_us") if name in record]
+    spread = "-".join(number(us / 1e3) for us in quartiles)
+    return number(record["step_us"] / 1e3) + (f" ({spread})" if spread else "")
+
+
+def _share_of_wall(record: Record) -> str:
+    return _percent(record["merge_share_of_wall"])
+
+
+def _share_of_gpu(record: Record) -> str:
+    return _percent(record["merge_share_of_gpu"])
 
 
 def _percent(value: float) -> str:

