@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string_view>
+#include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -73,15 +75,25 @@ void RunningTorch::find() {
     why_not_ = "MERGE_ATTN_STATES_FAST_PATH=0";  // and nothing of PyTorch has been touched
     return;
   }
+  // In a thread of its own, where no mode is on: whoever imports this may be inside inference mode,
+  // a FakeTensorMode or torch.func.
+  const auto prove = [this] {
+    const py::gil_scoped_acquire interpreter;
+    try {
+      look_up();
+      find_handle();
+      prove_tensors();
+      prove_thread();
+      why_not_.clear();
+    } catch (const std::exception& error) {  // py::error_already_set is one
+      why_not_ = error.what();
+    }
+  };
+  const py::gil_scoped_release released;
   try {
-    look_up();
-    const With ordinary(torch_c("_InferenceMode")(false));
-    find_handle();
-    prove_tensors();
-    prove_thread();
-    why_not_.clear();
-  } catch (const std::exception& error) {  // py::error_already_set is one
-    why_not_ = error.what();
+    std::thread(prove).join();
+  } catch (const std::system_error& error) {
+    why_not_ = std::string("no thread can be started: ") + error.what();
   }
 }
 

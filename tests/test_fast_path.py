@@ -4,6 +4,7 @@ What it leaves to torch.ops is in test_fast_path_aside.py, a million calls and m
 test_fast_path_load.py.
 """
 
+import inspect
 import subprocess
 import sys
 
@@ -236,13 +237,28 @@ def test_without_it_every_call_goes_through_torch_ops(missing, child_environment
         assert "no: MERGE_ATTN_STATES_FAST_PATH=0;" in ran.stdout
 
 
-@pytest.mark.parametrize("context", ["inference_mode()", "no_grad()", "device('meta')"])
-def test_it_is_there_wherever_the_package_is_imported(context, child_environment):
-    load = "import torch\nwith torch." + context + ":\n    from merge_attn_states import ops\n"
+def imported(x):
+    from merge_attn_states import ops
+
+    assert ops._fast is not None
+    return x
+
+
+IMPORTS = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+""" + inspect.getsource(imported)
+WITH = ["torch.inference_mode()", "torch.no_grad()", "torch.device('meta')", "FakeTensorMode()"]
+INSIDE = ["torch.vmap", "torch.func.grad", "torch.func.functionalize", "make_fx"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [f"with {context}: imported(0)" for context in WITH]
+    + [f"{transform}(lambda x: imported(x).sum())(torch.ones(2))" for transform in INSIDE],
+)
+def test_it_is_there_wherever_the_package_is_imported(use, child_environment):
     if load_python_module()[0] is None:
         pytest.skip("_C is not built for this CPython")
-    subprocess.run(
-        [sys.executable, "-c", load + "assert ops._fast is not None"],
-        env=child_environment,
-        check=True,
-    )
+    subprocess.run([sys.executable, "-c", IMPORTS + use], env=child_environment, check=True)
