@@ -5,6 +5,8 @@
 // neighbours on neighbouring elements: eight bytes at a time where the layout allows, else one. In
 // place is safe: a row belongs to one block, its LSEs are read before the barrier by the thread
 // that writes the merged one after it, and an element is read and written by one thread.
+#include <algorithm>
+
 #include "../rows.h"
 #include "fast_division.h"
 #include "launch.h"

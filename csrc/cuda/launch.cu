@@ -10,6 +10,7 @@
 
 #include "../kernels.h"
 #include "launch.h"
+#include "tuning.h"
 
 namespace merge_attn_states::cuda {
 namespace {

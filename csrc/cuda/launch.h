@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../merge_args.h"
-#include "tuning.h"
+#include "tile.h"
 
 namespace merge_attn_states::cuda {
 

@@ -1,54 +1,34 @@
 // Which tile the vectorized kernel takes and how many rows the generic one: every measured number
-// of the CUDA side, and nothing else.
+// of the CUDA side but those that kernels are compiled for (tile.h), and nothing else.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
 
-#include "../merge_args.h"
+#include "tile.h"
 
 namespace merge_attn_states::cuda {
-
-// A block of the vectorized kernel takes 2^token_bits tokens x 2^head_bits heads, one 16-byte pack
-// a thread or two.
-struct Tile {
-  int token_bits;
-  int head_bits;
-  int threads;
-  int packs_a_thread;
-  bool tokens_first;    // which axis consecutive blocks walk along
-  bool launches_early;  // lets the next kernel start behind its loads, not behind its weights
-
-  int64_t rows() const { return int64_t{1} << (token_bits + head_bits); }
-  int64_t token_tiles(int64_t tokens) const { return tiles(tokens, token_bits); }
-  int64_t head_tiles(int64_t heads) const { return tiles(heads, head_bits); }
-
- private:
-  static int64_t tiles(int64_t count, int bits) { return ((count - 1) >> bits) + 1; }
-};
 
 // Every figure: bfloat16, our bytes a second over the triad's, warm / cold, H100 (a) or H200 (b),
 // benchmarks/tune.cu, 2026-11-24 where no other day stands. Beside each its alternative. All are
 // older than the merged LSE of log_sum_exp.h, unless it is named.
-
-// With 1,024 threads 0.86 to 0.93 warm and below 12 MB. A wider row loops.
-inline constexpr int kMaxThreads = 512;
 
 // The packs that an H100's or H200's 132 multiprocessors hold at a time, one a thread.
 inline constexpr int64_t kResidentPacks = 132 * 2048;
 
 // Up to this all blocks start at once, and what binds is the launch: 256 threads, and the next
 // kernel's launch begun behind the loads. 256x16x128 (b) 1.00 / 1.07, begun behind the weights
-// 0.97 / 0.95; 16x16x128 (b) 1.02 / 1.11. From 640x16x128 on it is worse warm, 0.81 for 0.90.
+// 0.97 / 0.95; 16x16x128 (b) 1.02 / 1.11. Larger, warm (a, 2026-11-25): 512x16x128 0.905
+// and 0.87, 768x16x128 0.89 and 0.91.
 inline constexpr int64_t kSmallPacks = kResidentPacks * 6 / 10;
 inline constexpr int kSmallThreads = 256;
 
-// With a block or less a multiprocessor, 128 threads: (b) 16x16x128 1.12 / 1.12 and 1.02 / 1.11 of
-// 256 threads, 64x16x128 1.20 / 1.10 and 1.06 / 1.11, 128x16x128 1.10 / 1.09 and 1.06 / 1.07. But
-// 256x16x128 0.82 / 1.07 and 1.00 / 1.07. With that LSE, (a), 2026-11-25, warm, 128, 256
-// and 512 threads: 128x16x128 1.02, 0.97, 0.98; 256x16x128 1.00, 0.99, 0.91; 512x16x128 0.90,
-// 0.905, 0.88.
+// With a block of 256 threads or less a multiprocessor, 128 threads: (b) 16x16x128 1.12 / 1.12
+// and 1.02 / 1.11 of 256 threads, 64x16x128 1.20 / 1.10 and 1.06 / 1.11, 128x16x128 1.10 / 1.09
+// and 1.06 / 1.07. But 256x16x128 0.82 / 1.07 and 1.00 / 1.07. With that LSE, (a), 2026-11-25,
+// warm, 128, 256 and 512 threads: 128x16x128 1.02, 0.97, 0.98; 256x16x128 1.00, 0.99, 0.91;
+// 512x16x128 0.90, 0.905, 0.88.
 inline constexpr int64_t kTinyPacks = 128 * 256;
 inline constexpr int kTinyThreads = 128;
 
@@ -87,15 +67,6 @@ constexpr int bits_covering(int64_t value) {  // ceil(log2(value)), value > 0
 constexpr int head_bits_of_rows(int64_t packs_per_row) {
   if (is_power_of_two(packs_per_row)) return packs_per_row >= 8 ? 0 : 4 - bits_below(packs_per_row);
   return packs_per_row < 16 ? 2 : 1;
-}
-
-// All three [N, H, D] operands have the same strides, and heads lie closer than tokens.
-inline bool is_plain(const MergeArgs& args, const Tile& tile) {
-  const auto same = [&](const Rows& other) {
-    return other.token_stride == args.prefix_output.token_stride &&
-           other.head_stride == args.prefix_output.head_stride;
-  };
-  return !tile.tokens_first && same(args.suffix_output) && same(args.output);
 }
 
 inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
@@ -153,17 +124,8 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
 // and rows enough for one round of every thread. 8192x32x128 e4m3 cold (a): 64 rows, 8192 elements,
 // 0.82; 32 rows 0.65; packs of 16 bytes and 128 rows 0.90, for which a third kernel a dtype would
 // have to take what is aligned to 8. bfloat16 aligned to 8: 4096 elements 0.96, 8192 0.94. All of
-// 2026-11-25. For the threads and the packs in flight there is no figure.
-struct GenericShape {
-  int32_t rows;           // of a block
-  int32_t pack_elements;  // 1: any layout
-};
-
-inline constexpr int kGenericThreads = 256;
-inline constexpr int kGenericUnroll = 4;  // packs of a thread whose loads are in flight together
-inline constexpr int64_t kGenericPackBytes = 8;
+// 2026-11-25.
 inline constexpr int64_t kGenericElements = 4096;  // wanted of a block, where there are rows enough
-inline constexpr int64_t kGenericMaxRows = 64;
 // A block for each of an H100's or H200's multiprocessors, before one gets more rows. Microseconds
 // cold / warm (H100, 2026-11-25): 16x16x128 e4m3 2.64 / 2.18 instead of 3.73 / 2.97, 128x16x128
 // e4m3 2.95 / 2.29 instead of 4.11 / 3.08, 16x16x101 2.56 / 2.09 instead of 6.23 / 4.70, of which a

@@ -1,0 +1,53 @@
+// What a launch is told: how the work is cut. The numbers here are those that the kernels are
+// compiled for; which cut serves which shape is for tuning.h.
+#pragma once
+
+#include <cstdint>
+
+#include "../merge_args.h"
+
+namespace merge_attn_states::cuda {
+
+// Of a block of the vectorized kernel. With 1,024 0.86 to 0.93 of the triad, warm and below 12 MB
+// (H100, 2026-11-24). A wider row loops.
+inline constexpr int kMaxThreads = 512;
+
+// A block of the vectorized kernel takes 2^token_bits tokens x 2^head_bits heads, one 16-byte pack
+// a thread or two.
+struct Tile {
+  int token_bits;
+  int head_bits;
+  int threads;
+  int packs_a_thread;
+  bool tokens_first;    // which axis consecutive blocks walk along
+  bool launches_early;  // lets the next kernel start behind its loads, not behind its weights
+
+  int64_t rows() const { return int64_t{1} << (token_bits + head_bits); }
+  int64_t token_tiles(int64_t tokens) const { return tiles(tokens, token_bits); }
+  int64_t head_tiles(int64_t heads) const { return tiles(heads, head_bits); }
+
+ private:
+  static int64_t tiles(int64_t count, int bits) { return ((count - 1) >> bits) + 1; }
+};
+
+// All three [N, H, D] operands have the same strides, and heads lie closer than tokens.
+inline bool is_plain(const MergeArgs& args, const Tile& tile) {
+  const auto same = [&](const Rows& other) {
+    return other.token_stride == args.prefix_output.token_stride &&
+           other.head_stride == args.prefix_output.head_stride;
+  };
+  return !tile.tokens_first && same(args.suffix_output) && same(args.output);
+}
+
+// Of the generic kernel. For the threads and the packs in flight there is no figure.
+inline constexpr int kGenericThreads = 256;
+inline constexpr int kGenericUnroll = 4;  // packs of a thread whose loads are in flight together
+inline constexpr int64_t kGenericPackBytes = 8;
+inline constexpr int64_t kGenericMaxRows = 64;
+
+struct GenericShape {
+  int32_t rows;           // of a block
+  int32_t pack_elements;  // 1: any layout
+};
+
+}  // namespace merge_attn_states::cuda
