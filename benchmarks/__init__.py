@@ -11,7 +11,7 @@
     host.py         eager calls, in processes of their own; bare_launch.cu is their floor
     environment.py  GPU, clocks, versions, the hashes of the sources
     results.py      the JSON file, and how runs merge into it
-    run.py          the command that measures
+    run.py          the command that measures; argument_types.py, what all commands are given
     targets.py      what we ask of ourselves: target_list.py, of the kinds in target_kinds.py
     tables.py       results as tables
     in_vllm/        the merge inside vLLM, with and without the plugin: docs/vllm.md

@@ -2,7 +2,8 @@
 
 One process can hold one of them, so each is measured in processes of its own, in turn, against the
 same limit (the triad; on a CPU torch.add): what is compared is the share of the limit, since a
-process's clocks differ from the next one's.
+process's clocks differ from the next one's. Calls go through torch.ops, since _C belongs to one op
+library: on a CPU a small call's time is mostly its way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from merge_attn_states._library import OP_LIBRARY
 
+from . import argument_types
 from .cases import GROUPS, quick
 from .host import run_processes
 from .measure import measure
@@ -62,30 +64,35 @@ def with_library(library: Path, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
-    parser.add_argument("libraries", type=Path, nargs="*", metavar="LIBRARY", help="two or more")
+    parser.add_argument(
+        "libraries", type=argument_types.file, nargs="*", metavar="LIBRARY", help="two or more"
+    )
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=["small", "warm", "layouts"])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default))
-    parser.add_argument("--turns", type=int, default=2, help="processes of each, default 2")
-    parser.add_argument("--rounds", type=int, default=9, help="timed in each, default 9")
+    argument_types.add_device(parser)
+    number = argument_types.positive
+    parser.add_argument("--turns", type=number, default=2, help="processes of each, default 2")
+    parser.add_argument("--rounds", type=number, default=9, help="timed in each, default 9")
+    parser.add_argument("--process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     options = parser.parse_args(arguments)
-    if not options.libraries:  # one of the processes
+    if options.process:  # one of those that measure
         found = measured(options.only, options.device, options.quick, options.rounds)
         print(json.dumps(found))
         return 0
-    given = ["--only", *options.only, "--device", str(options.device)]
+    if len(options.libraries) < 2:
+        parser.error("expected two op libraries or more")
+    given = ["--process", "--only", *options.only, "--device", str(options.device)]
     given += ["--rounds", str(options.rounds), *(["--quick"] if options.quick else [])]
     seen: list[list[Shares]] = [[] for _ in options.libraries]
     with tempfile.TemporaryDirectory() as folder:
         paths = [
-            with_library(library, Path(folder, str(index)))
+            with_library(Path(library), Path(folder, str(index)))
             for index, library in enumerate(options.libraries)
         ]
         for _ in range(options.turns):
             for path, one in zip(paths, seen, strict=True):
                 one += run_processes("benchmarks.compare", given, 1, first_on_path=path)
-    print(table([str(library) for library in options.libraries], seen))
+    print(table(options.libraries, seen))
     return 0
 
 

@@ -18,6 +18,7 @@ from .providers import flashinfer_version
 
 ROOT = Path(__file__).resolve().parents[1]
 TREES = ("csrc", "python")
+NO_SOURCES = ("*.so", "__pycache__", "*.egg-info")  # what a build leaves there
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 
 
@@ -32,21 +33,46 @@ def git(*arguments: str) -> str | None:
     return ran.stdout.strip()
 
 
+def tree_hash(folder: Path) -> str:
+    """What git would call these files: `git rev-parse HEAD:folder` where they are the committed."""
+
+    def digest(kind: str, content: bytes) -> bytes:
+        return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).digest()
+
+    nothing = digest("tree", b"")  # git keeps no empty folder
+    entries = []
+    for path in folder.iterdir():
+        if any(path.match(pattern) for pattern in NO_SOURCES):
+            continue
+        name = path.name.encode()
+        if path.is_dir():
+            if (inner := bytes.fromhex(tree_hash(path))) != nothing:
+                entries.append((name + b"/", b"40000", name, inner))
+        else:
+            entries.append((name, b"100644", name, digest("blob", path.read_bytes())))
+    return digest("tree", b"".join(b"%s %s\0%s" % entry[1:] for entry in sorted(entries))).hex()
+
+
 def source_trees(given: str | None) -> dict[str, Any]:
-    """The commit and the hashes of the source trees measured, from git or as handed in.
+    """The commit and the hashes of the source trees measured, and whether they are that commit's.
 
     Raises
     ------
     SystemExit
-        There is no git and not everything is handed in.
+        There is no git and not everything is handed in; or what is handed in are other sources.
     """
+    trees = {tree: tree_hash(ROOT / tree) for tree in TREES}
+    built_dirty = merge_attn_states.build_info()["commit"].endswith("-dirty")
     if given:
         pairs = dict(entry.partition("=")[::2] for entry in given.split(","))
-        if set(pairs) - {"dirty"} != {*TREES, "commit"}:
+        if set(pairs) != {*TREES, "commit"} or not all(pairs.values()):
             raise SystemExit(
                 f"--source-trees: expected csrc=HASH,python=HASH,commit=HASH, got {given!r}"
             )
-        return {**pairs, "dirty": bool(pairs.get("dirty"))}
+        for tree, here in trees.items():
+            if pairs[tree] != here:
+                raise SystemExit(f"--source-trees: {tree} is {here} here, not {pairs[tree]}")
+        return {**pairs, "dirty": built_dirty}
     commit = git("rev-parse", "HEAD")
     if commit is None:
         raise SystemExit(
@@ -54,13 +80,13 @@ def source_trees(given: str | None) -> dict[str, Any]:
             "--source-trees csrc=HASH,python=HASH,commit=HASH "
             "(git rev-parse HEAD:csrc HEAD:python HEAD)"
         )
-    trees = {tree: git("rev-parse", f"HEAD:{tree}") for tree in TREES}
-    return {**trees, "commit": commit, "dirty": bool(git("status", "--porcelain", "--", *TREES))}
+    changed = any(git("rev-parse", f"HEAD:{tree}") != here for tree, here in trees.items())
+    return {**trees, "commit": commit, "dirty": changed or built_dirty}
 
 
 def built_from_elsewhere(trees: dict[str, Any]) -> str:
     """Say whether the binary was built from another csrc than is recorded; empty if not known."""
-    built = merge_attn_states.build_info()["commit"]
+    built = merge_attn_states.build_info()["commit"].removesuffix("-dirty")
     tree = git("rev-parse", f"{built}:csrc")
     if tree is None or tree == trees["csrc"]:
         return ""
@@ -88,13 +114,18 @@ def identity(
     }
 
 
+def machine() -> dict[str, Any]:
+    """What must agree too, and is told of each group."""
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads()}
+
+
 def circumstances(device: torch.device, commit: str) -> dict[str, Any]:
     """What a group was measured under; it may differ between the groups of one file."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "commit": commit,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
+        "built_from": merge_attn_states.build_info()["commit"],
+        **machine(),
         "clocks": clocks_under_load(device) if device.type == "cuda" else {},
     }
 

@@ -32,13 +32,15 @@ def load(paths: Sequence[Path]) -> list[Results]:
     Raises
     ------
     SystemExit
-        One of them is of --quick: it measures nothing.
+        One of them is empty, or of --quick, which measures nothing.
     """
     machines = []
     for path in sorted(paths):
         results = Results.load(path)
         if results.environment.get("quick"):
             raise SystemExit(f"{path} is of --quick, which measures nothing: not published")
+        if not results.runs:
+            raise SystemExit(f"{path} holds no runs")
         machines.append(results)
     return machines
 
@@ -125,6 +127,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
     options = parser.parse_args(arguments)
     machines = load(options.files or list(RESULTS.glob("*.json")))
+    names = [results.gpu for results in machines]
+    if again := {name for name in names if names.count(name) > 1}:
+        raise SystemExit(f"benchmarks: more than one file is of {', '.join(again)}")
     if options.check:
         found = list(differences(machines, options.root))
         print("\n".join(found) or "published as measured")

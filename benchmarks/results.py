@@ -2,7 +2,7 @@
 
     {"schema": 1,
      "environment": {gpu, driver, torch, ..., trees: {csrc, python}, dirty},  agrees for all groups
-     "runs": {group: {date, commit, cpu, threads, clocks, seconds, missing: {provider: why}}},
+     "runs": {group: {date, commit, built_from, cpu, threads, clocks, seconds, missing: {who: why}}}
      "records": [{group, case, regime, provider, bytes, median_us, low_us, high_us, ...}]}
 
 A record has the case's fields (tokens, heads, head_size; those with their default value left out:
@@ -40,12 +40,17 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema") != SCHEMA:
-            raise SystemExit(f"{path}: expected schema {SCHEMA}, got {data.get('schema')}")
-        results = cls(data["environment"])
-        results.runs = data["runs"]
-        results._hold(data["records"])
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            schema = data["schema"]
+            results = cls(data["environment"])
+            results.runs = data["runs"]
+            results._hold(data["records"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise SystemExit(f"{path} is no results file: {said}") from error
+        if schema != SCHEMA:
+            raise SystemExit(f"{path}: expected schema {SCHEMA}, got {schema}")
         return results
 
     def save(self, path: Path) -> None:
@@ -66,12 +71,16 @@ class Results:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
 
-    def refuses(self, environment: dict[str, Any]) -> str:
-        """Why results of that environment may not stand in this file; empty where they may."""
+    def refuses(self, environment: dict[str, Any], machine: dict[str, Any]) -> str:
+        """Why results of there may not stand in this file; empty where they may."""
         for key, here in self.environment.items():
-            there = environment[key]
+            there = environment.get(key)
             if here != there and not (key in MAY_BE_MISSING and None in (here, there)):
                 return f"{key} is {there!r} now and {here!r} in the file"
+        for group, run in self.runs.items():
+            for key, there in machine.items():
+                if run.get(key) != there:
+                    return f"{key} is {there!r} now and {run.get(key)!r} in the file's {group}"
         return ""
 
     def add(self, group: str, environment: dict[str, Any], run: Record, made: list[Record]) -> None:

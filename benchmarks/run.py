@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import merge_attn_states
 
-from . import environment
+from . import argument_types, environment, vllm
 from .cases import ALL_GROUPS, GROUPS, quick
 from .host import measure_host
 from .measure import Record, measure
@@ -32,8 +31,7 @@ torch.add(out=) of the same dtype. `python -m benchmarks report` publishes resul
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--device", type=torch.device, default=torch.device(default))
+    argument_types.add_device(made)
     made.add_argument(
         "--only",
         nargs="+",
@@ -43,12 +41,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--output",
-        type=Path,
+        type=argument_types.result_file,
         metavar="FILE",
         help="merge the groups into this JSON file; refused where GPU, versions or sources differ",
     )
     made.add_argument(
         "--vllm-op-library",
+        type=argument_types.file,
         metavar="PATH",
         help="measure vLLM's compiled op alone: _C_stable_libtorch.abi3.so out of its wheel",
     )
@@ -59,13 +58,17 @@ def parser() -> argparse.ArgumentParser:
         help="where there is no git: what git rev-parse HEAD:csrc, HEAD:python and HEAD say",
     )
     made.add_argument("--dirty", action="store_true", help="record results of changed sources")
-    made.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed, default {ROUNDS}")
+    made.add_argument(
+        "--rounds", type=argument_types.positive, default=ROUNDS, help=f"timed, default {ROUNDS}"
+    )
     made.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
     return made
 
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
+    if options.vllm_version and not options.vllm_op_library:
+        raise SystemExit("benchmarks: --vllm-version is of --vllm-op-library, which is not given")
     device: torch.device = options.device
     if device.type == "cuda":
         prepare_gpu(device)
@@ -101,8 +104,10 @@ def prepare_gpu(device: torch.device) -> None:
 def current(
     options: argparse.Namespace, device: torch.device, trees: dict[str, Any]
 ) -> dict[str, Any]:
-    found = environment.identity(device, trees, options.vllm_version, options.vllm_op_library)
-    return found | {"quick": options.quick}
+    library, version = options.vllm_op_library, options.vllm_version
+    if device.type == "cuda" and library and vllm.load(library):
+        library = version = None  # it cannot be measured: missing_providers says why
+    return environment.identity(device, trees, version, library) | {"quick": options.quick}
 
 
 def open_results(
@@ -119,14 +124,17 @@ def open_results(
     trees = environment.source_trees(options.source_trees)
     trees["dirty"] |= options.dirty
     if trees["dirty"] and not options.dirty:
-        raise SystemExit("benchmarks: csrc or python has changes; commit them, or say --dirty")
+        raise SystemExit(
+            "benchmarks: csrc or python has changes, or had when the binary was built; commit them "
+            "and build again, or say --dirty"
+        )
     if why := environment.built_from_elsewhere(trees):
         raise SystemExit(f"benchmarks: {why}")
     here = current(options, device, trees)
     if not options.output.exists():
         return Results(here), here, trees["commit"]
     results = Results.load(options.output)
-    if why := results.refuses(here):
+    if why := results.refuses(here, environment.machine()):
         raise SystemExit(f"benchmarks: {options.output} holds other results: {why}")
     return results, here, trees["commit"]
 

@@ -9,11 +9,14 @@ if str(ROOT) not in sys.path:  # the benchmark belongs to the source tree, not t
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.cases import COMPILED, GROUPS, HOST_CASE  # noqa: E402
+from benchmarks.environment import tree_hash  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 
 NAMES = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}
 TREES = {"csrc": "c" * 40, "python": "d" * 40}
-HANDED_IN = f"csrc={TREES['csrc']},python={TREES['python']},commit={'e' * 40}"
+HANDED_IN = ",".join(
+    [*(f"{tree}={tree_hash(ROOT / tree)}" for tree in TREES), f"commit={'e' * 40}"]
+)
 
 # Microseconds before the first byte, cold and warm terabytes a second.
 MODELS = {

@@ -29,7 +29,7 @@ def no_git(monkeypatch):
 
 
 def quick(output, *arguments):
-    common = ["--quick", "--device", "cpu", "--rounds", "1", "--output", str(output)]
+    common = ["--quick", "--device", "cpu", "--rounds", "1", "--output", str(output), "--dirty"]
     return run.main([*common, "--source-trees", HANDED_IN, *arguments])
 
 
@@ -62,13 +62,6 @@ def test_quick_run_in_pieces(no_git, tmp_path, capsys):
         report.load([file])
 
 
-def test_without_git_the_hashes_are_asked_for(no_git, tmp_path):
-    with pytest.raises(SystemExit, match="must be handed in"):
-        run.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "results.json")])
-    with pytest.raises(SystemExit, match="expected csrc=HASH,python=HASH,commit=HASH"):
-        environments.source_trees("csrc=1")
-
-
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -87,9 +80,17 @@ def test_without_git_the_hashes_are_asked_for(no_git, tmp_path):
     ],
 )
 def test_merge_refusals(changed, said):
-    refusal = synthetic("H100").refuses(environment("H100", **changed))
+    refusal = synthetic("H100").refuses(environment("H100", **changed), {})
     assert refusal.startswith(said)
     assert bool(refusal) == bool(said)
+
+
+def test_groups_of_another_processor_are_refused(no_git, tmp_path, monkeypatch):
+    file = tmp_path / "results.json"
+    assert quick(file, "--only", "cpu") == 0
+    monkeypatch.setattr(environments, "cpu_name", lambda: "another processor")
+    with pytest.raises(SystemExit, match=r"cpu is 'another processor' now and .* in the file's"):
+        quick(file, "--only", "host")
 
 
 def test_refusal_leaves_the_file(no_git, tmp_path):
@@ -223,17 +224,6 @@ def test_two_op_libraries_side_by_side(capsys):
     assert header.split().count("limit") == 2
     assert len(rows) == len(quick_cases(GROUPS["cpu"]))
     assert rows[0].startswith("cpu: 8x4x128 fp32 cpu ")
-
-
-def test_a_binary_of_other_sources_is_refused(monkeypatch, tmp_path):
-    trees = environments.source_trees(HANDED_IN)
-    monkeypatch.setattr(environments, "git", lambda *arguments: "f" * 40)
-    assert "build again" in environments.built_from_elsewhere(trees)
-    monkeypatch.setattr(environments, "git", lambda *arguments: trees["csrc"])
-    assert environments.built_from_elsewhere(trees) == ""
-    monkeypatch.setattr(environments, "source_trees", lambda given: trees | {"dirty": True})
-    with pytest.raises(SystemExit, match="csrc or python has changes"):
-        run.main(["--device", "cpu", "--output", str(tmp_path / "results.json")])
 
 
 def test_best_of_three_processes(monkeypatch):

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .. import environment
+from .. import argument_types, environment
 from ..environment import ROOT
 from ..measure import Record, rounded
 from ..results import Results
@@ -166,7 +166,9 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON results")
+    parser.add_argument(
+        "--output", type=argument_types.result_file, metavar="FILE", help="JSON results"
+    )
     parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "vllm-engine")

@@ -16,13 +16,12 @@ import sys
 import timeit
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from merge_attn_states.integrations import vllm as plugin
 
-from .. import environment, vllm
+from .. import argument_types, environment, vllm
 from ..check import check
 from ..host import PROCESSES, Times, best_of, run_processes, tight_and_swept
 from ..measure import Record, rounded
@@ -146,11 +145,12 @@ def time_device(
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON results")
+    parser.add_argument(
+        "--output", type=argument_types.result_file, metavar="FILE", help="JSON results"
+    )
     parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
     parser.add_argument("--host-process", action="store_true", help=argparse.SUPPRESS)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=torch.device(default))
+    argument_types.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="does everything run?")
     options = parser.parse_args(arguments)
     device: torch.device = options.device
