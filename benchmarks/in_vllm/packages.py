@@ -94,9 +94,9 @@ def fetch_needs() -> None:
     unfinished = target.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     pip("install", "--no-deps", "--target", str(unfinished), *wanted)
+    (unfinished / made.name).write_text(of)
     shutil.rmtree(target, ignore_errors=True)  # only now: what serves another Python was not lost
     unfinished.rename(target)
-    made.write_text(of)
 
 
 def missing_wheels() -> list[str]:
