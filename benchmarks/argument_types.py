@@ -32,6 +32,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device, default=default, help="cuda where it can, or cpu")
 
 
+def add_results(parser: argparse.ArgumentParser, output: str) -> None:
+    """Where results go, and of which sources they are."""
+    parser.add_argument("--output", type=result_file, metavar="FILE", help=output)
+    parser.add_argument(
+        "--source-trees",
+        metavar="csrc=HASH,python=HASH,commit=HASH",
+        help="where there is no git: what git rev-parse HEAD:csrc, HEAD:python and HEAD say",
+    )
+
+
 def file(text: str) -> str:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text} is no file")

@@ -39,11 +39,8 @@ def parser() -> argparse.ArgumentParser:
         choices=ALL_GROUPS,
         help=f"measure these groups: {', '.join(ALL_GROUPS)} (default: all; cpu and host on a CPU)",
     )
-    made.add_argument(
-        "--output",
-        type=argument_types.result_file,
-        metavar="FILE",
-        help="merge the groups into this JSON file; refused where GPU, versions or sources differ",
+    argument_types.add_results(
+        made, "merge the groups into this JSON file; refused where GPU, versions or sources differ"
     )
     made.add_argument(
         "--vllm-op-library",
@@ -52,11 +49,6 @@ def parser() -> argparse.ArgumentParser:
         help="measure vLLM's compiled op alone: _C_stable_libtorch.abi3.so out of its wheel",
     )
     made.add_argument("--vllm-version", metavar="VERSION", help="of that library, for the record")
-    made.add_argument(
-        "--source-trees",
-        metavar="csrc=HASH,python=HASH,commit=HASH",
-        help="where there is no git: what git rev-parse HEAD:csrc, HEAD:python and HEAD say",
-    )
     made.add_argument("--dirty", action="store_true", help="record results of changed sources")
     made.add_argument(
         "--rounds", type=argument_types.positive, default=ROUNDS, help=f"timed, default {ROUNDS}"

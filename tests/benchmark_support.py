@@ -1,5 +1,6 @@
 """Results of a GPU that nobody has: every case, every provider, times from a simple model."""
 
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -43,6 +44,15 @@ HOST = {  # tight, swept
     "add": (6.6, 31.9),
     "bare_launch": (3.0, 9.8),
 }
+
+
+def command(*arguments):
+    """`python -m benchmarks` as people call it: its status, and what it said."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    return ran.returncode, ran.stdout + ran.stderr
 
 
 def environment(machine, trees=TREES, **changed):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import merge_attn_states
 from merge_attn_states.reference import merge_attn_states_reference
@@ -121,6 +122,18 @@ def make_call(
         **{name: lay(name, values[name].to(dtype)) for name in ROWS[1:]},
         **{name: lay(name, lses[name].to(lse_dtype)) for name in LSES[:2]},
     )
+
+
+class Recording(TorchDispatchMode):
+    """Keeps the operators that come by in `seen`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 PLAIN_SHAPE = (5, 3, 64)

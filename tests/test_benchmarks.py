@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from benchmark_support import HANDED_IN, ROOT, TREES, environment, synthetic
+from benchmark_support import HANDED_IN, TREES, command, environment, synthetic
 
 from benchmarks import compare, host, report, run, timing
 from benchmarks import environment as environments
@@ -197,33 +196,44 @@ def test_whose_answer_is_wrong_is_not_timed_on_the_host(monkeypatch):
 
 def test_the_commands(tmp_path):
     """As people call them, each in a process."""
-
-    def benchmarks(*arguments):
-        command = [sys.executable, "-m", "benchmarks", *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        return ran.returncode, ran.stdout + ran.stderr
-
-    status, said = benchmarks("--device", "cpu", "--only", "cpu", "--quick", "--rounds", "1")
+    status, said = command("--device", "cpu", "--only", "cpu", "--quick", "--rounds", "1")
     assert status == 0, said
     assert "8x4x64 fp32 cpu" in said
     results = synthetic("H100")
     results.environment["quick"] = True
     results.save(tmp_path / "h100.json")
-    status, said = benchmarks("targets", str(tmp_path / "h100.json"))
+    status, said = command("targets", str(tmp_path / "h100.json"))
     assert "of the triad, cold, 12 MB and more" in said
-    status, said = benchmarks("report", str(tmp_path / "h100.json"))
+    status, said = command("report", str(tmp_path / "h100.json"))
     assert status == 1
     assert "is of --quick, which measures nothing" in said
 
 
+COMPARED = ["--only", "cpu", "--device", "cpu", "--quick", "--rounds", "1", "--turns", "1"]
+
+
 def test_two_op_libraries_side_by_side(capsys):
     libraries = [str(OP_LIBRARY)] * 2
-    options = ["--only", "cpu", "--device", "cpu", "--quick", "--rounds", "1", "--turns", "1"]
-    assert compare.main([*libraries, *options]) == 0
+    assert compare.main([*libraries, *COMPARED]) == 0
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split().count("limit") == 2
     assert len(rows) == len(quick_cases(GROUPS["cpu"]))
     assert rows[0].startswith("cpu: 8x4x128 fp32 cpu ")
+
+
+def test_one_op_library_is_not_compared(capsys):
+    with pytest.raises(SystemExit):
+        compare.main([str(OP_LIBRARY)])
+    assert "expected two op libraries or more" in capsys.readouterr().err
+
+
+def test_the_op_library_that_is_named_is_the_one_measured(tmp_path):
+    """A file that is none: its process fails."""
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    status, said = command("compare", str(OP_LIBRARY), str(broken), *COMPARED)
+    assert status != 0
+    assert "cannot be loaded" in said
 
 
 def test_best_of_three_processes(monkeypatch):

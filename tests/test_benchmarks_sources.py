@@ -1,15 +1,13 @@
 """Of which sources a result is, and what the commands refuse before they measure."""
 
 import subprocess
-import sys
 
 import pytest
-from benchmark_support import HANDED_IN, ROOT
+from benchmark_support import HANDED_IN
 
 import merge_attn_states
-from benchmarks import compare, report, run
 from benchmarks import environment as environments
-from merge_attn_states._library import OP_LIBRARY
+from benchmarks import report, run
 
 
 @pytest.fixture
@@ -105,25 +103,6 @@ def test_a_wrong_option_is_said_at_once(arguments, said, capsys):
     with pytest.raises(SystemExit) as caught:
         run.main(arguments)
     assert said in f"{capsys.readouterr().err}{caught.value}"
-
-
-def test_two_libraries_are_compared(capsys):
-    with pytest.raises(SystemExit):
-        compare.main([str(OP_LIBRARY)])
-    assert "expected two op libraries or more" in capsys.readouterr().err
-
-
-def test_the_library_that_is_named_is_the_one_measured(tmp_path):
-    """A file that is none: its process fails."""
-    broken = tmp_path / "broken.so"
-    broken.write_text("no library")
-    options = ["--only", "cpu", "--device", "cpu", "--quick", "--rounds", "1", "--turns", "1"]
-    ran = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "compare", str(OP_LIBRARY), str(broken), *options],
-        cwd=ROOT, env=None, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode != 0
-    assert "cannot be loaded" in ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 1}', '{"schema": 1, "runs": {}}'])

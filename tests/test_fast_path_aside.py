@@ -4,11 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from support import LSES, PLAIN_SHAPE, ROWS, assert_bits, check, plain
+from support import LSES, PLAIN_SHAPE, ROWS, Recording, assert_bits, check, plain
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_attn_states import merge_attn_states as merge
 
@@ -22,16 +21,6 @@ class Watching(TorchFunctionMode):
         self.seen = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-class Recording(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.append(func)
         return func(*args, **(kwargs or {}))
 

@@ -8,8 +8,7 @@ import time
 
 import pytest
 import torch
-from support import F32, assert_bits, check, cloned, make_call, plain, resident_bytes
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import F32, Recording, assert_bits, check, cloned, make_call, plain, resident_bytes
 
 from merge_attn_states import merge_attn_states as merge
 from merge_attn_states._library import fast_path
@@ -55,15 +54,10 @@ def test_a_million_calls_leave_nothing_behind(device):
 def test_threads_have_states_of_their_own(taken):
     """One thread is traced, the others are not; and what they share is not mixed up."""
     inside, done = threading.Event(), threading.Event()
-    seen = []
-
-    class Recording(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
+    mode = Recording()
 
     def traced():
-        with Recording():
+        with mode:
             inside.set()
             done.wait(60)
             merge(*plain())
@@ -81,7 +75,7 @@ def test_threads_have_states_of_their_own(taken):
     done.set()
     watcher.join()
     assert taken[16:] == [False]
-    assert OP.default in seen
+    assert OP.default in mode.seen
     for seed, call in enumerate(calls):
         assert_bits(call.output, check(plain(seed=seed)).output)
 

@@ -5,10 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support import BF16, E4M3, F32, F64, Call, assert_bits, bits, check, make_call
+from support import BF16, E4M3, F32, F64, Call, Recording, assert_bits, bits, check, make_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import merge_attn_states
 from merge_attn_states import merge_attn_states as merge
@@ -160,16 +159,9 @@ def test_jit_trace_records_the_op():
 
 
 def test_a_dispatch_mode_sees_the_op():
-    seen = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Record():
+    with Recording() as mode:
         merge(*make_call((4, 2, 8)))
-    assert OP.default in seen
+    assert OP.default in mode.seen
 
 
 def test_a_subclass_sees_the_op():

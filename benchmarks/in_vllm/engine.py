@@ -166,10 +166,7 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--output", type=argument_types.result_file, metavar="FILE", help="JSON results"
-    )
-    parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
+    argument_types.add_results(parser, "JSON results")
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "vllm-engine")
     options = parser.parse_args(arguments)

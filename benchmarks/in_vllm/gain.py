@@ -145,10 +145,7 @@ def time_device(
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--output", type=argument_types.result_file, metavar="FILE", help="JSON results"
-    )
-    parser.add_argument("--source-trees", metavar="csrc=HASH,python=HASH,commit=HASH")
+    argument_types.add_results(parser, "JSON results")
     parser.add_argument("--host-process", action="store_true", help=argparse.SUPPRESS)
     argument_types.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="does everything run?")

@@ -123,8 +123,11 @@ def _shares(records: Sequence[Record]) -> Iterator[str]:
     """Of all merges of an engine together."""
     share = {r["provider"]: r for r in records if r["regime"] == ENGINE_CASES}
     yield str(share["ours"]["merges"])
-    for shown in (_gpu_us, _step, _share_of_wall, _share_of_gpu):
-        yield from (shown(share[provider]) for provider in ("vllm", "ours"))
+    both = [share[provider] for provider in ("vllm", "ours")]
+    yield from (microseconds(one["gpu_us_a_merge"]) for one in both)
+    yield from (_step(one) for one in both)
+    yield from (_percent(one["merge_share_of_wall"]) for one in both)
+    yield from (_percent(one["merge_share_of_gpu"]) for one in both)
 
 
 def _errors(records: Sequence[Record]) -> Iterator[list[str]]:
@@ -150,23 +153,11 @@ def _answers(records: Sequence[Record]) -> Iterator[list[str]]:
             yield [record["case"], same, str(record["compared_logprobs"]), apart]
 
 
-def _gpu_us(record: Record) -> str:
-    return microseconds(record["gpu_us_a_merge"])
-
-
 def _step(record: Record) -> str:
     """Milliseconds, with the quartiles where the file has them: "5.57 (5.49-5.66)"."""
     quartiles = [record[name] for name in ("step_low_us", "step_high_us") if name in record]
     spread = "-".join(number(us / 1e3) for us in quartiles)
     return number(record["step_us"] / 1e3) + (f" ({spread})" if spread else "")
-
-
-def _share_of_wall(record: Record) -> str:
-    return _percent(record["merge_share_of_wall"])
-
-
-def _share_of_gpu(record: Record) -> str:
-    return _percent(record["merge_share_of_gpu"])
 
 
 def _percent(value: float) -> str:
