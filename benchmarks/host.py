@@ -35,6 +35,7 @@ from .timing import TimedCalls, Timing, time_host
 PROCESSES = 3
 SWEPT_BYTES = 16 * 2**20
 LINE = 64
+BLOCKS, THREADS = 4, 128  # of a bare launch: what tuning.h gives HOST_CASE
 POSITIONAL = "output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse"
 KEYWORDS = ", ".join(f"{name}={name}" for name in POSITIONAL.split(", "))
 
@@ -85,10 +86,10 @@ def _bare_launches() -> TimedCalls:
     launches = library("bare_launch").bare_launch_seconds
     launches.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
     launches.restype = ctypes.c_double
-    blocks, threads = 4, 128  # what tuning.h gives HOST_CASE
 
     def timed(count: int) -> float:
-        seconds: float = launches(count, blocks, threads, torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream
+        seconds: float = launches(count, BLOCKS, THREADS, stream)
         if seconds < 0:
             raise RuntimeError(f"bare launch: CUDA error {-seconds:.0f}")
         return seconds

@@ -3,13 +3,13 @@
 //
 //   nvcc -O3 -std=c++20 -fmad=false --expt-relaxed-constexpr -arch=native -Iinclude -Icsrc
 //     -o build/tune benchmarks/tune.cu csrc/cuda/vectorized.cu
-//   build/tune 2048 16 128 warm - 5,0,1 4,0,1 4,0,2e / 8192 64 64 cold heads-first 5,0,1x
+//   build/tune 2048 16 128 warm - 5,0,1 4,0,1 4,0,2 / 8192 64 64 cold heads-first 5,0,1x
 //
 // Each case is tokens, heads, head size, warm or cold, options (or -) and tiles; "/" ends it. A
-// tile is token bits, head bits, packs a thread; then e: the next kernel's launch begins early, x:
-// blocks walk along the tokens first. Options: f32, f16 (else bfloat16), fp8 (output), heads-first,
-// padded, half (of the tokens have context), in-place, no-lse. Printed are microseconds and our
-// bytes a second over the triad's, medians of 11 replays in turn.
+// tile is token bits, head bits, packs a thread; then x: blocks walk along the tokens first.
+// Options: f32, f16 (else bfloat16), fp8 (output), heads-first, padded, half (of the tokens have
+// context), in-place, no-lse. Printed are microseconds and our bytes a second over the triad's,
+// medians of 11 replays in turn.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -122,7 +122,6 @@ Tile tile_of(const Case& c, const std::string& text) {
   }
   const int64_t packs = c.head_size * c.element() / 16 * tile.rows() / tile.packs_a_thread;
   tile.threads = static_cast<int>(std::min<int64_t>((packs + 31) / 32 * 32, kMaxThreads));
-  tile.launches_early = text.find('e') != std::string::npos;
   tile.tokens_first = text.find('x') != std::string::npos;
   return tile;
 }

@@ -1,6 +1,7 @@
 """The benchmark runs, counts, merges and refuses as documented."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 
@@ -10,11 +11,12 @@ from benchmark_support import HANDED_IN, TREES, command, environment, synthetic
 
 from benchmarks import compare, host, report, run, timing
 from benchmarks import environment as environments
-from benchmarks.cases import GROUPS, Case
+from benchmarks.cases import GROUPS, HOST_CASE, Case
 from benchmarks.cases import quick as quick_cases
 from benchmarks.operands import make_operands, vary
 from benchmarks.results import KEY, Results
 from benchmarks.triad import triad_buffers
+from merge_attn_states import selected_kernel
 from merge_attn_states._library import OP_LIBRARY
 
 CPU = torch.device("cpu")
@@ -184,6 +186,14 @@ def test_everyone_is_first_in_turn():
     turns = [names for _, names in timing._turns(["a", "b", "c"], 6)]
     assert [names[0] for names in turns] == ["a", "b", "c", "a", "b", "c"]
     assert {tuple(sorted(names)) for names in turns} == {("a", "b", "c")}
+
+
+def test_a_bare_launch_is_as_large_as_ours(cuda):
+    operands = make_operands(HOST_CASE, 1, torch.device(cuda))[0]
+    variant = selected_kernel(*operands[:6]).variant
+    tokens, heads, threads = map(int, re.findall(r"\d+", variant))
+    blocks = -(-HOST_CASE.tokens // tokens) * -(-HOST_CASE.heads // heads)
+    assert (blocks, threads) == (host.BLOCKS, host.THREADS)
 
 
 def test_whose_answer_is_wrong_is_not_timed_on_the_host(monkeypatch):

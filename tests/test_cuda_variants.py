@@ -1,7 +1,7 @@
 """Every variant of the vectorized kernel: which one runs, and that it is right in all its edges.
 
-The variant goes by the number of 16-byte packs: up to 32,768, up to 0.6 of what a GPU holds at a
-time (270,336), up to all of it, up to one and a half times that, up to 40 MB, and beyond.
+The variant goes by the number of 16-byte packs: up to 0.6 of what a GPU holds at a time (270,336),
+up to all of it, up to one and a half times that, up to 40 MB, and beyond.
 """
 
 import pytest
@@ -19,13 +19,14 @@ TWO_PACKS = (1501, 15, 128)
 MAY_BE_WARM = (2999, 15, 128)
 LARGE = (3999, 15, 128)
 VARIANTS = {
-    TINY: "8 tokens x 1 heads, 128 threads, early launch",
-    (1, 130, 128): "1 tokens x 8 heads, 128 threads, early launch",  # decode
-    (101, 5, 2400): "1 tokens x 1 heads, 320 threads, early launch",  # wider than 256 threads
-    SMALL: "16 tokens x 1 heads, 256 threads, early launch",
-    (1001, 5, 64): "32 tokens x 1 heads, 256 threads, early launch",
-    (501, 11, 96): "8 tokens x 2 heads, 192 threads, early launch",
-    (31, 5, 4104): "1 tokens x 1 heads, 512 threads, early launch",  # wider than a block
+    TINY: "8 tokens x 1 heads, 128 threads",
+    (1, 130, 128): "1 tokens x 8 heads, 128 threads",  # decode
+    (101, 5, 2400): "1 tokens x 1 heads, 320 threads",  # wider than 128 threads
+    SMALL: "8 tokens x 1 heads, 128 threads",
+    (1001, 5, 64): "16 tokens x 1 heads, 128 threads",
+    (501, 11, 96): "8 tokens x 1 heads, 96 threads",
+    (2001, 11, 16): "8 tokens x 8 heads, 128 threads",
+    (31, 5, 4104): "1 tokens x 1 heads, 512 threads",  # wider than a block
     (141, 5, 4104): "1 tokens x 1 heads, 512 threads",  # the same, as much as takes two packs
     ONE_WAVE: "32 tokens x 1 heads, 512 threads",
     (201, 15, 512): "8 tokens x 1 heads, 512 threads",
@@ -85,6 +86,20 @@ def test_other_dtypes(shape, dtype, cuda):
     threads = selected_kernel(*call).variant.partition(", ")[2]
     assert threads == VARIANTS[shape].partition(", ")[2]
     check(on_gpu(shape_of_dtype, dtype, output_dtype=E4M3, scale=0.37))
+
+
+@pytest.mark.parametrize(
+    ("shape", "variant"),
+    [
+        (SMALL, "16 tokens x 1 heads, 256 threads"),
+        (TWO_PACKS, "32 tokens x 1 heads, 512 threads"),
+    ],
+    ids=["small", "two packs"],
+)
+def test_an_fp8_output_has_variants_of_its_own(shape, variant, cuda, entry):
+    call = on_gpu(shape, output_dtype=E4M3, scale=0.37)
+    assert selected_kernel(*call).variant == variant
+    check(call, entry)
 
 
 @SIZES

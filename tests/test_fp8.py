@@ -143,6 +143,39 @@ def test_float32_is_rounded_to_nearest_even(shift, output_dtype, device):
 
 
 @pytest.mark.parametrize("output_dtype", FP8, ids=str)
+@pytest.mark.parametrize("shift", [0, 1])  # vectorized, generic
+@pytest.mark.parametrize("scale", [
+    0.37, 3.0, 1.1e-3, 0.99999994, 7.3e9, 2.9e-11,
+    0.9 * 2**-60, 1.1 * 2**-60, 0.9 * 2**60, 1.1 * 2**60,  # where the GPU changes its way
+    -0.37,
+])  # fmt: skip
+def test_a_quotient_is_rounded_as_ieee_division_rounds_it(scale, shift, output_dtype, device):
+    """Where quotients are the borders between two codes, and five numbers on each side."""
+    codes = torch.arange(128, dtype=torch.uint8).view(output_dtype).to(F32)
+    codes = codes[codes.isfinite()]
+    borders = torch.cat([(codes[1:] + codes[:-1]) / 2, codes])
+    ulps = torch.arange(-5, 6, dtype=torch.int32)
+    values = ((borders * torch.tensor(scale)).view(torch.int32)[:, None] + ulps).view(F32).flatten()
+    values = torch.cat([values[values.isfinite()], torch.tensor([0.0, INF, 3e38, 1e-45])])
+    values = torch.cat([values, -values, torch.tensor([NAN])])
+    values = torch.nn.functional.pad(values, (0, -len(values) % 64)).reshape(-1, 1, 64)
+    call = make_call(
+        values.shape,
+        F32,
+        device,
+        output_dtype=output_dtype,
+        scale=scale,
+        empty=False,
+        offsets={"prefix_output": shift},
+    )
+    call.suffix_output.copy_(values)
+    call.prefix_lse.fill_(-INF)
+    merge(*call)
+    quotients = values / torch.tensor(scale)
+    assert_same_numbers(call.output, saturate(quotients.to(F64), output_dtype))
+
+
+@pytest.mark.parametrize("output_dtype", FP8, ids=str)
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("head_size", [64, 13])  # vectorized, generic
 def test_saturation_inf_and_nan(head_size, dtype, output_dtype, device):

@@ -140,10 +140,9 @@ Selection choose(const MergeArgs& args) {
   char variant[sizeof(Selection::variant)];
   if (args.nothing_to_do()) return selection("generic", "nothing to do");
   if (const auto tile = tile_for(args)) {
-    std::snprintf(variant, sizeof(variant), "%d tokens x %d heads, %d threads%s%s",
+    std::snprintf(variant, sizeof(variant), "%d tokens x %d heads, %d threads%s",
                   1 << tile->token_bits, 1 << tile->head_bits, tile->threads,
-                  tile->packs_a_thread == 2 ? ", two packs" : "",
-                  tile->launches_early ? ", early launch" : "");
+                  tile->packs_a_thread == 2 ? ", two packs" : "");
     return selection("vectorized", variant);
   }
   const GenericShape shape = generic_shape(args);

@@ -111,6 +111,9 @@ __device__ inline void store_global(uint4* to, uint4 w) {
 __device__ inline void store_global(uint2* to, uint2 w) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w.x), "r"(w.y) : "memory");
 }
+__device__ inline void store_global(float* to, float w) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(w) : "memory");
+}
 template <class Word>
 __device__ void store_global(Word* to, Word w) {
   *to = w;
@@ -199,7 +202,8 @@ struct Pack {
 // An FP8 output's scale. A quotient is rounded as an IEEE division rounds, which costs the GPU some
 // ten instructions an element: a product with the reciprocal is put right by one residual instead
 // (Markstein), exactly as long as nothing over- or underflows. Beyond kExact a quotient saturates
-// whatever its last bit says; inf and NaN have no residual, and -0 would lose its sign.
+// whatever its last bit says; inf and NaN have no residual. Of a positive scale the residual taken
+// as an excess leaves -0 its sign; other scales, which no model has, go the long way.
 class Scale {
  public:
   template <class Out>
@@ -218,9 +222,8 @@ class Scale {
 #pragma unroll
       for (float& value : values) {
         const float quotient = value * reciprocal_;
-        const float residual = __fmaf_rn(-quotient, scale_, value);
-        const bool has_residual = fabsf(quotient) < kExact && quotient != 0;
-        value = has_residual ? __fmaf_rn(residual, reciprocal_, quotient) : quotient;
+        const float excess = __fmaf_rn(quotient, scale_, -value);
+        value = fabsf(quotient) < kExact ? __fmaf_rn(excess, -reciprocal_, quotient) : quotient;
       }
     } else {
       // Too precise to round to a wrong float.
@@ -236,9 +239,7 @@ class Scale {
 
   Scale() = default;
   explicit __device__ Scale(float scale)
-      : given_(true),
-        moderate_(fabsf(scale) >= 1 / kModerate && fabsf(scale) <= kModerate),
-        scale_(scale) {
+      : given_(true), moderate_(scale >= 1 / kModerate && scale <= kModerate), scale_(scale) {
     const float near = ScalarMath<float>::reciprocal(scale);
     reciprocal_ = __fmaf_rn(__fmaf_rn(-near, scale, 1.0f), near, near);
   }

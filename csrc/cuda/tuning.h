@@ -10,44 +10,44 @@
 
 namespace merge_attn_states::cuda {
 
-// Every figure: bfloat16, our bytes a second over the triad's, warm / cold, H100 (a) or H200 (b),
-// benchmarks/tune.cu, 2026-11-24 where no other day stands. Beside each its alternative. All are
-// older than the merged LSE of log_sum_exp.h, unless it is named.
+// Every figure: bfloat16 where no other dtype stands, microseconds warm / cold on an H100,
+// 2026-11-26, all alternatives in turn in one process (benchmarks/timing.py). An H200 was last
+// asked on 2026-11-24, with an older kernel: docs/benchmarks.md says where it differs.
 
 // The packs that an H100's or H200's 132 multiprocessors hold at a time, one a thread.
 inline constexpr int64_t kResidentPacks = 132 * 2048;
 
-// Up to this all blocks start at once, and what binds is the launch: 256 threads, and the next
-// kernel's launch begun behind the loads. 256x16x128 (b) 1.00 / 1.07, begun behind the weights
-// 0.97 / 0.95; 16x16x128 (b) 1.02 / 1.11. Larger, warm (a, 2026-11-25): 512x16x128 0.905
-// and 0.87, 768x16x128 0.89 and 0.91.
+// Up to this all blocks start at once, and what binds is the launch. 128, 256 and 512 threads; the
+// triad: 16x16x128 1.00, 1.18, 1.34; 1.32. 64x16x128 1.23 / 1.67, 1.28 / 1.69, 1.36 / 1.72; 1.39 /
+// 2.08. 128x16x128 1.33, 1.41, 1.50; 1.45. 256x16x128 1.43 / 2.38, 1.58 / 2.40, 1.63 / 2.45; 1.62 /
+// 2.85. 512x16x128 1.80 / 3.52, 2.05 / 3.54, 2.01 / 3.58; 1.88 / 3.86. 640x16x128 2.06, 2.28, 2.21;
+// 2.15. 768x16x128 2.45, 2.46, 2.33; 2.33. 64 threads: 64x16x128 1.14, but 256x16x128 1.88.
 inline constexpr int64_t kSmallPacks = kResidentPacks * 6 / 10;
-inline constexpr int kSmallThreads = 256;
+inline constexpr int kSmallThreads = 128;
 
-// With a block of 256 threads or less a multiprocessor, 128 threads: (b) 16x16x128 1.12 / 1.12
-// and 1.02 / 1.11 of 256 threads, 64x16x128 1.20 / 1.10 and 1.06 / 1.11, 128x16x128 1.10 / 1.09
-// and 1.06 / 1.07. But 256x16x128 0.82 / 1.07 and 1.00 / 1.07. With that LSE, (a), 2026-11-25,
-// warm, 128, 256 and 512 threads: 128x16x128 1.02, 0.97, 0.98; 256x16x128 1.00, 0.99, 0.91;
-// 512x16x128 0.90, 0.905, 0.88.
-inline constexpr int64_t kTinyPacks = 128 * 256;
-inline constexpr int kTinyThreads = 128;
+// An FP8 output's packs take more instructions: 256x16x128 with 128, 256 and 512 threads 1.85 /
+// 2.52, 1.68 / 2.56, 1.70 / 2.58; the triad 1.60 / 2.71.
+inline constexpr int kSmallFp8Threads = 256;
 
-// Beyond: 512 threads. 1024x16x128 (b) 1.00 / 0.99, of 256 threads 0.89 / 0.98; 512x16x128 float32
-// (a) 1.04 / 1.00 and 0.97 / 0.99. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it.
+// Beyond: 512 threads. 8192x16x128 cold 35.00, of 256 threads 35.12; 1024x16x128 2.59 / 5.62, of
+// 256 2.61 / 5.69, of 128 3.14 / 5.80. Rows of 6, 10, 12, ... packs fill 288 to 448 threads of it:
+// 4096x32x96 cold 26.82, of 256 threads 27.04; 2048x32x96 9.24 / 14.19 and 9.29 / 14.32.
 inline constexpr int kThreads = 512;
 inline constexpr int kThreadsOfOddRows = 448;
 
-// 256 for more than one wave of blocks that may still be warm (40 MB), 2026-11-25: 2048x16x128 (a)
-// on two cards 1.035 / 0.99 and 1.00 of 256 threads, 1.02 / 1.00 and 0.95 of 512; warm on the
-// second card 2048x32x64 0.98 and 0.95, 1024x16x256 0.99 and 0.95, 512x16x512 0.98 and 0.94. In
-// 512x16x512 (b) 0.94 / 0.98 and 0.93 / 1.005.
+// 256 for more than one wave of blocks that may still be warm (40 MB), and 512: 2048x16x128 4.07 /
+// 9.96 and 4.19 / 9.90, 2048x32x64 4.27 / 10.05 and 4.45 / 10.12, 1024x16x256 4.00 / 9.85 and
+// 4.15 / 9.85, 512x16x512 4.03 / 9.85 and 4.21 / 9.80; but float32 1024x16x128 4.02 / 9.80 and
+// 3.85 / 9.77.
 inline constexpr int64_t kWarmPacks = 40'000'000 / 48;
 inline constexpr int kWarmThreads = 256;
 
 // Between one and one and a half times what is resident, the second wave of blocks would be half
-// empty: two packs a thread make it one wave. 19 MB (b): D = 96 1.01 / 0.96 instead of 0.90 / 1.00,
-// D = 192 1.00 / 0.96 for 0.89 / 0.99, D = 128 0.99 / 0.97 for 0.89 / 1.00. Such sizes are warm in
-// serving.
+// empty: two packs a thread make it one wave. Two packs, one, the triad: 2048x16x96 3.49 / 7.81,
+// 3.61 / 7.94, 3.71 / 8.19; 1024x16x192 3.51 / 7.70, 3.61 / 7.84, 3.70 / 8.12; 1500x16x128 3.39 /
+// 7.53, 3.59 / 7.76, 3.64 / 8.00; near one wave, where it is as good without, 1200x16x128 3.17 /
+// 6.44, 3.14 / 6.46, 3.26 / 6.70. An H200 was slower cold (0.96 of the triad), but such sizes are
+// warm in serving.
 inline constexpr int64_t kTwoPackLimit = kResidentPacks * 3 / 2;
 inline constexpr int kTwoPackThreads = 256;
 
@@ -62,8 +62,8 @@ constexpr int bits_covering(int64_t value) {  // ceil(log2(value)), value > 0
 }
 
 // Heads beside each other in a tile, as bits: short rows want some, so that what is read together
-// lies together. 8192x32x32, cold (a): four heads 1.00, one 0.96. D = 48 and 96, cold (b): four
-// 1.00, one 0.99 and less; D = 64 and 128 want none.
+// lies together. Of the triad, cold (2026-11-24, an older kernel): 8192x32x32 four heads 1.00, one
+// 0.96 (H100), D = 48 and 96 four 1.00, one 0.99 and less (H200); D = 64 and 128 want none.
 constexpr int head_bits_of_rows(int64_t packs_per_row) {
   if (is_power_of_two(packs_per_row)) return packs_per_row >= 8 ? 0 : 4 - bits_below(packs_per_row);
   return packs_per_row < 16 ? 2 : 1;
@@ -75,21 +75,21 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
   const int64_t packs = rows > kTwoPackLimit ? rows : rows * packs_per_row;
   const bool power_of_two = is_power_of_two(packs_per_row);
   const bool small = packs <= kSmallPacks;
+  const bool converts = args.input_dtype != args.output_dtype;
 
-  // Consecutive blocks walk along the axis of the smaller stride: [H, N, D] storage 1.00 instead of
-  // 0.97 (cold, a and b).
+  // Consecutive blocks walk along the axis of the smaller stride: [H, N, D] storage 1.00 of the
+  // triad instead of 0.97 (cold, H100 and H200, 2026-11-24).
   Tile tile{.packs_a_thread = 1,
             .tokens_first = args.num_tokens > 1 &&
-                            args.prefix_output.token_stride < args.prefix_output.head_stride,
-            .launches_early = small};
+                            args.prefix_output.token_stride < args.prefix_output.head_stride};
   // Each row is weighed by a thread of its own, so that there are no more rows than threads.
-  const bool allows_two = packs_per_row > 1 && packs_per_row <= kTwoPackThreads &&
-                          args.num_tokens > 1 && args.input_dtype == args.output_dtype;
+  const bool allows_two =
+      packs_per_row > 1 && packs_per_row <= kTwoPackThreads && args.num_tokens > 1 && !converts;
   if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(args, tile)) {
     tile.packs_a_thread = 2;
   }
   const bool waves_of_warm_packs = packs > kTwoPackLimit && packs <= kWarmPacks;
-  const int threads = packs <= kTinyPacks        ? kTinyThreads
+  const int threads = small && converts          ? kSmallFp8Threads
                       : small                    ? kSmallThreads
                       : tile.packs_a_thread == 2 ? kTwoPackThreads
                       : !power_of_two            ? kThreadsOfOddRows
@@ -121,7 +121,7 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
 }
 
 // The generic kernel: 256 threads, packs of 8 bytes where rows allow them (else single elements),
-// and rows enough for one round of every thread. 8192x32x128 e4m3 cold (a): 64 rows, 8192 elements,
+// and rows enough for one round of every thread. 8192x32x128 e4m3 cold: 64 rows, 8192 elements,
 // 0.82; 32 rows 0.65; packs of 16 bytes and 128 rows 0.90, for which a third kernel a dtype would
 // have to take what is aligned to 8. bfloat16 aligned to 8: 4096 elements 0.96, 8192 0.94. All of
 // 2026-11-25.

@@ -34,7 +34,6 @@ struct Tiles {
   uint32_t num_tokens_with_packs;  // in place, past the context count, a row is what it becomes
   uint32_t num_tokens_in_tiles;    // further tokens have an LSE to be copied and nothing else
   bool tokens_first;
-  bool launches_early;
 };
 
 constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
@@ -57,6 +56,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     merge_tiles(const __grid_constant__ MergeArgs args, const __grid_constant__ Tiles tiles) {
   constexpr int kElements = kPackElements<In>;
   using InPack = Pack<In, kElements>;
+  // Where the merged LSE goes is computed behind the loads, while they are under way: 16x16x128
+  // warm 1.00 us instead of 1.20, 16x128x512 1.81 and 1.87. An FP8 output, whose packs take more
+  // instructions, loses by it (2048x16x128 warm 5.2 us instead of 4.9), and so did two packs a
+  // thread (1024x16x192 3.76 and 3.47): they do so after the packs (H100, 2026-11-26).
+  constexpr bool kPlacesLseFirst = kPacks == 1 && std::is_same_v<In, Out>;
   __shared__ Weights<float> weights[kMaxThreads];
 
   const uint32_t slow = tiles.across.quotient(blockIdx.x);
@@ -102,6 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 
   wait_for_previous();
+  launch_next();
   float prefix_lse_value = 0, suffix_lse_value = 0;
   if (weighs) suffix_lse_value = load_global(suffix_lse);
   if (weighs_prefix) prefix_lse_value = load_global(prefix_lse);
@@ -113,7 +118,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       prefix[k] = InPack::load(prefix_output + further(k, args.prefix_output));
     }
   }
-  if (tiles.launches_early) launch_next();
+  float* output_lse = nullptr;
+  if constexpr (kPlacesLseFirst) {
+    if (weighs && args.output_lse.data != nullptr) {
+      output_lse = static_cast<float*>(args.output_lse.data) +
+                   offset_of(args.output_lse, lse_token, lse_head);
+    }
+    compute_now(output_lse);
+  }
   const Scale scale = Scale::of<Out>(args.output_scale);
 
   MergedLse<ScalarMath<float>, float> merged;
@@ -121,7 +133,6 @@ __global__ void __launch_bounds__(kMaxThreads)
     merged = weigh(weighs_prefix, prefix_lse_value, suffix_lse_value);
     weights[(threadIdx.x & tiles.token_mask) << tiles.head_bits | threadIdx.x >> tiles.token_bits] =
         merged.weights;
-    if (!tiles.launches_early) launch_next();
   }
   __syncthreads();
 
@@ -141,11 +152,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       merge_pack<In, Out, kElements>(weights[row], scale, prefix[0], suffix[0]).store(output + i);
     }
   }
-  // After the packs: in front of the barrier its logarithm would keep every thread waiting. Its
-  // address too: computed earlier it saves 0.2 us of 16x16x128 warm and costs 0.1 to 0.3 of
-  // 256x16x128 and 2048x16x128, as does asking for output_lse here (H100, 2026-11-25).
-  if (!weighs) return;
-  store_lse(args, lse_token, lse_head, merged);
+  // After the packs: in front of the barrier its logarithm would keep every thread waiting.
+  if constexpr (kPlacesLseFirst) {
+    if (output_lse == nullptr) return;
+    store_global(output_lse, merged.lse());
+  } else {
+    if (!weighs) return;
+    store_lse(args, lse_token, lse_head, merged);
+  }
   const uint32_t stride = tiles.num_tokens_in_tiles;
   for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
     store_lse(args, at, lse_head, take_suffix(*lse_of<float>(args.suffix_lse, at, lse_head)));
@@ -188,8 +202,7 @@ void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_pr
                     .num_tokens_with_context = u32(args.num_tokens_with_context),
                     .num_tokens_with_packs = u32(tokens),
                     .num_tokens_in_tiles = u32(token_tiles << tile.token_bits),
-                    .tokens_first = tile.tokens_first,
-                    .launches_early = tile.launches_early};
+                    .tokens_first = tile.tokens_first};
   const Grid grid{.blocks = token_tiles * head_tiles,
                   .threads = tile.threads,
                   .overlaps_previous = overlaps_previous};
