@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from . import sections
-from .environment import ROOT, TREES, git
+from .environment import ROOT, TREES, tree_hash
 from .picture_rows import ROWS, description
 from .pictures import FORMATS, save
 from .results import Results
@@ -101,18 +101,10 @@ def embedded(path: Path) -> str:
 
 
 def stale(results: Results) -> str:
-    """How the sources measured differ from those committed here; empty where they are the same.
-
-    Raises
-    ------
-    LookupError
-        There is no git here.
-    """
+    """How the sources measured differ from those here; empty where they are the same."""
     said = []
     for tree in TREES:
-        here, there = git("rev-parse", f"HEAD:{tree}"), results.environment["trees"][tree]
-        if here is None:
-            raise LookupError("no git here")
+        here, there = tree_hash(ROOT / tree), results.environment["trees"][tree]
         if here != there:
             said.append(f"{tree} is {here[:10]} here, {there[:10]} was measured")
     return "; ".join(said)

@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 def no_git(monkeypatch):
     """As on a machine that got the sources without their history."""
     monkeypatch.setattr(environments, "git", lambda *arguments: None)
-    monkeypatch.setattr(report, "git", lambda *arguments: None)
 
 
 def quick(output, *arguments):
