@@ -90,7 +90,7 @@ class Engine:
         return [[(1, -0.5), (2, float(named["output"].float().mean()))]]
 
     def timed_steps(self, steps):
-        steps.append(1e6)
+        steps.append(1e4)  # microseconds; two merges are far less on any machine, and not nothing
         return torch.no_grad()
 
 
