@@ -93,19 +93,37 @@ def test_a_copied_row_keeps_its_codes_without_a_scale_alone(side, dtype, device)
 def test_every_16_bit_number_is_rounded_once(shift, dtype, output_dtype, device):
     """All 65,536, ties, subnormals, inf and NaN among them, through a copied row with scale 1."""
     values = torch.arange(65536).to(torch.int16).view(dtype).reshape(512, 1, 128)
+    output = copied_row(values, output_dtype, 1.0, shift, device, prefix_lse=INF)
+    assert_same_numbers(output, saturate(values.to(F64), output_dtype))
+
+
+def copied_row(values, output_dtype, scale, shift, device, prefix_lse=-INF):
+    """What values become in a suffix whose prefix is empty."""
     call = make_call(
-        (512, 1, 128),
-        dtype,
+        values.shape,
+        values.dtype,
         device,
         output_dtype=output_dtype,
-        scale=1.0,
+        scale=scale,
         empty=False,
         offsets={"prefix_output": shift},
     )
-    call.suffix_output.view(torch.int16).copy_(values.view(torch.int16))
-    call.prefix_lse.fill_(INF)
+    word = WORDS[values.dtype.itemsize]
+    call.suffix_output.view(word).copy_(values.view(word))
+    call.prefix_lse.fill_(prefix_lse)
     merge(*call)
-    assert_same_numbers(call.output, saturate(values.to(F64), output_dtype))
+    return call.output
+
+
+def borders_and_codes(dtype):
+    """The numbers halfway between two positive codes, and the codes, the largest last."""
+    codes = torch.arange(128, dtype=torch.uint8).view(dtype).to(F32)
+    codes = codes[codes.isfinite()]
+    return torch.cat([(codes[1:] + codes[:-1]) / 2, codes])
+
+
+def in_rows(values):
+    return torch.nn.functional.pad(values, (0, -len(values) % 64)).reshape(-1, 1, 64)
 
 
 def assert_same_numbers(actual, expected):
@@ -120,26 +138,14 @@ def assert_same_numbers(actual, expected):
 @pytest.mark.parametrize("shift", [0, 1])  # vectorized, generic
 def test_float32_is_rounded_to_nearest_even(shift, output_dtype, device):
     """Each code, each border between two codes, and the float32 numbers on both sides of it."""
-    codes = torch.arange(128, dtype=torch.uint8).view(output_dtype).to(F32)
-    codes = codes[codes.isfinite()]
-    ties = torch.cat([(codes[1:] + codes[:-1]) / 2, codes, codes[-1:] * 1.07, codes[-1:] * 99])
+    ties = borders_and_codes(output_dtype)
+    ties = torch.cat([ties, ties[-1:] * 1.07, ties[-1:] * 99])
     up, down = torch.full_like(ties, INF), torch.full_like(ties, -INF)
     positive = torch.cat([ties, torch.nextafter(ties, up), torch.nextafter(ties, down)])
-    values = torch.cat([positive, -positive, torch.tensor([INF, -INF, NAN, 3e38, 1e-45, -0.0])])
-    values = torch.nn.functional.pad(values, (0, -len(values) % 64)).reshape(-1, 1, 64)
-    call = make_call(
-        values.shape,
-        F32,
-        device,
-        output_dtype=output_dtype,
-        scale=1.0,
-        empty=False,
-        offsets={"prefix_output": shift},
-    )
-    call.suffix_output.copy_(values)
-    call.prefix_lse.fill_(-INF)
-    merge(*call)
-    assert_same_numbers(call.output, saturate(values.to(F64), output_dtype))
+    special = torch.tensor([INF, -INF, NAN, 3e38, 1e-45, -0.0])
+    values = in_rows(torch.cat([positive, -positive, special]))
+    output = copied_row(values, output_dtype, 1.0, shift, device)
+    assert_same_numbers(output, saturate(values.to(F64), output_dtype))
 
 
 @pytest.mark.parametrize("output_dtype", FP8, ids=str)
@@ -151,28 +157,14 @@ def test_float32_is_rounded_to_nearest_even(shift, output_dtype, device):
 ])  # fmt: skip
 def test_a_quotient_is_rounded_as_ieee_division_rounds_it(scale, shift, output_dtype, device):
     """Where quotients are the borders between two codes, and five numbers on each side."""
-    codes = torch.arange(128, dtype=torch.uint8).view(output_dtype).to(F32)
-    codes = codes[codes.isfinite()]
-    borders = torch.cat([(codes[1:] + codes[:-1]) / 2, codes])
+    near = borders_and_codes(output_dtype) * torch.tensor(scale)
     ulps = torch.arange(-5, 6, dtype=torch.int32)
-    values = ((borders * torch.tensor(scale)).view(torch.int32)[:, None] + ulps).view(F32).flatten()
+    values = (near.view(torch.int32)[:, None] + ulps).view(F32).flatten()
     values = torch.cat([values[values.isfinite()], torch.tensor([0.0, INF, 3e38, 1e-45])])
-    values = torch.cat([values, -values, torch.tensor([NAN])])
-    values = torch.nn.functional.pad(values, (0, -len(values) % 64)).reshape(-1, 1, 64)
-    call = make_call(
-        values.shape,
-        F32,
-        device,
-        output_dtype=output_dtype,
-        scale=scale,
-        empty=False,
-        offsets={"prefix_output": shift},
-    )
-    call.suffix_output.copy_(values)
-    call.prefix_lse.fill_(-INF)
-    merge(*call)
+    values = in_rows(torch.cat([values, -values, torch.tensor([NAN])]))
+    output = copied_row(values, output_dtype, scale, shift, device)
     quotients = values / torch.tensor(scale)
-    assert_same_numbers(call.output, saturate(quotients.to(F64), output_dtype))
+    assert_same_numbers(output, saturate(quotients.to(F64), output_dtype))
 
 
 @pytest.mark.parametrize("output_dtype", FP8, ids=str)
