@@ -154,10 +154,10 @@ def _answers(records: Sequence[Record]) -> Iterator[list[str]]:
 
 
 def _step(record: Record) -> str:
-    """Milliseconds, with the quartiles where the file has them: "5.57 (5.49-5.66)"."""
-    quartiles = [record[name] for name in ("step_low_us", "step_high_us") if name in record]
-    spread = "-".join(number(us / 1e3) for us in quartiles)
-    return number(record["step_us"] / 1e3) + (f" ({spread})" if spread else "")
+    """Milliseconds and their quartiles: "5.57 (5.49-5.66)"."""
+    names = ("step_us", "step_low_us", "step_high_us")
+    median, low, high = (number(record[name] / 1e3) for name in names)
+    return f"{median} ({low}-{high})"
 
 
 def _percent(value: float) -> str:
