@@ -31,7 +31,7 @@ class Timing(NamedTuple):
     high: float
 
 
-def _summary(rounds: list[float]) -> Timing:
+def summary(rounds: list[float]) -> Timing:
     if len(rounds) < 2:
         return Timing(*rounds * 3)
     low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
@@ -120,7 +120,7 @@ def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> 
             end.record()
         torch.cuda.synchronize()
     return {
-        name: _summary([1e3 * s.elapsed_time(e) / replays[name].calls for s, e in events[name]])
+        name: summary([1e3 * s.elapsed_time(e) / replays[name].calls for s, e in events[name]])
         for name in providers
     }
 
@@ -149,7 +149,7 @@ def time_cpu(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> d
             seconds = timed[name](repeats[name]) / repeats[name]
             if round_ >= WARM_UP_ROUNDS:
                 times[name].append(1e6 * seconds)
-    return {name: _summary(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}
 
 
 def time_host(
@@ -163,4 +163,4 @@ def time_host(
             seconds = providers[name](calls) / calls
             if round_ >= WARM_UP_ROUNDS:
                 times[name].append(1e6 * seconds)
-    return {name: _summary(values) for name, values in times.items()}
+    return {name: summary(values) for name, values in times.items()}

@@ -27,7 +27,7 @@ from .. import argument_types, environment
 from ..environment import ROOT
 from ..measure import Record, rounded
 from ..results import Results
-from ..timing import Timing
+from ..timing import summary
 from .packages import ENGINE as RELEASE
 from .packages import ENGINE_PYTHON, FLASH_ATTENTION, FOLDER, OP_LIBRARY, missing_wheels
 from .process import differences
@@ -134,13 +134,12 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
         cases = {case for one in rounds for case in one["calls_us"]}
         for case in sorted(cases):
             us = [value for one in rounds for value in one["calls_us"].get(case, [])]
-            low, median, high = statistics.quantiles(us, n=4, method="inclusive")
             records.append(
                 {"case": case, "regime": "host", "provider": provider, "calls": len(us)}
-                | rounded(Timing(median, low, high))
+                | rounded(summary(us))
             )
         steps = [sum(one["steps_us"]) for one in rounds]
-        step_low, step_median, step_high = statistics.quantiles(steps, n=4, method="inclusive")
+        step_us = summary(steps)
         merges = [sum(map(sum, one["calls_us"].values())) for one in rounds]
         count = len(rounds[0]["steps_us"])
         shares = [merge / step for merge, step in zip(merges, steps, strict=True)]
@@ -149,9 +148,9 @@ def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
             {
                 "case": "all steps", "regime": "share", "provider": provider,
                 "rounds": len(rounds), "steps": count, "merges": gpu["merges"],
-                "step_us": round(step_median / count, 1),
-                "step_low_us": round(step_low / count, 1),
-                "step_high_us": round(step_high / count, 1),
+                "step_us": round(step_us.median / count, 1),
+                "step_low_us": round(step_us.low / count, 1),
+                "step_high_us": round(step_us.high / count, 1),
                 "merge_share_of_wall": round(statistics.median(shares), 5),
                 "merge_share_of_gpu": round(gpu["merge_us"] / gpu["all_us"], 5),
                 "gpu_us_a_merge": round(gpu["merge_us"] / max(1, gpu["merges"]), 3),
