@@ -5,6 +5,10 @@
 // status comes back, and with it a message that names the argument. The operation, its rules and
 // its tables are described in docs/design.md and README.md.
 //
+// Every struct begins with its size, which the caller sets to sizeof of the struct. Later versions
+// add fields at the end and read those that an older caller does not have as 0, so a program that
+// was compiled against this header runs with every later library.
+//
 // The library takes its CPU threads from libtorch, so torch/lib must be on the loader's path.
 #ifndef MERGE_ATTN_STATES_H_
 #define MERGE_ATTN_STATES_H_
@@ -25,9 +29,6 @@ extern "C" {
 #define MERGE_ATTN_STATES_API
 #endif
 
-// Raised when a struct below changes; merge_attn_states_args.version must hold it.
-#define MERGE_ATTN_STATES_VERSION 1
-
 // A dtype is a DLDataType of DLPack read as one little-endian word: code | bits << 8 | lanes << 16.
 // Every DLPack dtype can be passed; one that is not listed here is refused with its name.
 #define MERGE_ATTN_STATES_DTYPE(code, bits) \
@@ -45,6 +46,7 @@ extern "C" {
 
 // One operand. The arrays are borrowed for the call.
 typedef struct merge_attn_states_tensor {
+  size_t struct_size;      // sizeof(merge_attn_states_tensor)
   void* data;              // element [0, 0, ...]; inputs are only read
   const int64_t* sizes;    // [rank]
   const int64_t* strides;  // [rank], in elements; any sign
@@ -58,9 +60,7 @@ typedef struct merge_attn_states_tensor {
 
 // N = num_tokens, H = num_heads, D = head_size. A null pointer means "not given".
 typedef struct merge_attn_states_args {
-  int32_t version;                                // MERGE_ATTN_STATES_VERSION
-  int32_t has_prefill_tokens_with_context;        // 0: every token is merged
-  int64_t prefill_tokens_with_context;            // in [0, N]; tokens from here on copy the suffix
+  size_t struct_size;                             // sizeof(merge_attn_states_args)
   const merge_attn_states_tensor* output;         // [N, H, D], written
   const merge_attn_states_tensor* prefix_output;  // [N, H, D]
   const merge_attn_states_tensor* prefix_lse;     // [H, N], natural log
@@ -68,7 +68,10 @@ typedef struct merge_attn_states_args {
   const merge_attn_states_tensor* suffix_lse;     // [H, N], natural log
   const merge_attn_states_tensor* output_lse;     // [H, N], written; may be null
   const merge_attn_states_tensor* output_scale;   // one float32; may be null
-  void* stream;                                   // cudaStream_t of the output's device; CPU: null
+  int64_t prefill_tokens_with_context;            // in [0, N]; tokens from here on copy the suffix
+  int32_t has_prefill_tokens_with_context;        // 0: every token is merged
+  int32_t dependent_launch;  // 1: CUDA's programmatic dependent launch, as by MERGE_ATTN_STATES_PDL
+  void* stream;              // cudaStream_t of the output's device; CPU: null
 } merge_attn_states_args;
 
 typedef enum merge_attn_states_status {
@@ -80,8 +83,9 @@ typedef enum merge_attn_states_status {
 
 // Filled by merge_attn_states_select.
 typedef struct merge_attn_states_selection {
-  char kernel[16];   // "cpu", "vectorized" or "generic"
-  char variant[64];  // what tuning chose inside that kernel
+  size_t struct_size;  // sizeof(merge_attn_states_selection)
+  char kernel[16];     // "cpu", "vectorized" or "generic"
+  char variant[64];    // what tuning chose inside that kernel
 } merge_attn_states_selection;
 
 // Merges. On any status but OK a sentence is written to message (cut at message_size, always
@@ -97,7 +101,7 @@ merge_attn_states_select(const merge_attn_states_args* args, merge_attn_states_s
 
 // What this library was built from and with: one JSON object, UTF-8, alive as long as the library.
 // Keys: version, commit, torch, compiler, cuda (toolkit version or null), architectures (as built,
-// spaced), cpu (the instruction set chosen on this machine), c_version (MERGE_ATTN_STATES_VERSION).
+// spaced), cpu (the instruction set chosen on this machine).
 MERGE_ATTN_STATES_API const char* merge_attn_states_build_info(void) MERGE_ATTN_STATES_NOEXCEPT;
 
 #ifdef __cplusplus
