@@ -6,8 +6,8 @@
 #include <array>
 #include <cstring>
 
+#include "../core/tensor_view.h"
 #include "running_torch.h"
-#include "tensor_view.h"
 
 namespace py = pybind11;
 
@@ -88,6 +88,7 @@ bool describe(PyObject* object, bool grad_mode, TensorView& view) {
   }
   static_assert(sizeof(described.dtype) == sizeof(view.dtype));
   std::memcpy(&view.dtype, &described.dtype, sizeof(view.dtype));
+  view.struct_size = sizeof(view);
   view.data = described.data;
   view.sizes = described.shape;
   view.strides = described.strides;
@@ -121,7 +122,7 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
     Py_RETURN_FALSE;
   }
   std::array<TensorView, kArguments> views;
-  merge_attn_states_args args{.version = MERGE_ATTN_STATES_VERSION};
+  merge_attn_states_args args{.struct_size = sizeof(args)};
   const std::array<const TensorView**, kArguments> targets = {
       &args.output,     &args.prefix_output, &args.prefix_lse, &args.suffix_output,
       &args.suffix_lse, &args.output_lse,    nullptr,          &args.output_scale};

@@ -13,7 +13,7 @@
 #include <string>
 #include <tuple>
 
-#include "tensor_view.h"
+#include "../core/operands.h"
 
 namespace merge_attn_states {
 namespace {
@@ -105,7 +105,7 @@ class Operand {
   }
 
   bool given_;
-  TensorView view_{};
+  TensorView view_{.struct_size = sizeof(TensorView)};
 };
 
 // The operands of one call, alive as long as the args that point at them.
@@ -115,9 +115,7 @@ struct Call {
   Operand output_scale;
 
   merge_attn_states_args args(void* stream) const {
-    return {.version = MERGE_ATTN_STATES_VERSION,
-            .has_prefill_tokens_with_context = prefill_tokens_with_context.has_value(),
-            .prefill_tokens_with_context = prefill_tokens_with_context.value_or(0),
+    return {.struct_size = sizeof(merge_attn_states_args),
             .output = output.get(),
             .prefix_output = prefix_output.get(),
             .prefix_lse = prefix_lse.get(),
@@ -125,7 +123,10 @@ struct Call {
             .suffix_lse = suffix_lse.get(),
             .output_lse = output_lse.get(),
             .output_scale = output_scale.get(),
-            .stream = stream};
+            .stream = stream,
+            .prefill_tokens_with_context = prefill_tokens_with_context.value_or(0),
+            .has_prefill_tokens_with_context = prefill_tokens_with_context.has_value(),
+            .dependent_launch = 0};
   }
 };
 
@@ -148,7 +149,7 @@ void merge_call(const Call& call, void* stream) {
 // Needs no stream: nothing is launched.
 merge_attn_states_selection select_call(const Call& call) {
   const merge_attn_states_args args = call.args(nullptr);
-  merge_attn_states_selection selection;
+  merge_attn_states_selection selection{.struct_size = sizeof(selection)};
   char message[kMessageSize];
   expect_ok(merge_attn_states_select(&args, &selection, message, sizeof(message)), message);
   return selection;
