@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <string>
 
+#include "core/struct_size.h"
 #include "kernels.h"
 
 namespace merge_attn_states {
@@ -37,25 +38,30 @@ constexpr const char* kCompiler = __VERSION__;
 constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
-const merge_attn_states_args& given(const merge_attn_states_args* args) {
-  if (args == nullptr) throw std::invalid_argument("args: expected a struct, got null");
-  return *args;
-}
-
-MergeArgs validated(const merge_attn_states_args* args) {
-  MergeArgs merge = validate(given(args));
-  if (merge.keeps_suffix_rows() && merge.keeps_suffix_lses()) {
-    merge.num_tokens = merge.num_tokens_with_context;
+// Where all that lies past the context count is in place already, there are no such tokens.
+MergeCall validated(const merge_attn_states_args* args) {
+  MergeCall call = validate(args);
+  if (call.keeps_suffix_rows() && call.keeps_suffix_lses()) {
+    call.geometry.num_tokens = call.rule.num_tokens_with_context;
   }
-  return merge;
+  return call;
 }
 
-Selection choose(const MergeArgs& args) {
-  return args.device_type == MERGE_ATTN_STATES_CPU ? cpu::choose() : cuda::choose(args);
+Selection choose(const MergeCall& call) {
+  return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::choose() : cuda::choose(call);
 }
 
-void run(const MergeArgs& args) {
-  return args.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(args) : cuda::run(args);
+void run(const MergeCall& call) {
+  return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(call) : cuda::run(call);
+}
+
+// A newer caller's struct may be longer than ours: only what this library knows is filled.
+void fill(merge_attn_states_selection* to, const Selection& chosen) {
+  merge_attn_states_selection storage;
+  const size_t smallest = sizeof(merge_attn_states_selection);
+  const size_t size = of_this_version(to, "selection", smallest, storage).struct_size;
+  *to = chosen;
+  to->struct_size = size;
 }
 
 }  // namespace
@@ -67,8 +73,8 @@ namespace cuda {
       "this build of merge_attn_states has no CUDA kernels; reinstall it on a machine with the "
       "CUDA toolkit (MERGE_ATTN_STATES_CUDA=1 insists on them)");
 }
-Selection choose(const MergeArgs&) { refuse(); }
-void run(const MergeArgs&) { refuse(); }
+Selection choose(const MergeCall&) { refuse(); }
+void run(const MergeCall&) { refuse(); }
 }  // namespace cuda
 #endif
 
@@ -78,8 +84,8 @@ merge_attn_states_status merge_attn_states_merge(const merge_attn_states_args* a
                                                  size_t message_size) noexcept {
   using namespace merge_attn_states;
   return guarded(message, message_size, [&] {
-    const MergeArgs merge = validated(args);
-    if (!merge.nothing_to_do()) run(merge);
+    const MergeCall call = validated(args);
+    if (!call.nothing_to_do()) run(call);
   });
 }
 
@@ -87,10 +93,7 @@ merge_attn_states_status merge_attn_states_select(const merge_attn_states_args* 
                                                   merge_attn_states_selection* selection,
                                                   char* message, size_t message_size) noexcept {
   using namespace merge_attn_states;
-  return guarded(message, message_size, [&] {
-    if (selection == nullptr) throw std::invalid_argument("selection: expected a struct, got null");
-    *selection = choose(validated(args));
-  });
+  return guarded(message, message_size, [&] { fill(selection, choose(validated(args))); });
 }
 
 const char* merge_attn_states_build_info() noexcept {
@@ -110,8 +113,7 @@ const char* merge_attn_states_build_info() noexcept {
     json += ", \"cuda\": null";
 #endif
     return json + ", \"architectures\": " + text(MERGE_ATTN_STATES_BUILD_ARCHITECTURES) +
-           ", \"cpu\": " + text(cpu_kernel.variant) +
-           ", \"c_version\": " + std::to_string(MERGE_ATTN_STATES_VERSION) + "}";
+           ", \"cpu\": " + text(cpu_kernel.variant) + "}";
   }();
   return info.c_str();
 }

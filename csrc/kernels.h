@@ -1,9 +1,10 @@
-// What stands behind choose and run in merge.cpp: one kernel family a device.
+// What stands behind choose and run in entry.cpp: one kernel family a device.
 #pragma once
 
 #include <cstdio>
+#include <stdexcept>
 
-#include "merge_args.h"
+#include "core/merge_call.h"
 
 namespace merge_attn_states {
 
@@ -11,7 +12,7 @@ namespace merge_attn_states {
 using Selection = merge_attn_states_selection;
 
 inline Selection selection(const char* kernel, const char* variant) {
-  Selection result;
+  Selection result{.struct_size = sizeof(Selection)};
   std::snprintf(result.kernel, sizeof(result.kernel), "%s", kernel);
   std::snprintf(result.variant, sizeof(result.variant), "%s", variant);
   return result;
@@ -19,14 +20,19 @@ inline Selection selection(const char* kernel, const char* variant) {
 
 namespace cpu {
 Selection choose();
-void run(const MergeArgs& args);
+void run(const MergeCall& call);
 }  // namespace cpu
 
 namespace cuda {
 // Throw Unavailable in a build without CUDA.
-Selection choose(const MergeArgs& args);
-void run(const MergeArgs& args);
+Selection choose(const MergeCall& call);
+void run(const MergeCall& call);
 }  // namespace cuda
+
+// This build or machine lacks what the call needs.
+struct Unavailable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // The CUDA runtime refused; the text says what and, where it is known, what to do.
 struct CudaError : std::runtime_error {

@@ -68,10 +68,10 @@ typedef struct merge_attn_states_args {
   const merge_attn_states_tensor* suffix_lse;     // [H, N], natural log
   const merge_attn_states_tensor* output_lse;     // [H, N], written; may be null
   const merge_attn_states_tensor* output_scale;   // one float32; may be null
+  void* stream;                                   // cudaStream_t of the output's device; CPU: null
   int64_t prefill_tokens_with_context;            // in [0, N]; tokens from here on copy the suffix
   int32_t has_prefill_tokens_with_context;        // 0: every token is merged
-  int32_t dependent_launch;  // 1: CUDA's programmatic dependent launch, as by MERGE_ATTN_STATES_PDL
-  void* stream;              // cudaStream_t of the output's device; CPU: null
+  int32_t dependent_launch;  // 1: as MERGE_ATTN_STATES_PDL=1 does for all calls
 } merge_attn_states_args;
 
 typedef enum merge_attn_states_status {

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "../include/merge_attn_states.h"
+#include "../../include/merge_attn_states.h"
 
 namespace merge_attn_states {
 
@@ -34,6 +34,17 @@ struct Float8E5M2 {
 
 constexpr bool is_fp8(DType dtype) {
   return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2;
+}
+
+constexpr bool is_supported(DType dtype) {
+  return is_fp8(dtype) || dtype == DType::kFloat32 || dtype == DType::kFloat16 ||
+         dtype == DType::kBFloat16 || dtype == DType::kFloat64;
+}
+
+// FP8 to any wider dtype and back; float64 stays by itself. dispatch_dtypes has the same pairs.
+constexpr bool can_convert(DType input, DType output) {
+  const auto converts = [](DType dtype) { return is_supported(dtype) && dtype != DType::kFloat64; };
+  return converts(input) && converts(output) && is_fp8(input) != is_fp8(output);
 }
 
 constexpr int64_t size_of(DType dtype) { return (static_cast<uint32_t>(dtype) >> 8 & 0xff) / 8; }
@@ -66,8 +77,12 @@ template <class F>
 auto dispatch_dtypes(DType input, DType output, F&& f) {
   const auto with_output = [&](auto in) {
     if (input == output) return f(in, in);
-    if constexpr (!kIsFp8<typename decltype(in)::type> &&
-                  !std::is_same_v<typename decltype(in)::type, double>) {
+    using In = typename decltype(in)::type;
+    if constexpr (kIsFp8<In>) {
+      if (output == DType::kFloat32) return f(in, TypeTag<float>{});
+      if (output == DType::kFloat16) return f(in, TypeTag<Half>{});
+      if (output == DType::kBFloat16) return f(in, TypeTag<BFloat16>{});
+    } else if constexpr (!std::is_same_v<In, double>) {
       if (output == DType::kFloat8E4M3) return f(in, TypeTag<Float8E4M3>{});
       if (output == DType::kFloat8E5M2) return f(in, TypeTag<Float8E5M2>{});
     }

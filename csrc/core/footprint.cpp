@@ -109,7 +109,9 @@ Footprint footprint(const Extent& extent, const int64_t* sizes, const int64_t* s
 }
 
 bool overlaps(const Footprint& a, const Footprint& b) {
-  if (!a.meets(b)) return false;
+  if (!a.overlaps_range(b)) return false;
+  // The lowest and the highest byte of each are touched, whatever lies between them.
+  if (a.begin == b.begin || a.end == b.end) return true;
   // A common byte: a.begin + sum_a + [0, a.run) meets b.begin + sum_b + [0, b.run). Terms of equal
   // stride are one term, so that two slices of one buffer cost a handful of steps.
   Term terms[2 * kMaxRank];

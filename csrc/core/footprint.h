@@ -17,7 +17,7 @@ struct Extent {
   uint64_t end = 0;
 
   bool empty() const { return begin == end; }
-  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+  bool overlaps_range(const Extent& other) const { return begin < other.end && other.begin < end; }
 };
 
 // From the lowest touched byte to the highest. False where an address or the extent leaves 64 bits.

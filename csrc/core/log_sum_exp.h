@@ -1,18 +1,12 @@
-// The logarithm of lse.h in float32 as a GPU computes it, where it is worth more than one rounding:
-// merges follow one another, and each rounds the LSE of the one before.
+// The logarithm of state.h in float32 as a GPU computes it, where it is worth more than one
+// rounding: merges follow one another, and each rounds the LSE of the one before.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define MERGE_ATTN_STATES_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-// Always inlined: the CPU kernels are built twice, and one copy of a function that both use must
-// not stand for the other.
-#define MERGE_ATTN_STATES_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace merge_attn_states {
 
@@ -36,14 +30,12 @@ MERGE_ATTN_STATES_HOST_DEVICE float power_of_two(int32_t exponent) {
 }
 
 // log(exp(larger) + exp(smaller)), smaller <= larger; e is exp(smaller - larger) within an ulp or
-// two, and weight is 1 / (1 + e). Within 4.5e-8 of the exact value and the last rounding: from 3 on
-// the float32 next to it in 99 of 100. (What a GPU's own exp and log2 give is 1.6e-7 off.)
+// two, and weight is 1 / (1 + e). It is the float32 next to the exact value in nearly every row,
+// where a GPU's own exp and log2 are several times further off (docs/experiments.md).
 //
 // log(1 + x) = x - x^2 / 2 + x^3 S(x), whose first two terms are added exactly. e's own error is
-// what exp(r - n ln 2) = 2^-n (1 + r + r^2 Q(r)) differs from it by, and counts with weight. x^3 S
-// and r^2 Q are minimax polynomials within 4e-9, evaluated side by side: this is what a block
-// ends with. Instead of log2 it makes 16x16x128 warm 1.15 us of 0.98, 64x16x128 cold 1.68 of 1.63,
-// 256x16x128 cold 2.42 of 2.37, and nothing slower that is larger (H100, 2026-11-25).
+// what exp(r - n ln 2) = 2^-n (1 + r + r^2 Q(r)) differs from it by, and counts with weight. S and
+// Q are minimax polynomials. They are evaluated side by side, since a block ends with this.
 MERGE_ATTN_STATES_HOST_DEVICE float precise_log_sum_exp(float larger, float smaller, float e,
                                                         float weight) {
   const TwoSum distance(larger, -smaller);

@@ -1,13 +1,14 @@
 // The border: what a translator hands over and what it looks like in a message.
 //
-// A TensorView is the C entry's own tensor struct. In front of it stand the translators (ops.cpp
-// for Torch, module.cpp for Python); behind it plain C++ and CUDA that know neither.
+// A TensorView is the C entry's own tensor struct. In front of it stand the translators
+// (torch/ops.cpp, torch/eager.cpp); behind it plain C++ and CUDA that know neither Torch nor
+// Python.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
-#include "../include/merge_attn_states.h"
+#include "../../include/merge_attn_states.h"
 
 namespace merge_attn_states {
 

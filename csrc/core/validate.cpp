@@ -1,134 +1,113 @@
 // The only validation: what each operand must be. Every sentence names the argument, what was
 // expected and what came.
-#include "merge_args.h"
-
+#include <cstddef>
 #include <string>
 
-#include "operand.h"
+#include "checks.h"
+#include "merge_call.h"
+#include "struct_size.h"
 
 namespace merge_attn_states {
 namespace {
 
-constexpr const char* kOutputAxes = "[num_tokens, num_heads, head_size]";
+using Operands = std::array<Operand, kNumOperands>;
+
+constexpr const char* kRowAxes = "[num_tokens, num_heads, head_size]";
 constexpr const char* kLseAxes = "[num_heads, num_tokens]";
 constexpr const char* kSameAsPrefix = "the dtype of prefix_output";
 
-// The dtype table of the operation.
-void check_dtypes(const Operand& prefix, const Operand& suffix, const Operand& output,
-                  const Operand& scale) {
-  switch (prefix.dtype()) {
-    case DType::kFloat32:
-    case DType::kFloat16:
-    case DType::kBFloat16:
-    case DType::kFloat64:
-    case DType::kFloat8E4M3:
-    case DType::kFloat8E5M2:
-      break;
-    default:
-      refuse(prefix.name, [&] {
-        return "expected float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2, got " +
-               dtype_name(prefix.view->dtype);
-      });
-  }
-  check_dtype(suffix, prefix.dtype(), kSameAsPrefix);
+// What the structs of every caller hold. Behind it a field may be missing, and is then 0; none may
+// hide in padding at the end, which a caller leaves unset.
+constexpr size_t kSmallestTensor = offsetof(TensorView, memory);
+constexpr size_t kSmallestArgs = offsetof(merge_attn_states_args, prefill_tokens_with_context);
+static_assert(sizeof(TensorView) == offsetof(TensorView, memory_bytes) + sizeof(int64_t));
+static_assert(sizeof(merge_attn_states_args) ==
+              offsetof(merge_attn_states_args, dependent_launch) + sizeof(int32_t));
 
-  const bool may_quantize = !is_fp8(prefix.dtype()) && prefix.dtype() != DType::kFloat64;
-  const bool quantizes = is_fp8(output.dtype()) && output.dtype() != prefix.dtype();
-  if (quantizes && !may_quantize) check_dtype(output, prefix.dtype(), kSameAsPrefix);
-  if (!quantizes && output.dtype() != prefix.dtype()) {
-    refuse(output.name, [&] {
-      return "expected " + dtype_name(prefix.view->dtype) + ", " + kSameAsPrefix +
-             (may_quantize ? " (or, with output_scale, an FP8 dtype)" : "") + ", got " +
-             dtype_name(output.view->dtype);
-    });
+void check_presence(const Operand& operand) {
+  if (operand.given()) return check_described(operand);
+  if (!operand.spec->optional) {
+    refuse(operand.name(), [] { return "expected a tensor, got none"; });
   }
-  if (quantizes && !scale.given()) {
-    refuse(scale.name, [&] {
-      return "expected one float32 for a " + dtype_name(output.view->dtype) + " output of " +
-             dtype_name(prefix.view->dtype) + " inputs, got none";
-    });
-  }
-  if (scale.given() && !is_fp8(output.dtype())) {
-    refuse(scale.name, [&] {
-      return "expected none for a " + dtype_name(output.view->dtype) +
-             " output, since only an FP8 output is scaled, got a tensor";
-    });
-  }
-}
-
-// The operands of a call in the schema's order.
-struct Operands {
-  Operand output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse, output_scale;
-
-  explicit Operands(const merge_attn_states_args& args)
-      : output{"output", args.output},
-        prefix_output{"prefix_output", args.prefix_output},
-        prefix_lse{"prefix_lse", args.prefix_lse},
-        suffix_output{"suffix_output", args.suffix_output},
-        suffix_lse{"suffix_lse", args.suffix_lse},
-        output_lse{"output_lse", args.output_lse},
-        output_scale{"output_scale", args.output_scale} {}
-};
-
-void check_needed(const Operand& operand) {
-  if (!operand.given()) {
-    refuse(operand.name, [] { return "expected a tensor, got none"; });
-  }
-  check_described(operand);
-}
-
-void check_presence(const Operands& operands) {
-  check_needed(operands.output);
-  check_needed(operands.prefix_output);
-  check_needed(operands.prefix_lse);
-  check_needed(operands.suffix_output);
-  check_needed(operands.suffix_lse);
-  if (operands.output_lse.given()) check_described(operands.output_lse);
-  if (operands.output_scale.given()) check_described(operands.output_scale);
 }
 
 // The output says what N, H, D and the device are.
 void check_output(const Operand& output) {
-  check_rank(output, 3, kOutputAxes);
+  check_rank(output, 3, kRowAxes);
   if ((output.size(0) | output.size(1) | output.size(2)) < 0) {
-    refuse(output.name, [&] { return "expected sizes of 0 or more, got " + output.sizes(); });
+    refuse(output.name(), [&] { return "expected sizes of 0 or more, got " + output.sizes(); });
   }
   const TensorView& view = *output.view;
   if (view.device_type != MERGE_ATTN_STATES_CPU && view.device_type != MERGE_ATTN_STATES_CUDA) {
-    refuse(output.name, [&] {
+    refuse(output.name(), [&] {
       return "expected a CPU or CUDA device, got " +
              device_name(view.device_type, view.device_index);
     });
   }
 }
 
-void check_input(const Operand& input, const Operand& output) {
-  check_device(input, *output.view);
-  check_shape<3>(input, {output.size(0), output.size(1), output.size(2)}, kOutputAxes);
-}
-
-void check_lse(const Operand& lse, const Operand& output, bool wide) {
-  check_device(lse, *output.view);
-  check_shape<2>(lse, {output.size(1), output.size(0)}, kLseAxes);
-  check_dtype(lse, wide ? DType::kFloat64 : DType::kFloat32,
-              wide ? "the dtype of an LSE of float64 outputs" : "the dtype of every LSE");
-}
-
-void check_scale(const Operand& scale, const Operand& output) {
-  check_device(scale, *output.view);
-  check_dtype(scale, DType::kFloat32, "the dtype of a scale");
-  for (int32_t i = 0; i < scale.view->rank; ++i) {
-    if (scale.size(i) != 1) {
-      refuse(scale.name, [&] { return "expected one element, got shape " + scale.sizes(); });
-    }
+void check_place_and_shape(const Operand& operand, const Operand& output) {
+  check_device(operand, *output.view);
+  switch (operand.spec->axes) {
+    case Axes::kRows:
+      return check_shape<3>(operand, {output.size(0), output.size(1), output.size(2)}, kRowAxes);
+    case Axes::kLses:
+      return check_shape<2>(operand, {output.size(1), output.size(0)}, kLseAxes);
+    case Axes::kOne:
+      return check_one_element(operand);
   }
+}
+
+// Row by row the dtype table of the operation: what the output may be, and who has a scale.
+void check_dtypes(const Operands& operands) {
+  const Operand &prefix = operands[kPrefixOutput], &output = operands[kOutput],
+                &scale = operands[kOutputScale];
+  if (!is_supported(prefix.dtype())) {
+    refuse(prefix.name(), [&] {
+      return "expected float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2, got " +
+             dtype_name(prefix.view->dtype);
+    });
+  }
+  check_dtype(operands[kSuffixOutput], prefix.dtype(), kSameAsPrefix);
+
+  const bool converts = output.dtype() != prefix.dtype();
+  if (converts && !can_convert(prefix.dtype(), output.dtype())) {
+    refuse(output.name(), [&] {
+      const char* others = is_fp8(prefix.dtype()) ? " (or float32, float16 or bfloat16)"
+                           : prefix.dtype() != DType::kFloat64
+                               ? " (or, with output_scale, an FP8 dtype)"
+                               : "";
+      return "expected " + dtype_name(prefix.view->dtype) + ", " + kSameAsPrefix + others +
+             ", got " + dtype_name(output.view->dtype);
+    });
+  }
+  if (converts && is_fp8(output.dtype()) && !scale.given()) {
+    refuse(scale.name(), [&] {
+      return "expected one float32 for a " + dtype_name(output.view->dtype) + " output of " +
+             dtype_name(prefix.view->dtype) + " inputs, got none";
+    });
+  }
+  if (scale.given() && !is_fp8(output.dtype())) {
+    refuse(scale.name(), [&] {
+      return "expected none for a " + dtype_name(output.view->dtype) +
+             " output, since only an FP8 output is scaled, got a tensor";
+    });
+  }
+
+  const bool wide = prefix.dtype() == DType::kFloat64;
+  for (const Operand& operand : operands) {
+    if (!operand.given() || operand.spec->axes != Axes::kLses) continue;
+    check_dtype(operand, wide ? DType::kFloat64 : DType::kFloat32,
+                wide ? "the dtype of an LSE of float64 outputs" : "the dtype of every LSE");
+  }
+  if (scale.given()) check_dtype(scale, DType::kFloat32, "the dtype of a scale");
 }
 
 int64_t checked_count(const merge_attn_states_args& args, int64_t num_tokens) {
   if (!args.has_prefill_tokens_with_context) return num_tokens;
   const int64_t count = args.prefill_tokens_with_context;
   if (count < 0 || count > num_tokens) {
-    refuse("prefill_tokens_with_context", [&] {
+    refuse(kCountName, [&] {
       return "expected a count in [0, " + std::to_string(num_tokens) + "] = [0, num_tokens], got " +
              std::to_string(count);
     });
@@ -136,31 +115,19 @@ int64_t checked_count(const merge_attn_states_args& args, int64_t num_tokens) {
   return count;
 }
 
-void check_addresses(Operands& operands) {
-  auto& [output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse, scale] =
-      operands;
-  check_memory<3>(output);
-  check_memory<3>(prefix_output);
-  check_memory<2>(prefix_lse);
-  check_memory<3>(suffix_output);
-  check_memory<2>(suffix_lse);
-  if (output_lse.given()) check_memory<2>(output_lse);
-  if (scale.given()) check_memory<0>(scale);
-
-  check_written_once(output);
-  check_overlap(output, prefix_output, true);
-  check_overlap(output, suffix_output, true);
-  check_overlap(output, prefix_lse, false);
-  check_overlap(output, suffix_lse, false);
-  check_overlap(output, scale, false);
-  if (!output_lse.given()) return;
-  check_written_once(output_lse);
-  check_overlap(output_lse, prefix_lse, true);
-  check_overlap(output_lse, suffix_lse, true);
-  check_overlap(output_lse, output, false);
-  check_overlap(output_lse, prefix_output, false);
-  check_overlap(output_lse, suffix_output, false);
-  check_overlap(output_lse, scale, false);
+void check_memory_and_overlap(Operands& operands) {
+  for (Operand& operand : operands) {
+    if (operand.given()) check_memory(operand);
+  }
+  for (const Operand& written : operands) {
+    if (!written.spec->written || !written.given()) continue;
+    check_written_once(written);
+    for (const Operand& other : operands) {
+      // Two that are written stand beside each other once.
+      if (&other == &written || (other.spec->written && &other > &written)) continue;
+      check_overlap(written, other, may_be_same(*written.spec, *other.spec));
+    }
+  }
 }
 
 // Without an element there is no address to compute, whatever the strides.
@@ -168,61 +135,61 @@ int64_t stride(const Operand& operand, int dimension) {
   return operand.extent.empty() ? 0 : operand.stride(dimension);
 }
 
-Rows rows(const Operand& operand) {
-  return {.data = operand.view->data,
-          .token_stride = stride(operand, 0),
-          .head_stride = stride(operand, 1),
-          .element_stride = stride(operand, 2)};
-}
-
-LseRows lse_rows(const Operand& operand) {
-  if (!operand.given()) return {};
-  return {.data = operand.view->data,
-          .head_stride = stride(operand, 0),
-          .token_stride = stride(operand, 1)};
+State state(const Operand& output, const Operand& lse) {
+  State result{.output = {.data = output.view->data,
+                          .token_stride = stride(output, 0),
+                          .head_stride = stride(output, 1),
+                          .element_stride = stride(output, 2)},
+               .lse = {}};
+  if (lse.given()) {
+    result.lse = {
+        .data = lse.view->data, .token_stride = stride(lse, 1), .head_stride = stride(lse, 0)};
+  }
+  return result;
 }
 
 }  // namespace
 
-MergeArgs validate(const merge_attn_states_args& args) {
-  if (args.version != MERGE_ATTN_STATES_VERSION) {
-    refuse("version", [&] {
-      return "expected " + std::to_string(MERGE_ATTN_STATES_VERSION) + ", got " +
-             std::to_string(args.version);
-    });
+MergeCall validate(const merge_attn_states_args* given) {
+  merge_attn_states_args args_storage;
+  const merge_attn_states_args& args = of_this_version(given, "args", kSmallestArgs, args_storage);
+  Operands operands;
+  std::array<TensorView, kNumOperands> views;
+  for (int i = 0; i < kNumOperands; ++i) {
+    const TensorView* view = args.*kOperands[i].place;
+    if (view != nullptr) {
+      view = &of_this_version(view, kOperands[i].name, kSmallestTensor, views[i]);
+    }
+    operands[i] = {&kOperands[i], view};
   }
-  Operands operands(args);
-  check_presence(operands);
-  check_output(operands.output);
-  check_input(operands.prefix_output, operands.output);
-  check_input(operands.suffix_output, operands.output);
-  check_dtypes(operands.prefix_output, operands.suffix_output, operands.output,
-               operands.output_scale);
-  const bool wide = operands.prefix_output.dtype() == DType::kFloat64;
-  check_lse(operands.prefix_lse, operands.output, wide);
-  check_lse(operands.suffix_lse, operands.output, wide);
-  if (operands.output_lse.given()) check_lse(operands.output_lse, operands.output, wide);
-  if (operands.output_scale.given()) check_scale(operands.output_scale, operands.output);
-  const int64_t count = checked_count(args, operands.output.size(0));
-  check_addresses(operands);
 
-  const Operand& output = operands.output;
-  const TensorView* scale = operands.output_scale.view;
-  return {.num_tokens = output.size(0),
-          .num_heads = output.size(1),
-          .head_size = output.size(2),
-          .num_tokens_with_context = count,
-          .output = rows(output),
-          .prefix_output = rows(operands.prefix_output),
-          .suffix_output = rows(operands.suffix_output),
-          .prefix_lse = lse_rows(operands.prefix_lse),
-          .suffix_lse = lse_rows(operands.suffix_lse),
-          .output_lse = lse_rows(operands.output_lse),
-          .output_scale = scale != nullptr ? static_cast<const float*>(scale->data) : nullptr,
-          .input_dtype = operands.prefix_output.dtype(),
+  for (const Operand& operand : operands) check_presence(operand);
+  const Operand& output = operands[kOutput];
+  check_output(output);
+  for (const Operand& operand : operands) {
+    if (operand.given()) check_place_and_shape(operand, output);
+  }
+  check_dtypes(operands);
+  const int64_t count = checked_count(args, output.size(0));
+  check_memory_and_overlap(operands);
+
+  const TensorView* scale = operands[kOutputScale].view;
+  const Operand& output_lse = operands[kOutputLse];
+  return {.geometry = {.num_tokens = output.size(0),
+                       .num_heads = output.size(1),
+                       .head_size = output.size(2)},
+          .parts = {.prefix = state(operands[kPrefixOutput], operands[kPrefixLse]),
+                    .suffix = state(operands[kSuffixOutput], operands[kSuffixLse])},
+          .merged = state(output, output_lse),
+          .rule = {.num_tokens_with_context = count,
+                   .output_scale = scale ? static_cast<const float*>(scale->data) : nullptr},
+          .input_dtype = operands[kPrefixOutput].dtype(),
           .output_dtype = output.dtype(),
+          .output_is_suffix = is_same(output, operands[kSuffixOutput]),
+          .output_lse_is_suffix = output_lse.given() && is_same(output_lse, operands[kSuffixLse]),
           .device_type = output.view->device_type,
           .device_index = output.view->device_index,
+          .dependent_launch = args.dependent_launch != 0,
           .stream = args.stream};
 }
 

@@ -1,8 +1,7 @@
 // The two builds of the CPU kernel.
 #pragma once
 
-#include "../lse.h"
-#include "../merge_args.h"
+#include "../core/merge_call.h"
 
 // Clang has no way to switch an instruction set on for the rest of a file, templates from headers
 // included: there the build must say 1 and give kernels_v3.cpp its flags (-mavx2 -mbmi -mbmi2
@@ -19,24 +18,20 @@ namespace merge_attn_states::cpu {
 
 // LSEs lie along the tokens and rows along the heads. Sixteen floats of an LSE are one cache line;
 // row by row instead, an LSE of 2^k tokens puts every head's line into the same few cache sets.
-// Heads in plenty keep the rows' memory contiguous: of torch.add's bandwidth at 100 MB, 64 heads of
-// 128, 8 / 32 / 128 heads a tile give 0.67 / 0.77 / 0.87 in float16, 0.74 / 0.83 / 0.91 in
-// bfloat16, 0.87 / 0.92 / 0.91 in float32 (two Zen cores, 2026-11, without what follows).
+// Heads in plenty keep the rows' memory contiguous (docs/experiments.md has the bandwidths).
 inline constexpr int64_t kTileTokens = 16;
 inline constexpr int64_t kTileHeads = 128;
 inline constexpr int64_t kTileHeadsOfFewTokens = 32;  // one tile of tokens: heads feed the threads
 
-// Heads between the LSEs that are weighed and those that are asked for: 1.05 instead of 0.97 in
-// float16 (as above, 2026-11-24), nothing in the others.
+// Heads between the LSEs that are weighed and those that are asked for.
 inline constexpr int64_t kHeadsAhead = 8;
 
 // An output of this many bytes is stored past the caches where it may be: with two inputs as large
-// it would leave most of them, and a store through them first reads what it overwrites. 1.18
-// instead of 0.94 in float32, 1.07 / 1.02 in bfloat16, 1.05 / 0.88 in float16 (as above).
+// it would leave most of them, and a store through them first reads what it overwrites.
 inline constexpr int64_t kStreamedBytes = 16 << 20;
 
-MERGE_ATTN_STATES_HOST_DEVICE int64_t tile_heads(const MergeArgs& args) {
-  return args.num_tokens > kTileTokens ? kTileHeads : kTileHeadsOfFewTokens;
+MERGE_ATTN_STATES_HOST_DEVICE int64_t tile_heads(const MergeCall& call) {
+  return call.geometry.num_tokens > kTileTokens ? kTileHeads : kTileHeadsOfFewTokens;
 }
 
 MERGE_ATTN_STATES_HOST_DEVICE int64_t tiles(int64_t count, int64_t size) {
@@ -45,11 +40,11 @@ MERGE_ATTN_STATES_HOST_DEVICE int64_t tiles(int64_t count, int64_t size) {
 
 // Tiles [begin, end), the tiles of a token range one after the other.
 namespace baseline {
-void merge_tiles(const MergeArgs& args, int64_t begin, int64_t end);
+void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
 }  // namespace baseline
 
 namespace v3 {  // x86-64-v3: AVX2 and F16C
-void merge_tiles(const MergeArgs& args, int64_t begin, int64_t end);
+void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
 }  // namespace v3
 
 }  // namespace merge_attn_states::cpu

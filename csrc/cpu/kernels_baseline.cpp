@@ -1,7 +1,6 @@
 // The CPU kernel for any processor of the target architecture.
 #include <algorithm>
 
-#include "../rows.h"
 #include "kernels.h"
 
 namespace merge_attn_states::cpu::baseline {

@@ -5,7 +5,6 @@
 // more than what merge.cpp asks the processor for.
 #include <algorithm>
 
-#include "../rows.h"
 #include "kernels.h"
 
 #if MERGE_ATTN_STATES_HAS_V3

@@ -17,7 +17,7 @@ namespace {
 
 struct Build {
   const char* name;
-  void (*merge_tiles)(const MergeArgs&, int64_t, int64_t);
+  void (*merge_tiles)(const MergeCall&, int64_t, int64_t);
 };
 
 #if MERGE_ATTN_STATES_HAS_V3
@@ -55,22 +55,22 @@ constexpr int64_t kElementsPerThread = 32768;
 
 Selection choose() { return selection("cpu", build().name); }
 
-void run(const MergeArgs& args) {
-  const int64_t count =
-      tiles(args.num_tokens, kTileTokens) * tiles(args.num_heads, tile_heads(args));
-  const int64_t elements = std::min(args.num_tokens, kTileTokens) *
-                           std::min(args.num_heads, tile_heads(args)) *
-                           std::max<int64_t>(1, args.head_size);
+void run(const MergeCall& call) {
+  const int64_t count = tiles(call.geometry.num_tokens, kTileTokens) *
+                        tiles(call.geometry.num_heads, tile_heads(call));
+  const int64_t elements = std::min(call.geometry.num_tokens, kTileTokens) *
+                           std::min(call.geometry.num_heads, tile_heads(call)) *
+                           std::max<int64_t>(1, call.geometry.head_size);
   // Chosen here, where it may throw: a thread of the pool may not.
   const struct {
-    const MergeArgs& args;
-    void (*merge_tiles)(const MergeArgs&, int64_t, int64_t);
-  } work{args, build().merge_tiles};
+    const MergeCall& call;
+    void (*merge_tiles)(const MergeCall&, int64_t, int64_t);
+  } work{call, build().merge_tiles};
   parallel_for(
       count, std::max<int64_t>(1, kElementsPerThread / elements),
       [](const void* context, int64_t begin, int64_t end) {
         const auto& mine = *static_cast<const decltype(work)*>(context);
-        mine.merge_tiles(mine.args, begin, end);
+        mine.merge_tiles(mine.call, begin, end);
       },
       &work);
 }

@@ -1,4 +1,4 @@
-// One function: rows over threads. The library takes PyTorch's pool (parallel_torch.cpp), the fuzz
+// One function: rows over threads. The library takes PyTorch's pool (torch/parallel.cpp), the fuzz
 // target and other programs without libtorch one thread (parallel_serial.cpp).
 #pragma once
 

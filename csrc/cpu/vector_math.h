@@ -1,5 +1,5 @@
-// The formula's functions for eight rows at a time; the C library's cost 35 ns a row, half of what
-// a row of 128 bfloat16 takes to stream. Included once by each build, after pack.h. Only additions,
+// The formula's functions for eight rows at a time; the C library's cost half of what a row takes
+// to stream. Included once by each build, after pack.h. Only additions,
 // multiplications and integer arithmetic, so both builds give the same bits.
 
 template <class Acc>

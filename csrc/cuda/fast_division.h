@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "../lse.h"
+#include "../core/state.h"
 
 namespace merge_attn_states::cuda {
 

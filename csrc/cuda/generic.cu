@@ -7,7 +7,7 @@
 // that writes the merged one after it, and an element is read and written by one thread.
 #include <algorithm>
 
-#include "../rows.h"
+#include "../core/merge_call.h"
 #include "fast_division.h"
 #include "launch.h"
 #include "pack.cuh"
@@ -38,13 +38,13 @@ struct RowInBlock {
 // single elements instead of 286 (sm_90, nvcc 13.0).
 template <class In, class Out, int kElements>
 __global__ void __launch_bounds__(kGenericThreads)
-    merge_generic(const __grid_constant__ MergeArgs args, const __grid_constant__ RowTile tile) {
+    merge_generic(const __grid_constant__ MergeCall call, const __grid_constant__ RowTile tile) {
   using Acc = typename Accumulate<In>::type;
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];
   __shared__ MergedLse<ScalarMath<Acc>, Acc> lses[kGenericMaxRows];  // each for its own thread
-  const int64_t num_rows = args.num_tokens * args.num_heads;
+  const int64_t num_rows = call.geometry.num_tokens * call.geometry.num_heads;
   wait_for_previous();
-  const Scale scale = Scale::of<Out>(args.output_scale);
+  const Scale scale = Scale::of<Out>(call.rule.output_scale);
   const auto stride = [](const Rows& operand) {
     return kElements > 1 ? kElements : operand.element_stride;
   };
@@ -57,15 +57,15 @@ __global__ void __launch_bounds__(kGenericThreads)
     const int64_t mine = first + threadIdx.x;
     const auto token_of_mine = [&] {
       return tile.few_rows ? int64_t{tile.heads.quotient(static_cast<uint32_t>(mine))}
-                           : mine / args.num_heads;
+                           : mine / call.geometry.num_heads;
     };
     if (weighs) {
-      const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
-      lses[threadIdx.x] = weigh_row<Acc>(args, token, head);
+      const int64_t token = token_of_mine(), head = mine - token * call.geometry.num_heads;
+      lses[threadIdx.x] = weigh_row<Acc>(call.parts, call.rule, token, head);
       rows[threadIdx.x] = {.weights = lses[threadIdx.x].weights,
-                           .prefix = row_of<In>(args.prefix_output, token, head),
-                           .suffix = row_of<In>(args.suffix_output, token, head),
-                           .output = row_of<Out>(args.output, token, head)};
+                           .prefix = row_of<In>(call.parts.prefix.output, token, head),
+                           .suffix = row_of<In>(call.parts.suffix.output, token, head),
+                           .output = row_of<Out>(call.merged.output, token, head)};
     }
     __syncthreads();
     launch_next();
@@ -86,46 +86,47 @@ __global__ void __launch_bounds__(kGenericThreads)
         const auto load = [&](const In* data, const Rows& operand) {
           return Pack<In, kElements>::load(data + column[k] * stride(operand));
         };
-        if (!from.weights.skips_prefix()) prefix[k] = load(from.prefix, args.prefix_output);
-        if (!from.weights.skips_suffix()) suffix[k] = load(from.suffix, args.suffix_output);
+        if (!from.weights.skips_prefix()) prefix[k] = load(from.prefix, call.parts.prefix.output);
+        if (!from.weights.skips_suffix()) suffix[k] = load(from.suffix, call.parts.suffix.output);
       }
 #pragma unroll
       for (int k = 0; k < kUnroll; ++k) {
         if (base + k * kGenericThreads >= packs) break;
         const RowInBlock<In, Out>& to = rows[row[k]];
         merge_pack<In, Out, kElements>(to.weights, scale, prefix[k], suffix[k])
-            .store(to.output + column[k] * stride(args.output));
+            .store(to.output + column[k] * stride(call.merged.output));
       }
     }
     // After the packs: in front of the barrier its logarithm would keep every thread waiting.
     if (weighs) {
-      const int64_t token = token_of_mine(), head = mine - token * args.num_heads;
-      store_lse(args, token, head, lses[threadIdx.x]);
+      const int64_t token = token_of_mine(), head = mine - token * call.geometry.num_heads;
+      store_lse(call.merged.lse, token, head, lses[threadIdx.x]);
     }
   }
 }
 
 }  // namespace
 
-void launch_generic(const MergeArgs& args, const GenericShape& shape, bool overlaps_previous) {
-  const int64_t num_rows = args.num_tokens * args.num_heads;
-  const int64_t row_packs = args.head_size / shape.pack_elements;
+void launch_generic(const MergeCall& call, const GenericShape& shape, bool overlaps_previous) {
+  const int64_t num_rows = call.geometry.num_tokens * call.geometry.num_heads;
+  const int64_t row_packs = call.geometry.head_size / shape.pack_elements;
   const uint32_t divisor = shape.rows == 1 || row_packs == 0 ? 1 : static_cast<uint32_t>(row_packs);
   const bool few_rows = num_rows <= kMaxGridX;
-  const RowTile tile{.packs_per_row = FastDivision(divisor),
-                     .heads = FastDivision(few_rows ? static_cast<uint32_t>(args.num_heads) : 1),
-                     .row_packs = row_packs,
-                     .rows = shape.rows,
-                     .few_rows = few_rows};
+  const RowTile tile{
+      .packs_per_row = FastDivision(divisor),
+      .heads = FastDivision(few_rows ? static_cast<uint32_t>(call.geometry.num_heads) : 1),
+      .row_packs = row_packs,
+      .rows = shape.rows,
+      .few_rows = few_rows};
   const Grid grid{.blocks = std::min((num_rows - 1) / shape.rows + 1, kMaxGridX),
                   .threads = kGenericThreads,
                   .overlaps_previous = overlaps_previous};
-  dispatch_dtypes(args.input_dtype, args.output_dtype, [&](auto in, auto out) {
+  dispatch_dtypes(call.input_dtype, call.output_dtype, [&](auto in, auto out) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;
     constexpr int kWide = kGenericPackBytes / sizeof(In);
     launch(shape.pack_elements == 1 ? merge_generic<In, Out, 1> : merge_generic<In, Out, kWide>,
-           grid, args, args, tile);
+           grid, call, call, tile);
   });
 }
 

@@ -76,34 +76,35 @@ bool is_aligned(const Rows& rows, int64_t element_bytes, int64_t pack_bytes) {
 }
 
 // Whole rows consist of aligned packs of `bytes` of input, and the output's of as many elements.
-bool consists_of_packs(const MergeArgs& args, int64_t bytes) {
-  const int64_t input_bytes = size_of(args.input_dtype), output_bytes = size_of(args.output_dtype);
+bool consists_of_packs(const MergeCall& call, int64_t bytes) {
+  const int64_t input_bytes = size_of(call.input_dtype), output_bytes = size_of(call.output_dtype);
   const int64_t elements = bytes / input_bytes;
-  return args.head_size > 0 && args.head_size % elements == 0 &&
-         is_aligned(args.prefix_output, input_bytes, bytes) &&
-         is_aligned(args.suffix_output, input_bytes, bytes) &&
-         is_aligned(args.output, output_bytes, elements * output_bytes);
+  return call.geometry.head_size > 0 && call.geometry.head_size % elements == 0 &&
+         is_aligned(call.parts.prefix.output, input_bytes, bytes) &&
+         is_aligned(call.parts.suffix.output, input_bytes, bytes) &&
+         is_aligned(call.merged.output, output_bytes, elements * output_bytes);
 }
 
 // Null where the vectorized kernel cannot run.
-std::optional<Tile> tile_for(const MergeArgs& args) {
-  const bool supported = args.input_dtype == DType::kFloat32 ||
-                         args.input_dtype == DType::kFloat16 ||
-                         args.input_dtype == DType::kBFloat16;
-  if (!supported || !consists_of_packs(args, 16)) return std::nullopt;
+std::optional<Tile> tile_for(const MergeCall& call) {
+  const bool supported = call.input_dtype == DType::kFloat32 ||
+                         call.input_dtype == DType::kFloat16 ||
+                         call.input_dtype == DType::kBFloat16;
+  if (!supported || !consists_of_packs(call, 16)) return std::nullopt;
   // It counts tokens, heads, packs and tiles in 32 bits; what is larger loops in the generic
   // kernel.
-  if (std::max({args.num_tokens, args.num_heads, packs_per_row(args)}) > kMaxGridX / 2) {
+  if (std::max({call.geometry.num_tokens, call.geometry.num_heads, packs_per_row(call)}) >
+      kMaxGridX / 2) {
     return std::nullopt;
   }
-  const Tile tile = choose_tile(args, packs_per_row(args));
-  const int64_t token_tiles = tile.token_tiles(args.num_tokens);
-  if (tile.head_tiles(args.num_heads) > kMaxGridX / token_tiles) return std::nullopt;
+  const Tile tile = choose_tile(call, packs_per_row(call));
+  const int64_t token_tiles = tile.token_tiles(call.geometry.num_tokens);
+  if (tile.head_tiles(call.geometry.num_heads) > kMaxGridX / token_tiles) return std::nullopt;
   return tile;
 }
 
-GenericShape generic_shape(const MergeArgs& args) {
-  return choose_generic(args, consists_of_packs(args, kGenericPackBytes));
+GenericShape generic_shape(const MergeCall& call) {
+  return choose_generic(call, consists_of_packs(call, kGenericPackBytes));
 }
 
 }  // namespace
@@ -136,28 +137,28 @@ void check(cudaError_t status, int device) {
   throw CudaError("cuda:" + std::to_string(device) + ": " + what);
 }
 
-Selection choose(const MergeArgs& args) {
+Selection choose(const MergeCall& call) {
   char variant[sizeof(Selection::variant)];
-  if (args.nothing_to_do()) return selection("generic", "nothing to do");
-  if (const auto tile = tile_for(args)) {
+  if (call.nothing_to_do()) return selection("generic", "nothing to do");
+  if (const auto tile = tile_for(call)) {
     std::snprintf(variant, sizeof(variant), "%d tokens x %d heads, %d threads%s",
                   1 << tile->token_bits, 1 << tile->head_bits, tile->threads,
                   tile->packs_a_thread == 2 ? ", two packs" : "");
     return selection("vectorized", variant);
   }
-  const GenericShape shape = generic_shape(args);
+  const GenericShape shape = generic_shape(call);
   std::snprintf(variant, sizeof(variant), "%d rows a block, %d elements at a time", shape.rows,
                 shape.pack_elements);
   return selection("generic", variant);
 }
 
-void run(const MergeArgs& args) {
-  const DeviceGuard guard(args.device_index);
-  const bool overlaps = overlaps_previous(args.device_index);
-  if (const auto tile = tile_for(args)) {
-    launch_vectorized(args, *tile, overlaps);
+void run(const MergeCall& call) {
+  const DeviceGuard guard(call.device_index);
+  const bool overlaps = overlaps_previous(call.device_index);
+  if (const auto tile = tile_for(call)) {
+    launch_vectorized(call, *tile, overlaps);
   } else {
-    launch_generic(args, generic_shape(args), overlaps);
+    launch_generic(call, generic_shape(call), overlaps);
   }
 }
 

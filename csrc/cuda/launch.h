@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../merge_args.h"
+#include "../core/merge_call.h"
 #include "tile.h"
 
 namespace merge_attn_states::cuda {
@@ -21,7 +21,7 @@ struct Grid {
 void check(cudaError_t status, int device);
 
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), const Grid& grid, const MergeArgs& args,
+void launch(void (*kernel)(Parameters...), const Grid& grid, const MergeCall& call,
             const Parameters&... parameters) {
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -29,19 +29,19 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, const MergeArgs& ar
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-  config.stream = static_cast<cudaStream_t>(args.stream);
+  config.stream = static_cast<cudaStream_t>(call.stream);
   config.attrs = &overlap;
   config.numAttrs = grid.overlaps_previous ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, parameters...), args.device_index);
+  check(cudaLaunchKernelEx(&config, kernel, parameters...), call.device_index);
 }
 
 // 16-byte packs in a row of the vectorized kernel.
-inline int64_t packs_per_row(const MergeArgs& args) {
-  return args.head_size * size_of(args.input_dtype) / 16;
+inline int64_t packs_per_row(const MergeCall& call) {
+  return call.geometry.head_size * size_of(call.input_dtype) / 16;
 }
 
-void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_previous);
-void launch_generic(const MergeArgs& args, const GenericShape& shape, bool overlaps_previous);
+void launch_vectorized(const MergeCall& call, const Tile& tile, bool overlaps_previous);
+void launch_generic(const MergeCall& call, const GenericShape& shape, bool overlaps_previous);
 
 #ifdef __CUDACC__
 // Programmatic dependent launch (sm_90 and later): the next kernel of the stream may be set up

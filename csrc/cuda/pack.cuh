@@ -6,8 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include "../dtypes.h"
-#include "../lse.h"
+#include "../core/dtypes.h"
+#include "../core/state.h"
 
 namespace merge_attn_states::cuda {
 
@@ -114,6 +114,15 @@ __device__ inline void store_global(uint2* to, uint2 w) {
 __device__ inline void store_global(float* to, float w) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(w) : "memory");
 }
+// Eight float32 of eight FP8 elements: two stores.
+struct TwoWords {
+  uint4 first;
+  uint4 second;
+};
+__device__ inline void store_global(TwoWords* to, TwoWords w) {
+  store_global(&to->first, w.first);
+  store_global(&to->second, w.second);
+}
 template <class Word>
 __device__ void store_global(Word* to, Word w) {
   *to = w;
@@ -144,6 +153,10 @@ __device__ Word load_global(const Word* from) {
 
 template <int kBytes>
 struct WordOf;
+template <>
+struct WordOf<32> {
+  using type = TwoWords;
+};
 template <>
 struct WordOf<16> {
   using type = uint4;

@@ -7,7 +7,7 @@
 //
 // What a block does before its first load is what it takes too long for: every address is computed
 // before the wait for the kernel before, and the four loads stand together (docs/design.md).
-#include "../rows.h"
+#include "../core/merge_call.h"
 #include "fast_division.h"
 #include "launch.h"
 #include "pack.cuh"
@@ -53,7 +53,7 @@ __device__ int64_t offset_of(const Strided& operand, uint32_t token, uint32_t he
 // kLoops: a row may have more packs than the block threads, and is then a tile of its own.
 template <class In, class Out, bool kPlain, int kPacks, bool kLoops>
 __global__ void __launch_bounds__(kMaxThreads)
-    merge_tiles(const __grid_constant__ MergeArgs args, const __grid_constant__ Tiles tiles) {
+    merge_tiles(const __grid_constant__ MergeCall call, const __grid_constant__ Tiles tiles) {
   constexpr int kElements = kPackElements<In>;
   using InPack = Pack<In, kElements>;
   // Where the merged LSE goes is computed behind the loads, while they are under way: 16x16x128
@@ -74,13 +74,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   const uint32_t token = first_token + (row >> tiles.head_bits);
   const uint32_t head = first_head + (row & tiles.head_mask);
   const uint32_t column = (threadIdx.x - row * tiles.packs_per_row) * kElements;
-  const int64_t prefix_offset = offset_of(args.prefix_output, token, head) + column;
+  const int64_t prefix_offset = offset_of(call.parts.prefix.output, token, head) + column;
   const auto offset = [&](const Rows& operand) {
     return kPlain ? prefix_offset : offset_of(operand, token, head) + column;
   };
-  const In* prefix_output = static_cast<const In*>(args.prefix_output.data) + prefix_offset;
+  const In* prefix_output = static_cast<const In*>(call.parts.prefix.output.data) + prefix_offset;
   const In* suffix_output =
-      static_cast<const In*>(args.suffix_output.data) + offset(args.suffix_output);
+      static_cast<const In*>(call.parts.suffix.output.data) + offset(call.parts.suffix.output);
   compute_now(prefix_output, suffix_output);
   const bool inside = row < tiles.rows_a_pass && head < tiles.num_heads;
   const auto token_of = [&](int k) { return token + k * tiles.tokens_a_pass; };
@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     lse_head = first_head + (threadIdx.x >> tiles.token_bits);
     weighs = lse_token < tiles.num_tokens && lse_head < tiles.num_heads;
     weighs_prefix = weighs && lse_token < tiles.num_tokens_with_context;
-    prefix_lse = static_cast<const float*>(args.prefix_lse.data) +
-                 offset_of(args.prefix_lse, lse_token, lse_head);
-    suffix_lse = static_cast<const float*>(args.suffix_lse.data) +
-                 offset_of(args.suffix_lse, lse_token, lse_head);
+    prefix_lse = static_cast<const float*>(call.parts.prefix.lse.data) +
+                 offset_of(call.parts.prefix.lse, lse_token, lse_head);
+    suffix_lse = static_cast<const float*>(call.parts.suffix.lse.data) +
+                 offset_of(call.parts.suffix.lse, lse_token, lse_head);
   }
 
   wait_for_previous();
@@ -113,20 +113,20 @@ __global__ void __launch_bounds__(kMaxThreads)
   InPack prefix[kPacks], suffix[kPacks];
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
-    if (has_pack(k)) suffix[k] = InPack::load(suffix_output + further(k, args.suffix_output));
+    if (has_pack(k)) suffix[k] = InPack::load(suffix_output + further(k, call.parts.suffix.output));
     if (has_pack(k) && merges(k)) {
-      prefix[k] = InPack::load(prefix_output + further(k, args.prefix_output));
+      prefix[k] = InPack::load(prefix_output + further(k, call.parts.prefix.output));
     }
   }
   float* output_lse = nullptr;
   if constexpr (kPlacesLseFirst) {
-    if (weighs && args.output_lse.data != nullptr) {
-      output_lse = static_cast<float*>(args.output_lse.data) +
-                   offset_of(args.output_lse, lse_token, lse_head);
+    if (weighs && call.merged.lse.data != nullptr) {
+      output_lse = static_cast<float*>(call.merged.lse.data) +
+                   offset_of(call.merged.lse, lse_token, lse_head);
     }
     compute_now(output_lse);
   }
-  const Scale scale = Scale::of<Out>(args.output_scale);
+  const Scale scale = Scale::of<Out>(call.rule.output_scale);
 
   MergedLse<ScalarMath<float>, float> merged;
   if (weighs) {
@@ -136,17 +136,17 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   __syncthreads();
 
-  Out* output = static_cast<Out*>(args.output.data) + offset(args.output);
+  Out* output = static_cast<Out*>(call.merged.output.data) + offset(call.merged.output);
 #pragma unroll
   for (int k = 0; k < kPacks; ++k) {
     if (!has_pack(k)) break;
     merge_pack<In, Out, kElements>(weights[row + k * tiles.rows_a_pass], scale, prefix[k],
                                    suffix[k])
-        .store(output + further(k, args.output));
+        .store(output + further(k, call.merged.output));
   }
   if constexpr (kLoops) {
     const int64_t step = int64_t{blockDim.x} * kElements;
-    for (int64_t i = step; has_pack(0) && column + i < args.head_size; i += step) {
+    for (int64_t i = step; has_pack(0) && column + i < call.geometry.head_size; i += step) {
       suffix[0] = InPack::load(suffix_output + i);
       if (merges(0)) prefix[0] = InPack::load(prefix_output + i);
       merge_pack<In, Out, kElements>(weights[row], scale, prefix[0], suffix[0]).store(output + i);
@@ -158,21 +158,22 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_global(output_lse, merged.lse());
   } else {
     if (!weighs) return;
-    store_lse(args, lse_token, lse_head, merged);
+    store_lse(call.merged.lse, lse_token, lse_head, merged);
   }
   const uint32_t stride = tiles.num_tokens_in_tiles;
   for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
-    store_lse(args, at, lse_head, take_suffix(*lse_of<float>(args.suffix_lse, at, lse_head)));
+    store_lse(call.merged.lse, at, lse_head,
+              take_suffix(*lse_of<float>(call.parts.suffix.lse, at, lse_head)));
   }
 }
 
 // An FP8 output has three kernels, any other four: each costs the compiler a second an
 // architecture.
 template <class In, class Out>
-auto kernel_for(const MergeArgs& args, const Tile& tile) {
+auto kernel_for(const MergeCall& call, const Tile& tile) {
   constexpr bool kConverts = !std::is_same_v<In, Out>;
-  if (packs_per_row(args) > tile.threads) return merge_tiles<In, Out, false, 1, true>;
-  if (!is_plain(args, tile)) return merge_tiles<In, Out, false, 1, false>;
+  if (packs_per_row(call) > tile.threads) return merge_tiles<In, Out, false, 1, true>;
+  if (!is_plain(call, tile)) return merge_tiles<In, Out, false, 1, false>;
   if constexpr (!kConverts) {
     if (tile.packs_a_thread == 2) return merge_tiles<In, Out, true, 2, false>;
   }
@@ -181,12 +182,13 @@ auto kernel_for(const MergeArgs& args, const Tile& tile) {
 
 }  // namespace
 
-void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_previous) {
+void launch_vectorized(const MergeCall& call, const Tile& tile, bool overlaps_previous) {
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
-  const int64_t packs = packs_per_row(args);
-  const int64_t tokens = args.keeps_suffix_rows() ? args.num_tokens_with_context : args.num_tokens;
+  const int64_t packs = packs_per_row(call);
+  const int64_t tokens =
+      call.keeps_suffix_rows() ? call.rule.num_tokens_with_context : call.geometry.num_tokens;
   const int64_t token_tiles = tile.token_tiles(std::max<int64_t>(1, tokens));
-  const int64_t head_tiles = tile.head_tiles(args.num_heads);
+  const int64_t head_tiles = tile.head_tiles(call.geometry.num_heads);
   const Tiles tiles{.across = FastDivision(u32(tile.tokens_first ? token_tiles : head_tiles)),
                     .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
                     .packs_per_row = u32(packs),
@@ -197,22 +199,22 @@ void launch_vectorized(const MergeArgs& args, const Tile& tile, bool overlaps_pr
                     .head_bits = u32(tile.head_bits),
                     .token_mask = (1u << tile.token_bits) - 1,
                     .head_mask = (1u << tile.head_bits) - 1,
-                    .num_tokens = u32(args.num_tokens),
-                    .num_heads = u32(args.num_heads),
-                    .num_tokens_with_context = u32(args.num_tokens_with_context),
+                    .num_tokens = u32(call.geometry.num_tokens),
+                    .num_heads = u32(call.geometry.num_heads),
+                    .num_tokens_with_context = u32(call.rule.num_tokens_with_context),
                     .num_tokens_with_packs = u32(tokens),
                     .num_tokens_in_tiles = u32(token_tiles << tile.token_bits),
                     .tokens_first = tile.tokens_first};
   const Grid grid{.blocks = token_tiles * head_tiles,
                   .threads = tile.threads,
                   .overlaps_previous = overlaps_previous};
-  dispatch_dtypes(args.input_dtype, args.output_dtype, [&](auto in, auto out) {
+  dispatch_dtypes(call.input_dtype, call.output_dtype, [&](auto in, auto out) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;
     if constexpr (kIsFp8<In> || std::is_same_v<In, double>) {
       throw std::logic_error("merge_attn_states: not a vectorized dtype");
     } else {
-      launch(kernel_for<In, Out>(args, tile), grid, args, args, tiles);
+      launch(kernel_for<In, Out>(call, tile), grid, call, call, tiles);
     }
   });
 }

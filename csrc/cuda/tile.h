@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../merge_args.h"
+#include "../core/merge_call.h"
 
 namespace merge_attn_states::cuda {
 
@@ -30,12 +30,12 @@ struct Tile {
 };
 
 // All three [N, H, D] operands have the same strides, and heads lie closer than tokens.
-inline bool is_plain(const MergeArgs& args, const Tile& tile) {
+inline bool is_plain(const MergeCall& call, const Tile& tile) {
   const auto same = [&](const Rows& other) {
-    return other.token_stride == args.prefix_output.token_stride &&
-           other.head_stride == args.prefix_output.head_stride;
+    return other.token_stride == call.parts.prefix.output.token_stride &&
+           other.head_stride == call.parts.prefix.output.head_stride;
   };
-  return !tile.tokens_first && same(args.suffix_output) && same(args.output);
+  return !tile.tokens_first && same(call.parts.suffix.output) && same(call.merged.output);
 }
 
 // Of the generic kernel, and what half and twice as many would give (microseconds, H100,

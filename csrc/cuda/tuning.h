@@ -69,23 +69,24 @@ constexpr int head_bits_of_rows(int64_t packs_per_row) {
   return packs_per_row < 16 ? 2 : 1;
 }
 
-inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
+inline Tile choose_tile(const MergeCall& call, int64_t packs_per_row) {
   // As many packs as there are: no such call would fit a GPU, but a count must not overflow.
-  const int64_t rows = args.num_tokens * args.num_heads;
+  const int64_t rows = call.geometry.num_tokens * call.geometry.num_heads;
   const int64_t packs = rows > kTwoPackLimit ? rows : rows * packs_per_row;
   const bool power_of_two = is_power_of_two(packs_per_row);
   const bool small = packs <= kSmallPacks;
-  const bool converts = args.input_dtype != args.output_dtype;
+  const bool converts = call.input_dtype != call.output_dtype;
 
   // Consecutive blocks walk along the axis of the smaller stride: [H, N, D] storage 1.00 of the
   // triad instead of 0.97 (cold, H100 and H200, 2026-11-24).
-  Tile tile{.packs_a_thread = 1,
-            .tokens_first = args.num_tokens > 1 &&
-                            args.prefix_output.token_stride < args.prefix_output.head_stride};
+  Tile tile{
+      .packs_a_thread = 1,
+      .tokens_first = call.geometry.num_tokens > 1 &&
+                      call.parts.prefix.output.token_stride < call.parts.prefix.output.head_stride};
   // Each row is weighed by a thread of its own, so that there are no more rows than threads.
-  const bool allows_two =
-      packs_per_row > 1 && packs_per_row <= kTwoPackThreads && args.num_tokens > 1 && !converts;
-  if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(args, tile)) {
+  const bool allows_two = packs_per_row > 1 && packs_per_row <= kTwoPackThreads &&
+                          call.geometry.num_tokens > 1 && !converts;
+  if (packs > kResidentPacks && packs <= kTwoPackLimit && allows_two && is_plain(call, tile)) {
     tile.packs_a_thread = 2;
   }
   const bool waves_of_warm_packs = packs > kTwoPackLimit && packs <= kWarmPacks;
@@ -100,9 +101,10 @@ inline Tile choose_tile(const MergeArgs& args, int64_t packs_per_row) {
 
   // LSEs are read along the axis in which they are contiguous: row by row each costs a sector of 32
   // bytes. Where that axis is shorter than the tile, the other one fills it.
-  const bool heads_first = args.suffix_lse.head_stride == 1 && args.suffix_lse.token_stride != 1;
-  const int token_limit = bits_covering(args.num_tokens),
-            head_limit = bits_covering(args.num_heads);
+  const bool heads_first =
+      call.parts.suffix.lse.head_stride == 1 && call.parts.suffix.lse.token_stride != 1;
+  const int token_limit = bits_covering(call.geometry.num_tokens),
+            head_limit = bits_covering(call.geometry.num_heads);
   if (heads_first) {
     tile.head_bits = std::min(row_bits, head_limit);
     tile.token_bits = std::min(row_bits - tile.head_bits, token_limit);
@@ -133,12 +135,13 @@ inline constexpr int64_t kGenericElements = 4096;  // wanted of a block, where t
 // 4.24 / 3.00; four: 128x16x128 e4m3 4.36 / 3.54.
 inline constexpr int64_t kGenericBlocks = 132;
 
-inline GenericShape choose_generic(const MergeArgs& args, bool packs) {
-  const int64_t elements = packs ? kGenericPackBytes / size_of(args.input_dtype) : 1;
+inline GenericShape choose_generic(const MergeCall& call, bool packs) {
+  const int64_t elements = packs ? kGenericPackBytes / size_of(call.input_dtype) : 1;
   const int64_t wanted = std::max(kGenericElements, kGenericThreads * kGenericUnroll * elements);
-  const int64_t num_rows = args.num_tokens * args.num_heads;
+  const int64_t num_rows = call.geometry.num_tokens * call.geometry.num_heads;
   const int64_t most = std::clamp<int64_t>(num_rows / kGenericBlocks, 1, kGenericMaxRows);
-  const int64_t rows = std::clamp<int64_t>(wanted / std::max<int64_t>(1, args.head_size), 1, most);
+  const int64_t rows =
+      std::clamp<int64_t>(wanted / std::max<int64_t>(1, call.geometry.head_size), 1, most);
   return {.rows = static_cast<int32_t>(rows), .pack_elements = static_cast<int32_t>(elements)};
 }
 

@@ -1,7 +1,7 @@
 // Threads from PyTorch's pool, so that torch.set_num_threads holds here too.
-#include <torch/csrc/stable/ops.h>
+#include "../cpu/parallel.h"
 
-#include "parallel.h"
+#include <torch/csrc/stable/ops.h>
 
 namespace merge_attn_states::cpu {
 

@@ -1,6 +1,5 @@
-// One operand of a call, and the checks that concern it alone or beside another one. With
-// merge_args.cpp, which says what each operand of the operation must be, this is the only
-// validation.
+// The checks of one operand alone or beside another one. With validate.cpp, which says what each
+// operand of the operation must be, this is the only validation.
 //
 // A check is a short test, inlined, and a cold lambda with its sentence: a legal call pays for a
 // run of compares and touches no text.
@@ -12,7 +11,7 @@
 
 #include "dtypes.h"
 #include "footprint.h"
-#include "tensor_view.h"
+#include "operands.h"
 
 namespace merge_attn_states {
 
@@ -22,12 +21,12 @@ template <class Sentence>
   throw std::invalid_argument(std::string(name) + ": " + sentence());
 }
 
-// One operand under its name.
 struct Operand {
-  const char* name;
+  const OperandSpec* spec;
   const TensorView* view;  // null: not given
   Extent extent{};         // set by check_memory
 
+  const char* name() const { return spec->name; }
   bool given() const { return view != nullptr; }
   DType dtype() const { return static_cast<DType>(view->dtype); }
   int64_t size(int i) const { return view->sizes[i]; }
@@ -42,7 +41,7 @@ struct Operand {
 inline void check_described(const Operand& operand) {
   const TensorView& view = *operand.view;
   if (view.rank < 0 || (view.rank > 0 && (view.sizes == nullptr || view.strides == nullptr))) {
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected a rank of 0 or more with its sizes and strides, got rank " +
              std::to_string(view.rank);
     });
@@ -51,7 +50,7 @@ inline void check_described(const Operand& operand) {
 
 inline void check_rank(const Operand& operand, int rank, const char* axes) {
   if (operand.view->rank != rank) {
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected " + std::to_string(rank) + " dimensions " + axes + ", got " +
              std::to_string(operand.view->rank) + ": " + operand.sizes();
     });
@@ -65,10 +64,18 @@ void check_shape(const Operand& operand, const std::array<int64_t, rank>& expect
   bool same = true;
   for (size_t i = 0; i < rank; ++i) same &= operand.size(i) == expected[i];
   if (!same) {
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected shape " + list(expected.data(), rank) + " = " + axes + ", got " +
              operand.sizes();
     });
+  }
+}
+
+inline void check_one_element(const Operand& operand) {
+  for (int32_t i = 0; i < operand.view->rank; ++i) {
+    if (operand.size(i) != 1) {
+      refuse(operand.name(), [&] { return "expected one element, got shape " + operand.sizes(); });
+    }
   }
 }
 
@@ -77,7 +84,7 @@ inline void check_device(const Operand& operand, const TensorView& output) {
   const bool indexed = view.device_type != MERGE_ATTN_STATES_CPU;  // there is one CPU
   if (view.device_type != output.device_type ||
       (indexed && view.device_index != output.device_index)) {
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected device " + device_name(output.device_type, output.device_index) +
              ", the device of output, got " + device_name(view.device_type, view.device_index);
     });
@@ -86,32 +93,36 @@ inline void check_device(const Operand& operand, const TensorView& output) {
 
 inline void check_dtype(const Operand& operand, DType expected, const char* why) {
   if (operand.dtype() != expected) {
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected " + dtype_name(static_cast<uint32_t>(expected)) + ", " + why + ", got " +
              dtype_name(operand.view->dtype);
     });
   }
 }
 
+// One element may have any rank; its strides mean nothing.
+inline int address_rank(const Operand& operand) {
+  return operand.spec->axes == Axes::kOne ? 0 : operand.view->rank;
+}
+
 // Elements that exist, lie in the memory that is said to hold them, and are aligned to their size.
-// `rank` is the view's, or 0 where every size is 1. Not inlined seven times: in an engine a call
-// finds its code outside the processor's first cache, and short code is sooner there.
-template <int rank>
-[[gnu::noinline]] void check_memory(Operand& operand) {
+// Not inlined: in an engine a call finds its code outside the processor's first cache, and short
+// code is sooner there.
+[[gnu::noinline]] inline void check_memory(Operand& operand) {
   const TensorView& view = *operand.view;
   const int64_t bytes = size_of(operand.dtype());
   Extent& extent = operand.extent;
-  if (!find_extent(view.data, view.sizes, view.strides, rank, bytes, extent)) {
-    refuse(operand.name,
+  if (!find_extent(view.data, view.sizes, view.strides, address_rank(operand), bytes, extent)) {
+    refuse(operand.name(),
            [&] { return "expected elements within 64-bit addresses, got " + operand.layout(); });
   }
   if (extent.empty()) return;
   const uint64_t address = reinterpret_cast<uintptr_t>(view.data);
   if (address == 0) {
-    refuse(operand.name, [] { return "expected memory, got a null data pointer"; });
+    refuse(operand.name(), [] { return "expected memory, got a null data pointer"; });
   }
   if ((address & (bytes - 1)) != 0) {  // a power of two
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected an address that is a multiple of " + std::to_string(bytes) +
              " bytes, the size of " + dtype_name(view.dtype) + ", got " + std::to_string(address);
     });
@@ -120,7 +131,7 @@ template <int rank>
   const uint64_t begin = reinterpret_cast<uintptr_t>(view.memory);
   if (view.memory_bytes < 0 || extent.begin < begin ||
       extent.end - begin > static_cast<uint64_t>(view.memory_bytes)) {
-    refuse(operand.name, [&] {
+    refuse(operand.name(), [&] {
       return "expected elements inside its memory of " + std::to_string(view.memory_bytes) +
              " bytes, got " + operand.layout() + " that reach outside";
     });
@@ -138,7 +149,7 @@ inline bool is_same(const Operand& a, const Operand& b) {
 
 inline Footprint footprint(const Operand& operand) {
   const TensorView& view = *operand.view;
-  return footprint(operand.extent, view.sizes, view.strides, view.rank > kMaxRank ? 0 : view.rank,
+  return footprint(operand.extent, view.sizes, view.strides, address_rank(operand),
                    size_of(operand.dtype()));
 }
 
@@ -146,7 +157,7 @@ inline void check_written_once(const Operand& written) {
   const TensorView& view = *written.view;
   if (written.extent.empty() || nests(view.sizes, view.strides, view.rank)) return;
   if (!overlaps_itself(footprint(written))) return;
-  refuse(written.name, [&] {
+  refuse(written.name(), [&] {
     return "expected memory of its own for each element, got " + written.layout() +
            " that overlap themselves";
   });
@@ -156,9 +167,10 @@ inline void check_written_once(const Operand& written) {
 [[gnu::noinline]] inline void check_sharing(const Operand& written, const Operand& other,
                                             bool may_be_same) {
   if (may_be_same && is_same(written, other)) return;
-  if (!overlaps(footprint(written), footprint(other))) return;
-  refuse(written.name, [&] {
-    return std::string("expected no memory in common with ") + other.name +
+  const bool shares_first_element = written.view->data == other.view->data;
+  if (!shares_first_element && !overlaps(footprint(written), footprint(other))) return;
+  refuse(written.name(), [&] {
+    return std::string("expected no memory in common with ") + other.name() +
            (may_be_same ? " or exactly its memory with its strides, got a partial overlap"
                         : ", got an overlap");
   });
@@ -166,7 +178,7 @@ inline void check_written_once(const Operand& written) {
 
 // What is not given touches nothing.
 inline void check_overlap(const Operand& written, const Operand& other, bool may_be_same) {
-  if (written.extent.meets(other.extent)) check_sharing(written, other, may_be_same);
+  if (written.extent.overlaps_range(other.extent)) check_sharing(written, other, may_be_same);
 }
 
 }  // namespace merge_attn_states

@@ -1,0 +1,37 @@
+// What makes of a row something else than the merge of its parts: the context count and the scale.
+#pragma once
+
+#include "parts.h"
+#include "state.h"
+
+namespace merge_attn_states {
+
+struct RowRule {
+  int64_t num_tokens_with_context;  // rows of tokens from here on copy the suffix
+  const float* output_scale;        // one element on the device; null: no scale
+};
+
+// `prefix_lse` means nothing where the row has no prefix.
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE auto weigh(bool has_prefix, Acc prefix_lse, Acc suffix_lse) {
+  return has_prefix ? merge_lse<ScalarMath<Acc>>(prefix_lse, suffix_lse) : take_suffix(suffix_lse);
+}
+
+// Reads a row's LSEs. In place the merged one replaces one of them, so a row is weighed once, by
+// the thread that then calls store_lse.
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE auto weigh_row(const Pair& parts, const RowRule& rule, int64_t token,
+                                             int64_t head) {
+  const bool has_prefix = token < rule.num_tokens_with_context;
+  return weigh(has_prefix, has_prefix ? *lse_of<Acc>(parts.prefix.lse, token, head) : Acc(0),
+               *lse_of<Acc>(parts.suffix.lse, token, head));
+}
+
+// Nothing where the merged LSE is not asked for: nor is its logarithm computed then.
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE void store_lse(const Lses& lses, int64_t token, int64_t head,
+                                             const MergedLse<ScalarMath<Acc>, Acc>& merged) {
+  if (lses.data != nullptr) *lse_of<Acc>(lses, token, head) = merged.lse();
+}
+
+}  // namespace merge_attn_states
