@@ -1,6 +1,5 @@
 #include "python_tensor.h"
 
-#include <ATen/dlpack.h>
 #include <dlfcn.h>
 
 #include <algorithm>

@@ -4,6 +4,7 @@
 // or less, is left to the dispatcher.
 #pragma once
 
+#include <ATen/dlpack.h>
 #include <Python.h>
 
 #include <string>
@@ -34,7 +35,7 @@ class PythonTensors {
   PyObject* increment_version_ = nullptr;
   PyObject* requires_grad_name_ = nullptr;
   int (*handle_of_)(void* object, void** handle) = nullptr;
-  int (*dlpack_of_)(void* object, struct DLTensor* out) = nullptr;
+  int (*dlpack_of_)(void* object, DLTensor* out) = nullptr;
 };
 
 }  // namespace merge_attn_states

@@ -20,8 +20,16 @@ except ImportError as error:
         raise SystemExit(str(error)) from None
     raise
 
+from ._errors import UnavailableError
 from .ops import SelectedKernel, merge_attn_states, selected_kernel
 
-__all__ = ["SelectedKernel", "__version__", "build_info", "merge_attn_states", "selected_kernel"]
+__all__ = [
+    "SelectedKernel",
+    "UnavailableError",
+    "__version__",
+    "build_info",
+    "merge_attn_states",
+    "selected_kernel",
+]
 
 __version__: str = build_info()["version"]

@@ -1,0 +1,5 @@
+"""The package's own exceptions."""
+
+
+class UnavailableError(RuntimeError):
+    """This build or machine has no kernel for what a call needs."""
