@@ -142,9 +142,9 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
     Py_RETURN_TRUE;
   }
   if (status == MERGE_ATTN_STATES_UNAVAILABLE) Py_RETURN_FALSE;  // nothing was written
-  PyErr_SetString(status == MERGE_ATTN_STATES_INVALID_ARGUMENT ? PyExc_ValueError
-                                                               : PyExc_RuntimeError,
-                  message);
+  PyErr_SetString(
+      status == MERGE_ATTN_STATES_INVALID_ARGUMENT ? PyExc_ValueError : PyExc_RuntimeError,
+      message);
   return nullptr;
 }
 

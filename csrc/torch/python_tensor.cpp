@@ -64,7 +64,8 @@ std::string PythonTensors::find() {
 
   void* const libtorch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (libtorch != nullptr) {
-    handle_of_ = reinterpret_cast<decltype(handle_of_)>(dlsym(libtorch, "torch_tensor_from_pyobject"));
+    handle_of_ =
+        reinterpret_cast<decltype(handle_of_)>(dlsym(libtorch, "torch_tensor_from_pyobject"));
   }
   if (handle_of_ != nullptr) return "";
   PyObject* const capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
@@ -94,10 +95,7 @@ bool PythonTensors::describe_by_handle(PyObject* object, bool written, TensorVie
   void* handle = nullptr;
   if (handle_of_(object, &handle) != 0) return false;
   const auto tensor = static_cast<AtenTensorHandle>(handle);
-  int32_t layout = 0;
-  const bool described = aoti_torch_get_layout(tensor, &layout) == 0 &&
-                         layout == aoti_torch_layout_strided() &&
-                         merge_attn_states::describe(tensor, written, view);
+  const bool described = merge_attn_states::describe(tensor, written, view);
   aoti_torch_delete_tensor_object(tensor);
   return described;
 }

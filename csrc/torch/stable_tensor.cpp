@@ -67,9 +67,8 @@ bool describe(AtenTensorHandle tensor, bool written, TensorView& view) {
   int32_t dtype, device_type;
   if (aoti_torch_get_dim(tensor, &rank) || aoti_torch_get_sizes(tensor, &sizes) ||
       aoti_torch_get_strides(tensor, &strides) || aoti_torch_get_dtype(tensor, &dtype) ||
-      aoti_torch_get_device_type(tensor, &device_type) ||
-      aoti_torch_get_device_index(tensor, &view.device_index) ||
-      get_data(tensor, written, &view.data) || aoti_torch_get_storage_offset(tensor, &offset) ||
+      aoti_torch_get_device_type(tensor, &device_type) || get_data(tensor, written, &view.data) ||
+      aoti_torch_get_storage_offset(tensor, &offset) ||
       aoti_torch_get_storage_size(tensor, &memory_bytes)) {
     return false;
   }
@@ -79,8 +78,13 @@ bool describe(AtenTensorHandle tensor, bool written, TensorView& view) {
   view.rank = static_cast<int32_t>(rank);
   view.dtype = dlpack_dtype(dtype);
   view.device_type = dlpack_device(device_type);
-  set_memory(view, offset * static_cast<int64_t>(aoti_torch_dtype_element_size(dtype)),
-             memory_bytes);
+  view.device_index = 0;  // there is one CPU
+  if (view.device_type != MERGE_ATTN_STATES_CPU &&
+      aoti_torch_get_device_index(tensor, &view.device_index)) {
+    return false;
+  }
+  const int64_t element_bytes = (view.dtype >> 8 & 0xff) / 8;  // 0 of an unknown dtype
+  set_memory(view, offset * element_bytes, memory_bytes);
   return true;
 }
 

@@ -7,9 +7,9 @@ namespace merge_attn_states {
 std::string ThreadQuestions::find() {
   // In the order of Function.
   constexpr std::array<std::array<const char*, 2>, kNumFunctions> kNames = {{
-      {"torch._C", "_len_torch_dispatch_stack"},  // FakeTensorMode, make_fx, FlopCounterMode
-      {"torch._C", "_len_torch_function_stack"},  // make_fx before dispatch, torch.device(...)
-      {"torch._C", "_is_tracing"},                // torch.jit.trace, which no mode shows
+      {"torch._C", "_len_torch_dispatch_stack"},       // FakeTensorMode, make_fx, FlopCounterMode
+      {"torch._C", "_len_torch_function_stack"},       // make_fx before dispatch, torch.device(...)
+      {"torch._C", "_is_tracing"},                     // torch.jit.trace, which no mode shows
       {"torch._C._functorch", "maybe_current_level"},  // vmap, grad, jvp, functionalize
       {"torch", "is_inference_mode_enabled"},
       {"torch", "is_grad_enabled"},
@@ -43,12 +43,13 @@ bool ThreadQuestions::has_dual_level() const {
 }
 
 ThreadState ThreadQuestions::ask() const {
-  for (const Function function : {kDispatchModes, kFunctionModes, kTracing, kTransforms}) {
+  for (const Function function : {kDispatchModes, kFunctionModes, kTracing}) {
     if (!is_quiet(function)) return ThreadState::kWatched;
   }
-  // Inference mode knows neither gradients nor tangents, whatever grad mode is switched on in it.
+  // Nothing records a gradient or a tangent there, whatever else is switched on, and what a
+  // transform of torch.func has wrapped has no memory to be described.
   if (!is_quiet(kInferenceMode)) return ThreadState::kInference;
-  if (has_dual_level()) return ThreadState::kWatched;
+  if (!is_quiet(kTransforms) || has_dual_level()) return ThreadState::kWatched;
   return is_quiet(kGradMode) ? ThreadState::kNoGrad : ThreadState::kGrad;
 }
 
