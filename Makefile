@@ -24,7 +24,7 @@ help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(VENV)/extra-demo $(VENV)/built  ## merge attention states of a real model and of real shapes
-	$(venv_python) -m merge_attn_states demo $(DEMO)
+	$(venv_python) -m examples.demo $(DEMO)
 
 test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/extra-bench $(VENV)/built  ## run every test
 	$(venv_python) -m pytest $(PYTEST)
