@@ -10,6 +10,7 @@
 
 import sys
 
+from ._errors import UnavailableError
 from ._library import build_info, load_op_library
 
 try:
@@ -22,6 +23,13 @@ except ImportError as error:
 
 from .ops import SelectedKernel, merge_attn_states, selected_kernel
 
-__all__ = ["SelectedKernel", "__version__", "build_info", "merge_attn_states", "selected_kernel"]
+__all__ = [
+    "SelectedKernel",
+    "UnavailableError",
+    "__version__",
+    "build_info",
+    "merge_attn_states",
+    "selected_kernel",
+]
 
 __version__: str = build_info()["version"]
