@@ -29,6 +29,15 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ROWS = ("output", "prefix_output", "suffix_output")  # [N, H, D]
 LSES = ("prefix_lse", "suffix_lse", "output_lse")  # [H, N]
 
+# What an operator makes of a C++ std::invalid_argument, which is a ValueError up to PyTorch 2.14.
+NEWER_THAN_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14)
+OPERATOR_ERROR = RuntimeError if NEWER_THAN_2_14 else ValueError
+
+
+def refusal_of(way) -> type[Exception]:
+    """The type of a refusal that C++ makes: the Python function has one on every PyTorch."""
+    return OPERATOR_ERROR if way is torch.ops.merge_attn_states.merge_attn_states else ValueError
+
 
 class Call(NamedTuple):
     """The arguments of the op by their names, so that `op(*call)` and `call._asdict()` work."""

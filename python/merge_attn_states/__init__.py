@@ -21,7 +21,6 @@ except ImportError as error:
         raise SystemExit(str(error)) from None
     raise
 
-from ._errors import UnavailableError
 from .ops import SelectedKernel, merge_attn_states, selected_kernel
 
 __all__ = [

@@ -22,6 +22,7 @@ __all__ = ["SelectedKernel", "merge_attn_states", "selected_kernel"]
 
 _op = torch.ops.merge_attn_states
 _OPERANDS = _kernels.operands(_op.merge_attn_states.default)
+_WRITTEN = _kernels.written(_op.merge_attn_states.default)
 _COUNT = "prefill_tokens_with_context"
 _fast, _ = fast_path()  # None where there is none
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
@@ -203,7 +204,7 @@ def _merge_compiled(args: _Args) -> None:
     lets the operator write, and the next merge into the same output would change it unseen.
     """
     op = _op.merge_attn_states.default
-    written = [(i, args[i]) for i in _kernels.written(op) if args[i] is not None]
+    written = [(i, args[i]) for i in _WRITTEN if args[i] is not None]
     # One that requires grad is for the operator to refuse.
     if not torch.is_grad_enabled() or any(tensor.requires_grad for _, tensor in written):
         op(*args)
