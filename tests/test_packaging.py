@@ -192,6 +192,35 @@ def test_a_toolkit_is_not_used_where_it_must_not_be(toolkits, monkeypatch, tmp_p
     assert "CPU only: PyTorch 2.13.0 is a ROCm build" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "installed", "constraint"),
+    [
+        ([], [], "/etc/constraints.txt"),  # this interpreter's own PyTorch is used
+        (["--release", "2.15.0"], ["torch==2.15.0"], os.devnull),
+    ],
+    ids=["any", "a release"],
+)
+def test_a_release_is_installed_beside_another_pytorch(
+    options, installed, constraint, monkeypatch, tmp_path
+):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    environment = importlib.import_module("environment")
+    commands = []
+    monkeypatch.setattr(environment, "torch_version", lambda python: (2, 13))
+    monkeypatch.setattr(environment, "link_site_packages", lambda *_: None)
+    monkeypatch.setattr(environment, "check_machine", lambda: None)
+    monkeypatch.setattr(environment.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(
+        environment.subprocess, "run", lambda command, **_: commands.append(command)
+    )
+    monkeypatch.setattr(sys, "argv", ["environment.py", str(tmp_path / "new"), *options])
+    monkeypatch.setenv("PIP_CONSTRAINT", "/etc/constraints.txt")
+    environment.main()
+    named = [word for command in commands for word in command]
+    assert [word for word in named if str(word).startswith("torch==")] == installed
+    assert os.environ["PIP_CONSTRAINT"] == constraint
+
+
 def test_sdist_holds_all_that_a_build_needs(tmp_path):
     ran = build("-q", "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert ran.returncode == 0, ran.stderr
