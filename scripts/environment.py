@@ -27,7 +27,7 @@ def refuse(sentence: str) -> None:
 
 
 def check_machine() -> None:
-    """One sentence for each thing that a bare machine may lack, before anything is downloaded."""
+    """Refuse, before anything is downloaded, where the machine lacks what the build needs."""
     if sys.version_info < (3, 10):  # noqa: UP036  any python3 may run this
         refuse(f"Python 3.10 or newer is needed, and {sys.executable} is {sys.version.split()[0]}.")
     try:
@@ -50,10 +50,10 @@ def torch_version(python: Path | str) -> tuple[int, int] | None:
 
 
 def link_site_packages(environment: Path, python: Path) -> None:
-    """Shows this interpreter's packages to the environment, behind the environment's own.
+    """Lets the environment import this interpreter's packages where it has none of its own.
 
-    --system-site-packages would not do: it sees the base interpreter's packages alone, not those
-    of a virtual environment that this interpreter may itself belong to.
+    --system-site-packages would not do where this interpreter is a virtual environment's: it links
+    the packages of the base interpreter instead.
     """
     folders = [folder for folder in sys.path if Path(folder).name.endswith("-packages")]
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in folders]
@@ -101,7 +101,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if site.ENABLE_USER_SITE is None:
-        refuse("this interpreter has its packages switched off (-I or -S).")
+        refuse("this interpreter was started without its packages (-I or -S).")
     try:
         main()
     except subprocess.CalledProcessError as error:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import vllm_standin
-from support import BF16, F32, check, compare, make_call
+from support import BF16, F32, OPERATOR_ERROR, check, compare, make_call
 from vllm_standin import refused
 
 import merge_attn_states
@@ -131,7 +131,7 @@ def test_compiled_code_has_no_fallback(vllm):
     stand_in = vllm()
     plugin.register()
     merge = torch.compile(stand_in.early_backend.by_position, backend="eager")
-    with pytest.raises(Exception, match="prefix_lse: expected float32"):
+    with pytest.raises(OPERATOR_ERROR, match="prefix_lse: expected float32"):
         merge(*refused())
     assert stand_in.calls == (0, 0)
 
