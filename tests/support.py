@@ -31,9 +31,11 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ROWS = ("output", "prefix_output", "suffix_output")  # [N, H, D]
 LSES = ("prefix_lse", "suffix_lse", "output_lse")  # [H, N]
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+# From 2.14 on the fast path has the bounds of a tensor's memory, and leaves an input lazy.
+OLDER_THAN_2_14 = TORCH < (2, 14)
 # What an operator makes of a C++ std::invalid_argument, which is a ValueError up to PyTorch 2.14.
-NEWER_THAN_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14)
-OPERATOR_ERROR = RuntimeError if NEWER_THAN_2_14 else ValueError
+OPERATOR_ERROR = RuntimeError if TORCH > (2, 14) else ValueError
 
 
 def refusal_of(way) -> type[Exception]:
