@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from support import without_fast_path
 from vllm_standin import log, vllm  # noqa: F401
 
 import merge_attn_states
@@ -47,13 +48,6 @@ def cuda():
     if cuda_missing():
         pytest.skip(cuda_missing())
     return "cuda"
-
-
-def without_fast_path(*args, **kwargs):
-    """The Python function as it is where the fast path is missing or steps aside."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_attn_states.ops, "_fast", None)
-        return merge_attn_states.merge_attn_states(*args, **kwargs)
 
 
 ENTRIES = {

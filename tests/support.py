@@ -43,6 +43,19 @@ def refusal_of(way) -> type[Exception]:
     return OPERATOR_ERROR if way is torch.ops.merge_attn_states.merge_attn_states else ValueError
 
 
+def without_fast_path(*args, **kwargs):
+    """The Python function as it is where the fast path is missing or steps aside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_attn_states.ops, "_fast", None)
+        return merge_attn_states.merge_attn_states(*args, **kwargs)
+
+
+def needs_bounds(way) -> None:
+    """Skip where the way does not know how large the memory of an operand is."""
+    if OLDER_THAN_2_14 and way is merge_attn_states.merge_attn_states:
+        pytest.skip("before PyTorch 2.14 the fast path does not know the size of a storage")
+
+
 class Call(NamedTuple):
     """The arguments of the op by their names, so that `op(*call)` and `call._asdict()` work."""
 

@@ -45,11 +45,9 @@ def test_an_overwrite_is_seen(name, context, device, way):
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-def test_an_overwrite_in_one_graph_is_refused_or_right(context, way):
-    """A graph may have saved what was there before."""
+def test_an_overwrite_in_the_same_graph_is_seen(context, way):
     call = small()
-    before = call.output.normal_().clone()
-    weight = torch.ones_like(before, requires_grad=True)
+    weight = torch.ones_like(call.output, requires_grad=True)
 
     def step(weight, *args):
         loss = (weight * args[0]).sum()
@@ -57,12 +55,8 @@ def test_an_overwrite_in_one_graph_is_refused_or_right(context, way):
             way.merge(*args)
         return loss
 
-    try:
+    with pytest.raises(RuntimeError, match=OVERWRITTEN):
         way.run(step)(weight, *operands(call)).backward()
-    except RuntimeError as error:
-        assert OVERWRITTEN in str(error)
-    else:
-        assert_bits(weight.grad, before)
 
 
 @pytest.mark.parametrize("way", [f"python, {b}" for b in ("aot_eager", "inductor")], indirect=True)
@@ -106,7 +100,7 @@ def test_versions_rise_once_a_call(context, device, entry):
 def test_a_refused_call_raises_no_version(device, entry):
     call = small(device=device)
     before = [tensor._version for tensor in operands(call)]
-    with pytest.raises(refusal_of(entry), match="^suffix_lse: expected shape"):
+    with pytest.raises(refusal_of(entry), match=r"^suffix_lse: expected shape"):
         entry(*call._replace(suffix_lse=call.suffix_lse.T))
     assert [tensor._version for tensor in operands(call)] == before
 
@@ -165,7 +159,7 @@ def test_a_dual_is_refused_when_compiled(way):
     call = small()
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(call.prefix_output, call.prefix_output)
-        with pytest.raises(Exception, match="tangent|dual|forward"):
+        with pytest.raises(Exception, match=r"tangent|dual|forward"):
             way.run(lambda *args: way.merge(*args))(*operands(call, prefix_output=dual))
     assert call.output.isnan().all()
 
