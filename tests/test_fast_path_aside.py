@@ -16,6 +16,7 @@ from support import (
     refuses,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -115,6 +116,64 @@ def test_a_transform_passes_it_by(transform, taken):
     assert call.output.isnan().any() == (transform in REFUSING)
 
 
+@pytest.mark.parametrize("transform", ["vmap", "functionalize"])
+def test_a_transform_passes_it_by_in_inference_mode(transform, taken):
+    """Others leave inference mode."""
+    call = plain(empty=False)
+    refused = pytest.raises(RuntimeError, match=r"Batching rule|custom \(non-ATen\) operator")
+    with torch.inference_mode(), refused:
+        TRANSFORMS[transform](lambda *args: merge(*args), call)
+    assert taken == [False]
+    assert call.output.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_jit_trace_records_the_op_in_inference_mode(taken):
+    def step(*args):
+        merge(*args)
+        return args[0] + 0
+
+    with torch.inference_mode():
+        traced = torch.jit.trace(step, plain()[:5], check_trace=False)
+    assert "merge_attn_states" in str(traced.graph)
+    assert taken == [False]
+
+
+@pytest.mark.parametrize("mode", [Watching, Recording])
+def test_a_mode_sees_the_op_in_inference_mode(mode, taken):
+    call = plain()
+    with torch.inference_mode(), mode() as mode:
+        merge(*call)
+    assert any(func in (OP, OP.default) for func in mode.seen)
+    assert taken == [False]
+
+
+def test_inference_mode_has_neither_gradients_nor_tangents(taken):
+    """So that grad mode and the level of duals need not be asked: torch.ops answers the same."""
+    call, expected = plain(), plain()
+    merge(*expected)
+    call.prefix_output.requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        for way in (merge, OP):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(call.suffix_output, call.suffix_output)
+                way(*call._replace(suffix_output=dual))
+            assert_bits(call.output, expected.output)
+            call.output.fill_(float("nan"))
+    assert taken == [True, True]
+
+
+def test_a_level_of_duals_passes_it_by(taken):
+    call = plain()
+    with forward_ad.dual_level():
+        merge(*call)
+        assert taken == [False]
+        dual = forward_ad.make_dual(call.prefix_output, call.prefix_output)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"^prefix_output: .*tangent"):
+            merge(*call._replace(prefix_output=dual))
+    assert taken == [False, False]
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -188,7 +247,12 @@ REFUSED_OUTPUT = {
 }
 
 
-BEHIND_AN_OFFSET = [kind for kind in REFUSED if "offset" in kind]  # no null pointer tells of it
+# A null pointer with an offset, which every operand here has, is not null.
+BEHIND_AN_OFFSET = (
+    "a freed storage behind an offset",
+    "a functional wrapper",
+    "a functional wrapper with an offset",
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*(nested|quantiz).*")

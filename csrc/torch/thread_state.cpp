@@ -43,13 +43,12 @@ bool ThreadQuestions::has_dual_level() const {
 }
 
 ThreadState ThreadQuestions::ask() const {
-  for (const Function function : {kDispatchModes, kFunctionModes, kTracing}) {
+  for (const Function function : {kDispatchModes, kFunctionModes, kTracing, kTransforms}) {
     if (!is_quiet(function)) return ThreadState::kWatched;
   }
-  // Nothing records a gradient or a tangent there, whatever else is switched on, and what a
-  // transform of torch.func has wrapped has no memory to be described.
+  // Nothing records a gradient or a tangent there, whatever else is switched on.
   if (!is_quiet(kInferenceMode)) return ThreadState::kInference;
-  if (!is_quiet(kTransforms) || has_dual_level()) return ThreadState::kWatched;
+  if (has_dual_level()) return ThreadState::kWatched;
   return is_quiet(kGradMode) ? ThreadState::kNoGrad : ThreadState::kGrad;
 }
 
