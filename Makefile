@@ -2,9 +2,12 @@
 #   PYTHON  the interpreter; where it imports a PyTorch of 2.11 or newer, that one is used
 #   TORCH   what is installed where it does not
 # Both are read when .venv is made: remove it to change them.
+#   RELEASE the PyTorch of `make test-torch`, which gets an environment of its own in .venv-torch-RELEASE
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+RELEASE ?= 2.15.0
+TORCH_VENV ?= .venv-torch-$(RELEASE)
 FUZZ_SECONDS ?= 600
 
 venv_python := $(VENV)/bin/python
@@ -14,17 +17,23 @@ cxx_files = $(shell find csrc include benchmarks fuzz tests -name '*.cpp' -o -na
 python_files := setup.py python tests scripts benchmarks examples
 
 .NOTPARALLEL:
-.PHONY: help demo test bench build fuzz sanitize-cpu test-gpu test-vllm vllm-engine \
-  sanitize format lint sdist wheel wheel-test clean
+.PHONY: help demo test test-torch bench build fuzz sanitize-cpu test-gpu test-vllm \
+  vllm-engine sanitize format lint sdist wheel wheel-test clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
 
 demo: $(VENV)/extra-demo $(VENV)/built  ## merge attention states of a real model and of real shapes
-	$(venv_python) -m merge_attn_states demo $(DEMO)
+	$(venv_python) -m examples.demo $(DEMO)
 
 test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/extra-bench $(VENV)/built  ## run every test
 	$(venv_python) -m pytest $(PYTEST)
+
+test-torch: $(VENV)/built  ## run every test on another PyTorch, with the op library of .venv; RELEASE=2.15.0
+	@$(PYTHON) scripts/environment.py $(TORCH_VENV) --release $(RELEASE) \
+	  --extra test --extra demo --extra bench
+	scripts/test_torch.sh $(abspath $(TORCH_VENV))/bin/python $(RELEASE) \
+	  python/merge_attn_states/libmerge_attn_states.so $(PYTEST)
 
 bench: $(VENV)/extra-bench $(VENV)/built  ## measure on this machine; BENCH="--only sweep --output FILE"
 	$(venv_python) -m benchmarks $(BENCH)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the binaries in place with the interpreter $1 and shows one line a file. The whole log
-# stays in build/build.log. Options behind $1 replace the command "build_ext --inplace".
+# Builds the binaries in place with the interpreter $1 and prints a line for each file; the whole
+# log is build/build.log. Arguments after $1 replace setup.py's command, "build_ext --inplace".
 set -u
 cd "$(dirname "$0")/.."
 python=$1

@@ -53,7 +53,7 @@ def find_toolkit() -> tuple[Path | None, str]:
         return None, f"CUDA_HOME={home} has no bin/nvcc"
     if (DEFAULT_TOOLKIT / "bin/nvcc").is_file():
         return DEFAULT_TOOLKIT, ""
-    # An nvcc on PATH may be a wrapper script outside the toolkit: ask it, do not look beside it.
+    # An nvcc on PATH may be a wrapper outside the toolkit, so it is asked where the toolkit lies.
     if nvcc := shutil.which("nvcc"):
         dry_run = nvcc_output(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull)
         if top := re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE):
@@ -78,7 +78,10 @@ def choose_architectures(nvcc: Path) -> list[str]:
 
 
 def choose_toolkit(not_wanted: str) -> Toolkit | None:
-    """The toolkit to build with; None for a CPU build. `not_wanted` says why it must be one."""
+    """The toolkit to build with, or None for a CPU build.
+
+    `not_wanted`, where it is not empty, is the reason why this has to be a CPU build.
+    """
     wanted = os.environ.get("MERGE_ATTN_STATES_CUDA") or "auto"
     if wanted not in ("auto", "1", "0"):
         refuse(f"MERGE_ATTN_STATES_CUDA: expected auto, 1 or 0, got {wanted!r}.")

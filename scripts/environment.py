@@ -1,7 +1,8 @@
 """Sets up a virtual environment for the build: PyTorch, the build tools, the extras asked for.
 
 Run by the interpreter that the environment is made from. Where that one imports a PyTorch that is
-new enough, the environment uses it and downloads no other. Only the standard library is used.
+new enough, the environment uses it and downloads no other; with --release it gets that release of
+PyTorch for itself. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def refuse(sentence: str) -> None:
 
 
 def check_machine() -> None:
-    """One sentence for each thing that a bare machine may lack, before anything is downloaded."""
+    """Refuse, before anything is downloaded, where the machine lacks what the build needs."""
     if sys.version_info < (3, 10):  # noqa: UP036  any python3 may run this
         refuse(f"Python 3.10 or newer is needed, and {sys.executable} is {sys.version.split()[0]}.")
     try:
@@ -49,10 +50,10 @@ def torch_version(python: Path | str) -> tuple[int, int] | None:
 
 
 def link_site_packages(environment: Path, python: Path) -> None:
-    """Shows this interpreter's packages to the environment, behind the environment's own.
+    """Lets the environment import this interpreter's packages where it has none of its own.
 
-    --system-site-packages would not do: it sees the base interpreter's packages alone, not those
-    of a virtual environment that this interpreter may itself belong to.
+    --system-site-packages would not do where this interpreter is a virtual environment's: it links
+    the packages of the base interpreter instead.
     """
     folders = [folder for folder in sys.path if Path(folder).name.endswith("-packages")]
     lines = [f"import site; site.addsitedir({folder!r})\n" for folder in folders]
@@ -76,15 +77,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("environment", type=Path)
     parser.add_argument("--torch", default="torch==2.13.0", help="installed where there is none")
+    parser.add_argument("--release", help="of PyTorch: exactly this one is installed")
     parser.add_argument("--extra", action="append", default=[], help="of pyproject.toml")
     options = parser.parse_args()
+    if options.release:
+        options.torch = f"torch=={options.release}"
+        # A release that is asked for by name is not held back by a constraints file of the machine.
+        os.environ["PIP_CONSTRAINT"] = os.devnull
     python = options.environment / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "-qq"]
 
     if not python.exists() or (torch_version(python) or (0, 0)) < (2, 11):
         check_machine()
         venv.create(options.environment, with_pip=True, clear=options.environment.exists())
-        if (torch_version(sys.executable) or (0, 0)) >= (2, 11):
+        if not options.release and (torch_version(sys.executable) or (0, 0)) >= (2, 11):
             print(f"using the PyTorch of {sys.executable}", flush=True)
             link_site_packages(options.environment, python)
         else:
@@ -95,7 +101,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if site.ENABLE_USER_SITE is None:
-        refuse("this interpreter has its packages switched off (-I or -S).")
+        refuse("this interpreter was started without its packages (-I or -S).")
     try:
         main()
     except subprocess.CalledProcessError as error:

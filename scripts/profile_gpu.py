@@ -1,12 +1,11 @@
-"""What limits each size on a GPU, by the hardware's own counters: needs ncu, of the CUDA toolkit.
+"""What limits each size on a GPU, by the GPU's counters; needs the CUDA toolkit's ncu.
 
     PYTHONPATH=python python scripts/profile_gpu.py
 
-Each shape is profiled with its inputs in DRAM (ncu empties the caches) and as the call before left
-them. Printed is the share of the peak of the memory, of L2 and of instruction issue, how many of
-the warps that fit are there, and how much of a warp's time goes into waiting for its loads and at
-the barrier. A profiled kernel runs alone, without the overlap of dependent launches, so that its
-microseconds are longer than the benchmark's.
+Each shape is profiled cold (ncu empties the caches first) and warm (after a call with the same
+operands). The columns: throughput of DRAM, of L2 and of instruction issue in percent of the peak;
+warps in percent of those that fit; the share of a warp's time that waits for loads and at the
+barrier. A profiled kernel runs alone, so it takes longer here than in the benchmark.
 """
 
 from __future__ import annotations
@@ -79,7 +78,8 @@ def main() -> None:
         call_each_shape()
         return
     lines = [["bf16", *METRICS], ["---"] * (len(METRICS) + 1)]
-    # A kernel alone run again for the next counters would find what ncu has put back in between.
+    # Every set of counters runs the program again: ncu's own replay of one kernel restores memory
+    # first, which changes what lies in the caches.
     warm = ("--cache-control", "none", "--replay-mode", "application")
     for regime, options in (("cold", ("--cache-control", "all")), ("warm", warm)):
         for (n, h, d), row in zip(SHAPES, profile(*options), strict=True):

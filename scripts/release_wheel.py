@@ -1,9 +1,9 @@
 """Builds what a release publishes: the sdist and, from it, the wheel; tags it and checks both.
 
 A release holds code for every architecture, whatever TORCH_CUDA_ARCH_LIST says, and a missing CUDA
-toolkit is an error. The op library serves every CPython, `_C` the one that builds: for a wheel of
-another CPython, MERGE_ATTN_STATES_OP_LIBRARY names the op library of the first wheel, and that very
-file is packed again.
+toolkit is an error. The op library serves every CPython, `_C` only the one that builds it: for a
+wheel of another CPython, MERGE_ATTN_STATES_OP_LIBRARY names the first wheel's op library, which is
+packed as it is.
 
 --trial builds what the environment asks for instead and checks everything else.
 """
@@ -29,11 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 OP_LIBRARY = "libmerge_attn_states.so"
 LARGEST_OP_LIBRARY = 10_000_000  # bytes
 NEWEST_GLIBC = (2, 34)  # README's promise; Debian 12 and manylinux_2_34 build within it
+# Examples, tests and benchmarks are the source distribution's.
+PACKAGE = re.compile(r"merge_attn_states/|merge_attn_states_vllm\.py$|[^/]+\.dist-info/")
 NOT_OURS = ("libtorch*.so", "libc10*.so")  # PyTorch brings them; a copy would be a second PyTorch
 
 
 def release_environment(environ: dict[str, str]) -> dict[str, str]:
-    """The environment of a release build: nothing inherited takes anything away from it."""
+    """The environment of a release build: no inherited variable leaves anything out."""
     everything = " ".join(DEFAULT_ARCHITECTURES)
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "")
     if asked and asked.replace(";", " ").split() != list(DEFAULT_ARCHITECTURES):
@@ -46,7 +48,7 @@ def release_environment(environ: dict[str, str]) -> dict[str, str]:
 
 
 def run(*command: str, env: dict[str, str] | None = None) -> str:
-    """What the command printed; all it said, and the end of this program, where it fails."""
+    """What the command printed; where it fails, this program shows its output and ends."""
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if ran.returncode:
         print((ran.stdout + ran.stderr)[-6000:], file=sys.stderr)
@@ -67,9 +69,9 @@ def audit_of(wheel: Path) -> dict:
 
 
 def tag(wheel: Path) -> Path:
-    """Name the platform that the symbols need: every byte of the binaries stays.
+    """Rename the wheel after the oldest platform that has its symbols; the binaries stay.
 
-    `auditwheel repair` would do the same here, since it may copy nothing, but wants patchelf.
+    `auditwheel repair` would do the same, since there is nothing to copy, but needs patchelf.
     """
     platform = audit_of(wheel)["sym_tag"]
     run(sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, str(wheel))
@@ -94,7 +96,7 @@ def gpu_code(library: bytes) -> Iterator[str]:
 
 
 def architectures(library: bytes) -> list[str]:
-    """Architectures for which every CUDA source has code; PTX is listed beside its own's code."""
+    """The architectures for which every CUDA source has code, with +PTX where it has PTX too."""
     pieces = list(gpu_code(library))
     whole = {name for name in pieces if pieces.count(name) == max(map(pieces.count, pieces))}
     binaries = sorted((name for name in whole if "+" not in name), key=float)
@@ -114,7 +116,11 @@ def faults(wheel: Path, audit: dict, wanted: list[str] | None) -> Iterator[str]:
         if not any(Path(name).match(pattern) for pattern in NOT_OURS):
             yield f"it needs {name}, which neither the system nor PyTorch brings"
     with zipfile.ZipFile(wheel) as archive:
-        libraries = {name: archive.read(name) for name in archive.namelist() if ".so" in name}
+        names = archive.namelist()
+        libraries = {name: archive.read(name) for name in names if ".so" in name}
+    for name in names:
+        if name not in libraries and not PACKAGE.match(name):
+            yield f"{name} is not of the package"
     op_library = libraries.pop(f"merge_attn_states/{OP_LIBRARY}", None)
     module = next((name for name in libraries if name.startswith("merge_attn_states/_C.")), None)
     if op_library is None or module is None:

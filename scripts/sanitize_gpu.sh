@@ -1,10 +1,10 @@
 #!/bin/sh
-# Runs the alias, layout and variant tests on the GPU under compute-sanitizer, with the interpreter $1: memcheck
-# (reads and writes outside an allocation), then racecheck (races through shared memory).
-# SHARD=k/n runs a part; SANITIZER_TOOLS="memcheck" runs one tool.
+# Runs the alias, layout and variant tests on the GPU under compute-sanitizer with the interpreter
+# $1: memcheck (reads and writes outside an allocation), then racecheck (races through shared
+# memory). SHARD=k/n runs a part; SANITIZER_TOOLS="memcheck" runs one tool.
 #
-# Twelve parts in turn otherwise, a process each, 20 s each: with four, a process under either tool
-# ran out of an 80 GB GPU's memory after several of the cases of 24 GiB.
+# Without SHARD, twelve parts run one after the other, each in a process of its own: in longer parts
+# a process runs out of GPU memory after several of the largest cases.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1
@@ -17,14 +17,14 @@ scripts/build.sh "$python"
 export PYTHONPATH="python:scripts${PYTHONPATH:+:$PYTHONPATH}"
 # One allocation a tensor: the caching allocator would hide a read past the end of one.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-# The filter names our kernels: PyTorch's own fill and compare operands, and are not under test.
+# Only this package's kernels are watched: PyTorch's fill and compare operands, and are not tested.
 check() {
   tool=$1
   shift
   "$sanitizer" --tool "$tool" --error-exitcode 99 --kernel-name kns=merge_attn_states "$python" "$@"
 }
 
-# First what it must see: a filter that matches nothing would find nothing.
+# A planted error first: a filter that matches no kernel would report nothing.
 status=0
 check memcheck tests/sanitizer/planted_gpu.py > build/planted_gpu.log 2>&1 || status=$?
 if [ "$status" -ne 99 ] || ! grep -q "Invalid __global__" build/planted_gpu.log; then

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the whole suite on this machine's GPU with the interpreter $1, without installing anything.
-# SHARD=k/n runs a part; JOBS=n runs n parts beside each other, their logs in LOGS (build/).
-# MERGE_ATTN_STATES_OP_LIBRARY=path tests that op library: _C alone is built.
+# SHARD=k/n runs a part; JOBS=n runs n parts at once, with their logs in the folder LOGS (build/).
+# MERGE_ATTN_STATES_OP_LIBRARY=path tests that op library, and only _C is built.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1
@@ -14,7 +14,7 @@ export PYTHONPATH="python:scripts${PYTHONPATH:+:$PYTHONPATH}"
 jobs=${JOBS:-1} logs=${LOGS:-build}
 [ "$jobs" -gt 1 ] || exec "$python" -m pytest -p shard -p no:cacheprovider ${PYTEST:-}
 
-# Left to itself each part's PyTorch takes every core.
+# Otherwise the PyTorch of every part would use all cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + jobs - 1) / jobs))}"
 part() {
   log=$logs/test_gpu-$1.log status=0

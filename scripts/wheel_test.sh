@@ -1,7 +1,7 @@
 #!/bin/sh
-# sdist -> wheel -> fresh environment: builds both with the interpreter $1, as a release does but for
-# the architectures that the environment asks for, installs the wheel where nothing of the checkout
-# is, and tests it there. $2 is the interpreter for the fresh environment.
+# Builds the sdist and from it the wheel with the interpreter $1, installs the wheel into a fresh
+# environment of the interpreter $2, outside the checkout, and tests it there. Unlike a release, the
+# wheel has the GPU code that TORCH_CUDA_ARCH_LIST asks for.
 set -eu
 cd "$(dirname "$0")/.."
 root=$PWD

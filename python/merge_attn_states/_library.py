@@ -1,4 +1,4 @@
-"""Loads the two binaries, and explains in one sentence why one cannot be loaded.
+"""Loads the two binaries; where one cannot be loaded, says why in one sentence.
 
 `libmerge_attn_states.so` registers the operators and is needed; `_C` (the Python module) is built
 for one CPython and may be missing: everything but the fast path works without it.
@@ -31,7 +31,7 @@ def _check_torch_version(version: str) -> None:
 
 
 def _explain(error: str) -> str:
-    """Say what to do about the loader's complaint."""
+    """Say what to do about an error of the dynamic loader."""
     if glibc := re.search(r"version `GLIBC(?:XX)?_[\d.]+' not found", error):
         return f"this system's C or C++ library is too old ({glibc[0]}): build from source on it"
     if "undefined symbol" in error:
@@ -79,8 +79,8 @@ def load_python_module() -> tuple[ModuleType | None, str]:
 def fast_path() -> tuple[Callable[..., bool] | None, str]:
     """Return the call that merges without PyTorch's dispatcher, or None and why there is none.
 
-    It takes the op's arguments and returns whether it merged; where it did not, nothing happened
-    and torch.ops has to do it.
+    It takes the op's arguments and returns True where it merged them. Where it returns False,
+    nothing was written, and the call has to go through torch.ops.
     """
     module, why = load_python_module()
     if module is None:

@@ -1,8 +1,8 @@
 """The reference that every kernel is compared with: plain PyTorch, float64 inside.
 
-It is written for reading, not for speed, and mirrors the rules of the operation one by one: the
-weights of section 2.2 of arXiv 2501.01005, parts that saw no keys, tokens past the context count
-and FP8 outputs. Tests and benchmarks import it; nothing else in the package does.
+It is written for reading, not for speed, one rule after the other: the weights of section 2.2 of
+arXiv 2501.01005, parts that saw no keys, tokens past the context count, FP8 outputs. Tests and
+benchmarks import it; nothing else in the package does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 def saturate(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round `values` to an FP8 `dtype`, clamping to its largest finite value; NaN stays NaN.
 
-    PyTorch converts float64 to FP8 by way of float32, a second rounding, so the nearest code is
-    looked up here among all 256 of the dtype, ties going to the even code.
+    PyTorch converts float64 to FP8 through float32, which rounds twice. So the nearest of the
+    dtype's codes is looked up here; of two that are equally near, it is the even one.
 
     Parameters
     ----------
@@ -98,12 +98,12 @@ def merge_attn_states_reference(
         return torch.where(rows(empty), torch.zeros_like(values), rows(weight / total) * values)
 
     output = part(weight_p, prefix, empty_p) + part(weight_s, suffix, empty_s)
-    # One part empty: the other's row as it is. (A NaN lse beside an empty part gives NaN above.)
+    # One part empty: the other's row as it is, unless its lse is NaN, which gave NaN above.
     copy_s = rows(empty_p & ~empty_s & ~lse_s.isnan())
     copy_p = rows(empty_s & ~empty_p & ~lse_p.isnan())
     output = torch.where(copy_s, suffix, torch.where(copy_p, prefix, output))
 
-    # Past the count the prefix is not looked at and the suffix is taken raw, +inf included.
+    # From the count on, output and LSE are the suffix's as they are, an LSE of +inf included.
     output[count:] = suffix[count:]
     lse[:, count:] = suffix_lse.to(torch.float64)[:, count:]
     if output_scale is not None:

