@@ -170,10 +170,12 @@ def _recompute(
             at = some.unbind(1)
             batch, kv_head = int(some[0, 0]), int(some[0, 1]) // groups
             keys, values = (x[batch, kv_head][None, None] for x in (key, value))
-            seen = None if mask is None else mask.expand(*rows.shape, num_keys)[at][None, None]
-            if is_causal:
-                seen = (torch.arange(num_keys) <= at[2][:, None])[None, None]
-            exact = matmul(query[at][None, None], keys, values, seen, scale)
+            if mask is not None:
+                seen = mask.expand(*rows.shape, num_keys)[at]
+            else:  # every key, or those up to the query's own
+                last = at[2] if is_causal else torch.full_like(at[2], num_keys)
+                seen = torch.arange(num_keys) <= last[:, None]
+            exact = matmul(query[at][None, None], keys, values, seen[None, None], scale)
             for whole, part in zip(state, exact, strict=True):
                 whole[at] = part[0, 0]
 
