@@ -90,6 +90,25 @@ def test_in_place_with_an_fp8_scale(device):
         check(in_place(make_call((17, 3, 64), E4M3, device, scale=0.25), side, side))
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_wider_output_of_fp8_inputs_is_never_in_place(side, device, entry):
+    """Its elements lie over several of the input's: other rows would be overwritten unread."""
+    call = make_call((6, 4, 64), E4M3, device, output_dtype=F32, empty=False)
+    memory = call.output.view(E4M3)  # [6, 4, 256]
+    for part in (memory[..., :64], memory[..., 192:], memory.view(24, 256)[:6].view(6, 4, 64)):
+        with pytest.raises(
+            ValueError, match=rf"^output: .* in common with {side}_output .* overlap"
+        ):
+            entry(*call._replace(**{f"{side}_output": part}))
+    assert call.output.isnan().all()
+
+
+@pytest.mark.parametrize("lse_side", SIDES)
+def test_lse_in_place_with_a_wider_output(lse_side, device):
+    call = make_call((17, 3, 64), E5M2, device, output_dtype=BF16)
+    check(in_place(call, None, lse_side))
+
+
 def shared(*shape, dtype=F32, device="cpu"):
     """A buffer of random values to cut operands from."""
     return place(torch.randn(shape).to(dtype), device)
