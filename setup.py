@@ -183,7 +183,7 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
             ext.extra_link_args += SANITIZE
         if cuda:
             defines.append("-DMERGE_ATTN_STATES_WITH_CUDA")
-            ext.sources += op_sources("csrc/cuda/*.cu")
+            ext.sources += op_sources("csrc/cuda/*.cu") + op_sources("csrc/cuda/*.cpp")
             ext.include_dirs.append(str(cuda.home / "include"))
             ext.library_dirs.append(str(cuda.home / "lib64"))
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]

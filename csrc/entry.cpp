@@ -2,6 +2,7 @@
 #include <merge_attn_states_commit.h>
 
 #include <cstdio>
+#include <cstring>
 #include <string>
 
 #include "core/struct_size.h"
@@ -55,13 +56,11 @@ void run(const MergeCall& call) {
   return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(call) : cuda::run(call);
 }
 
-// A newer caller's struct may be longer than ours: only what this library knows is filled.
-void fill(merge_attn_states_selection* to, const Selection& chosen) {
-  merge_attn_states_selection storage;
-  const size_t smallest = sizeof(merge_attn_states_selection);
-  const size_t size = of_this_version(to, "selection", smallest, storage).struct_size;
+// What a newer caller's struct holds beyond this library's is 0.
+void fill(merge_attn_states_selection* to, Selection chosen) {
+  chosen.struct_size = checked_struct_size(to, "selection", sizeof(chosen));
+  std::memset(static_cast<void*>(to), 0, chosen.struct_size);
   *to = chosen;
-  to->struct_size = size;
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 #include "call.h"
 
 #include <algorithm>
-#include <iterator>
+#include <cstring>
 
+#include "legality.h"
 #include "place.h"
 #include "values.h"
 
@@ -21,9 +22,10 @@ constexpr uint32_t kF32 = MERGE_ATTN_STATES_FLOAT32, kF16 = MERGE_ATTN_STATES_FL
                    kBF16 = MERGE_ATTN_STATES_BFLOAT16, kF64 = MERGE_ATTN_STATES_FLOAT64,
                    kE4M3 = MERGE_ATTN_STATES_FLOAT8_E4M3FN, kE5M2 = MERGE_ATTN_STATES_FLOAT8_E5M2;
 // The pairs that are legal; faults make the others.
-constexpr DTypes kDTypes[] = {{kF32, kF32},   {kF16, kF16},   {kBF16, kBF16}, {kF64, kF64},
-                              {kE4M3, kE4M3}, {kE5M2, kE5M2}, {kF32, kE4M3},  {kF32, kE5M2},
-                              {kF16, kE4M3},  {kF16, kE5M2},  {kBF16, kE4M3}, {kBF16, kE5M2}};
+constexpr DTypes kDTypes[] = {
+    {kF32, kF32},  {kF16, kF16},  {kBF16, kBF16}, {kF64, kF64},  {kE4M3, kE4M3}, {kE5M2, kE5M2},
+    {kF32, kE4M3}, {kF32, kE5M2}, {kF16, kE4M3},  {kF16, kE5M2}, {kBF16, kE4M3}, {kBF16, kE5M2},
+    {kE4M3, kF32}, {kE5M2, kF32}, {kE4M3, kF16},  {kE5M2, kF16}, {kE4M3, kBF16}, {kE5M2, kBF16}};
 constexpr uint32_t kAnyDType[] = {kF32,
                                   kF16,
                                   kBF16,
@@ -44,6 +46,21 @@ constexpr uint32_t kAnyDType[] = {kF32,
 template <class T, size_t n>
 const T& pick(const T (&table)[n], uint8_t byte) {
   return table[byte % n];
+}
+
+// A caller of an older or a newer header, or one that left struct_size as it was.
+void resize_struct(Call& call, uint8_t which, int8_t difference, int64_t number) {
+  const auto size = [&](size_t ours) {
+    return difference == 0 ? static_cast<size_t>(number) : ours + difference;
+  };
+  const auto resize = [&](auto& passed) {
+    passed.size = size(passed.size);
+    passed.behind = static_cast<uint8_t>(number);
+  };
+  const int target = which % (kRoles + 2);
+  if (target < kRoles) return resize(call.operands[target].passed);
+  if (target == kRoles) return resize(call.passed);
+  call.selection_size = size(call.selection_size);
 }
 
 // One property of one operand, or of the call, is made odd.
@@ -94,7 +111,7 @@ void apply_fault(Call& call, Bytes& bytes) {
           reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(operand.view.data) + number);
       break;
     case 13:
-      call.args.version = static_cast<int32_t>(number);
+      resize_struct(call, which, static_cast<int8_t>(index), number);
       break;
     case 14:
       call.args.prefill_tokens_with_context = number;
@@ -139,9 +156,31 @@ void resize_all(Call& call, Bytes& bytes) {
   }
 }
 
-void point_args(Call& call) {
+// Copies as much of a struct as is passed; the library must see the rest as 0.
+template <class Struct>
+void pass(Struct& seen, Passed<Struct>& passed) {
+  const size_t held = std::clamp(passed.size, sizeof(size_t), kLargestStruct + 1);
+  const size_t known = std::min(held, sizeof(Struct));
+  seen.struct_size = passed.size;
+  passed.bytes = std::make_unique<uint8_t[]>(held);
+  std::memset(passed.bytes.get(), passed.behind, held);
+  std::memcpy(passed.bytes.get(), &seen, known);
+  std::memset(reinterpret_cast<uint8_t*>(&seen) + known, 0, sizeof(Struct) - known);
+}
+
+// What lies outside its memory is always told of it.
+void pass_operand(Call& call, Operand& operand) {
+  const Region& region = call.regions[operand.region];
+  if (!is_inside(operand.view, region.bytes.get(), static_cast<int64_t>(region.size))) {
+    operand.passed.size = std::max(operand.passed.size, sizeof(operand.view));
+  }
+  pass(operand.view, operand.passed);
+}
+
+void pass_args(Call& call) {
+  for (Operand& operand : call.operands) pass_operand(call, operand);
   const auto given = [&](Role role) {
-    return call.operands[role].given ? &call.operands[role].view : nullptr;
+    return call.operands[role].given ? call.operands[role].passed.get() : nullptr;
   };
   call.args.output = given(kOutput);
   call.args.prefix_output = given(kPrefixOutput);
@@ -150,6 +189,7 @@ void point_args(Call& call) {
   call.args.suffix_lse = given(kSuffixLse);
   call.args.output_lse = given(kOutputLse);
   call.args.output_scale = given(kOutputScale);
+  pass(call.args, call.passed);
 }
 
 }  // namespace
@@ -168,11 +208,10 @@ Call::Call(const uint8_t* data, size_t size) {
   message_size = bytes.next();
   const uint8_t seed = bytes.next(), more_seed = bytes.next(), oddity = bytes.next();
 
-  args.version = MERGE_ATTN_STATES_VERSION;
   args.has_prefill_tokens_with_context = count != 0;
   args.prefill_tokens_with_context = (count - 1) % (num_tokens + 1);
   const bool quantizes = dtypes.input != dtypes.output;
-  const bool may_scale = dtypes.output == kE4M3 || dtypes.output == kE5M2;
+  const bool may_scale = is_fp8(dtypes.output);
   operands[kOutputScale].given = may_scale && (quantizes || (flags & 1));
   operands[kOutputLse].given = !(flags & 2);
   describe_operands(*this, dtypes, {num_tokens, num_heads, head_size});
@@ -194,7 +233,7 @@ Call::Call(const uint8_t* data, size_t size) {
   for (Region& region : regions) {
     region.before.assign(region.bytes.get(), region.bytes.get() + region.size);
   }
-  point_args(*this);
+  pass_args(*this);
 }
 
 }  // namespace merge_attn_states::fuzz

@@ -37,11 +37,23 @@ struct Region {
   std::vector<uint8_t> before;
 };
 
+// A struct as its caller hands it over, who may have been compiled against another header: in
+// memory of exactly that size, so that a read behind it is seen.
+template <class Struct>
+struct Passed {
+  size_t size = sizeof(Struct);
+  uint8_t behind = 0;  // each byte that this library's struct does not have
+  std::unique_ptr<uint8_t[]> bytes;
+
+  const Struct* get() const { return reinterpret_cast<const Struct*>(bytes.get()); }
+};
+
 struct Operand {
   bool given = true;
   int region = 0;
   std::vector<int64_t> sizes, strides;
-  merge_attn_states_tensor view{};
+  merge_attn_states_tensor view{};  // what the library must see of what is passed
+  Passed<merge_attn_states_tensor> passed;
 };
 
 // Offsets in bytes from `data` that an operand touches: [low, high).
@@ -56,7 +68,9 @@ struct Call {
 
   std::vector<Region> regions;  // [0] is shared, each other belongs to one operand at first
   Operand operands[kRoles];
-  merge_attn_states_args args{};
+  merge_attn_states_args args{};  // what the library must see of what is passed
+  Passed<merge_attn_states_args> passed;
+  size_t selection_size = sizeof(merge_attn_states_selection);
   size_t message_size = 0;
   bool on_cuda = false;
 

@@ -1,6 +1,7 @@
 #include "legality.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <vector>
 
 #include "values.h"
@@ -20,9 +21,29 @@ std::vector<Role> given(const Call& call) {
   return roles;
 }
 
+// What every caller's struct has, in bytes: up to its first optional field.
+constexpr size_t kSmallestTensor = offsetof(merge_attn_states_tensor, memory);
+constexpr size_t kSmallestArgs = offsetof(merge_attn_states_args, prefill_tokens_with_context);
+
+template <class Struct>
+bool is_of_a_known_version(const Passed<Struct>& passed, size_t smallest) {
+  const bool asks_for_more = passed.size > sizeof(Struct) && passed.behind != 0;
+  return passed.size >= smallest && passed.size <= kLargestStruct && !asks_for_more;
+}
+
+Names of_no_known_version(const Call& call) {
+  if (!is_of_a_known_version(call.passed, kSmallestArgs)) return {"args"};
+  Names names;
+  for (Role role : given(call)) {
+    if (!is_of_a_known_version(call.operands[role].passed, kSmallestTensor)) {
+      names.insert(kNames[role]);
+    }
+  }
+  return names;
+}
+
 Names undescribed(const Call& call) {
   Names names;
-  if (call.args.version != MERGE_ATTN_STATES_VERSION) return {"version"};
   for (Role role : kRequired) {
     if (!call.operands[role].given) names.insert(kNames[role]);
   }
@@ -56,6 +77,12 @@ std::vector<int64_t> shape_of(const Call& call, Role role) {
   }
 }
 
+// FP8 is made of it, and it of FP8.
+bool converts(uint32_t dtype) {
+  return dtype == MERGE_ATTN_STATES_FLOAT32 || dtype == MERGE_ATTN_STATES_FLOAT16 ||
+         dtype == MERGE_ATTN_STATES_BFLOAT16;
+}
+
 bool fits_dtype(const Call& call, Role role) {
   const uint32_t input = call.view(kPrefixOutput).dtype, output = call.view(kOutput).dtype;
   const uint32_t dtype = call.view(role).dtype;
@@ -65,9 +92,8 @@ bool fits_dtype(const Call& call, Role role) {
     case kSuffixOutput:
       return dtype == input;
     case kOutput:
-      return dtype == input || (is_fp8(dtype) && (input == MERGE_ATTN_STATES_FLOAT32 ||
-                                                  input == MERGE_ATTN_STATES_FLOAT16 ||
-                                                  input == MERGE_ATTN_STATES_BFLOAT16));
+      return dtype == input || (is_fp8(dtype) && converts(input)) ||
+             (is_fp8(input) && converts(dtype));
     case kOutputScale:
       return dtype == MERGE_ATTN_STATES_FLOAT32 && is_fp8(output);
     default:
@@ -180,7 +206,8 @@ Names overlapping(const Call& call) {
 }  // namespace
 
 Names faulty_arguments(const Call& call) {
-  Names names = undescribed(call);
+  Names names = of_no_known_version(call);
+  if (names.empty()) names = undescribed(call);
   if (names.empty() && !is_output_described(call)) names.insert(kNames[kOutput]);
   if (names.empty()) names = misfits(call);
   if (names.empty()) names = misplaced(call);

@@ -10,13 +10,14 @@
 //
 // STATISTICS=1 prints at the end how many calls were merged and how many refused, DESCRIBE=1 each
 // call.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
+#include "../csrc/core/merge_call.h"
 #include "../csrc/cpu/kernels.h"
-#include "../csrc/merge_args.h"
 #include "call.h"
 #include "expected.h"
 #include "legality.h"
@@ -67,10 +68,31 @@ void describe(const Call& call) {
 
 Answer select(const Call& call) {
   std::string message(4096, '\0');
-  merge_attn_states_selection selection;
+  merge_attn_states_selection selection{.struct_size = sizeof(selection)};
   const auto status =
-      merge_attn_states_select(&call.args, &selection, message.data(), message.size());
+      merge_attn_states_select(call.passed.get(), &selection, message.data(), message.size());
   return {status, message.c_str()};
+}
+
+// Only its size is set, and its memory ends where that says.
+void check_selection(const Call& call) {
+  const size_t size = call.selection_size, ours = sizeof(merge_attn_states_selection);
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[std::clamp(size, ours, kLargestStruct)]);
+  std::fill_n(bytes.get(), std::clamp(size, ours, kLargestStruct), 'x');
+  auto* selection = reinterpret_cast<merge_attn_states_selection*>(bytes.get());
+  selection->struct_size = size;
+  std::string message(4096, '\0');
+  const auto status =
+      merge_attn_states_select(call.passed.get(), selection, message.data(), message.size());
+  if (size < ours || size > kLargestStruct) {
+    if (message.find("selection: ") != 0) fail("a selection of %zu bytes: status %d", size, status);
+    return;
+  }
+  const bool rest_is_0 = std::all_of(&bytes[ours], &bytes[size], [](uint8_t at) { return !at; });
+  if (status != MERGE_ATTN_STATES_OK || selection->struct_size != size || !rest_is_0 ||
+      std::string(selection->kernel) != "cpu" || std::strlen(selection->variant) == 0) {
+    fail("a selection of %zu bytes: status %d, kernel %.16s", size, status, selection->kernel);
+  }
 }
 
 // With a buffer of exactly the size that the call says, so that a byte too much is seen.
@@ -79,7 +101,7 @@ Answer merge(const Call& call) {
   std::fill_n(message.get(), call.message_size, 'x');
   const bool null = call.message_size == 0;
   const auto status =
-      merge_attn_states_merge(&call.args, null ? nullptr : message.get(), call.message_size);
+      merge_attn_states_merge(call.passed.get(), null ? nullptr : message.get(), call.message_size);
   if (null || status == MERGE_ATTN_STATES_OK) return {status, ""};
   if (std::memchr(message.get(), '\0', call.message_size) == nullptr) fail("message not ended");
   return {status, message.get()};
@@ -131,10 +153,11 @@ void check_baseline(const Call& call) {
     chosen.emplace_back(region.bytes.get(), region.bytes.get() + region.size);
     std::copy(region.before.begin(), region.before.end(), region.bytes.get());
   }
-  const MergeArgs args = validate(call.args);
-  cpu::baseline::merge_tiles(args, 0,
-                             cpu::tiles(args.num_tokens, cpu::kTileTokens) *
-                                 cpu::tiles(args.num_heads, cpu::tile_heads(args)));
+  const MergeCall valid = validate(call.passed.get());
+  const auto& [num_tokens, num_heads, head_size] = valid.geometry;
+  cpu::baseline::merge_tiles(
+      valid, 0,
+      cpu::tiles(num_tokens, cpu::kTileTokens) * cpu::tiles(num_heads, cpu::tile_heads(valid)));
   check_untouched(call, true);
   for (Role role : {kOutput, kOutputLse}) {
     if (!call.operands[role].given) continue;
@@ -170,6 +193,7 @@ void check(const Call& call) {
     fail("a legal call gives %d and %d: %s", selected.status, merged.status,
          selected.message.c_str());
   }
+  check_selection(call);
   ++statistics.merged;
   check_result(call);
   if (!has_rows(call)) return;

@@ -2,11 +2,18 @@
 
 #include <algorithm>
 #include <iterator>
+#include <numeric>
+
+#include "values.h"
 
 namespace merge_attn_states::fuzz {
 namespace {
 
-constexpr __int128 kLargestRegion = 1 << 16;
+// Elements of an operand with any strides: two of so many are compared before the library's search
+// for a common byte gives up.
+constexpr int64_t kMostSearched = 32;
+
+constexpr __int128 kLargestRegion = 1 << 18;
 
 // Numbers at which 32-bit and 64-bit arithmetic breaks.
 constexpr int64_t kOddNumbers[] = {0,
@@ -43,6 +50,17 @@ void place_shared(Call& call, Operand& operand, size_t offset, bool aligned) {
   if (-extent.low < kLargestRegion) offset += static_cast<size_t>(-extent.low);
   operand.region = 0;
   operand.view.data = call.regions[0].bytes.get() + offset % kSharedBytes;
+}
+
+// Both begin at one address, in new memory that holds both.
+void place_together(Call& call, Operand& operand, Operand& other) {
+  const Extent extent = extent_of(operand.view), others = extent_of(other.view);
+  constexpr int64_t kWidest = sizeof(double);
+  const __int128 low = std::min(extent.low, others.low) / kWidest * kWidest - kWidest;
+  const __int128 high = std::max(extent.high, others.high);
+  if (high - low > kLargestRegion) return place_alone(call, operand);
+  operand.region = other.region = add_region(call, static_cast<size_t>(high - low));
+  operand.view.data = other.view.data = &call.regions[operand.region].bytes[int64_t(-low)];
 }
 
 // The two inputs of an operand's own kind are its usual partners, any earlier operand is possible.
@@ -102,11 +120,22 @@ void point_view(Operand& operand) {
   operand.view.rank = static_cast<int32_t>(operand.sizes.size());
 }
 
-// Dense in one of the orders of the dimensions, then widened, reversed and repeated.
+// Dense in one of the orders of the dimensions, then widened, reversed and repeated; or any that
+// fit into a region.
 void read_strides(Operand& operand, Bytes& bytes) {
   const uint8_t order = bytes.next(), widen = bytes.next(), reverse = bytes.next();
   const int rank = static_cast<int>(operand.sizes.size());
   operand.strides.assign(rank, 1);
+  const auto product = [](int64_t a, int64_t b) {
+    return std::min(a, kMostSearched) * std::min(b, kMostSearched);
+  };
+  const int64_t count =
+      std::accumulate(operand.sizes.begin(), operand.sizes.end(), int64_t(1), product);
+  if (order >= 0xc0 && count <= kMostSearched) {
+    Random random(order | widen << 8 | reverse << 16);
+    for (int64_t& each : operand.strides) each = int64_t(random.below(6000)) - 3000;
+    return;
+  }
   int at[3] = {2, 1, 0};
   if (rank == 2) at[0] = 1, at[1] = 0;
   for (int turn = order % 6; turn > 0; --turn) std::next_permutation(at, at + rank);
@@ -125,7 +154,8 @@ void place(Call& call, Role role, Bytes& bytes) {
   const uint8_t where = bytes.next() % 8, low = bytes.next(), high = bytes.next();
   if (where < 3 || (where > 5 && role == kPrefixOutput)) return place_alone(call, operand);
   if (where < 6) return place_shared(call, operand, low | high << 8, where != 5);
-  const Operand& other = call.operands[partner(role, high)];
+  Operand& other = call.operands[partner(role, high)];
+  if (where == 7 && (high & 2) != 0) return place_together(call, operand, other);
   const bool as_it_is = other.sizes.size() == operand.sizes.size() && where == 6;
   if (as_it_is) operand.strides = other.strides, point_view(operand);
   operand.region = other.region;

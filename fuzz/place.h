@@ -27,7 +27,8 @@ void point_view(Operand& operand);
 
 void read_strides(Operand& operand, Bytes& bytes);
 
-// Alone in memory of its own, somewhere in the shared region, or on an earlier operand.
+// Alone in memory of its own, somewhere in the shared region, on an earlier operand, or where that
+// one begins.
 void place(Call& call, Role role, Bytes& bytes);
 
 // Says where the memory is, truly, narrowly or wrongly. What lies outside is always told: the

@@ -37,9 +37,7 @@ if [ "$(uname -m)" = x86_64 ]; then
   wider="-mavx2 -mbmi -mbmi2 -mf16c -mfma"
 fi
 objects=
-for source in fuzz/*.cpp csrc/merge.cpp csrc/merge_args.cpp csrc/footprint.cpp \
-  csrc/tensor_view.cpp csrc/cpu/merge.cpp csrc/cpu/kernels_baseline.cpp csrc/cpu/kernels_v3.cpp \
-  csrc/cpu/parallel_serial.cpp; do
+for source in fuzz/*.cpp csrc/entry.cpp csrc/core/*.cpp csrc/cpu/*.cpp; do
   # Coverage guides by the library, not by the harness.
   case $source in
     fuzz/*) set -- -O2 ;;

@@ -17,6 +17,7 @@ from support import (
     LSES,
     ROWS,
     Call,
+    assert_bits,
     blank,
     check,
     make_call,
@@ -89,6 +90,25 @@ def test_all_three_the_same(device):
 def test_in_place_with_an_fp8_scale(device):
     for side in SIDES:
         check(in_place(make_call((17, 3, 64), E4M3, device, scale=0.25), side, side))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_wider_output_of_fp8_inputs_is_never_in_place(side, device, entry):
+    """Its elements lie over several of the input's: other rows would be overwritten unread."""
+    call = make_call((6, 4, 64), E4M3, device, output_dtype=F32, empty=False)
+    memory = call.output.view(E4M3)  # [6, 4, 256]
+    for part in (memory[..., :64], memory[..., 192:], memory.view(24, 256)[:6].view(6, 4, 64)):
+        with pytest.raises(
+            ValueError, match=rf"^output: .* in common with {side}_output .* overlap"
+        ):
+            entry(*call._replace(**{f"{side}_output": part}))
+    assert call.output.isnan().all()
+
+
+@pytest.mark.parametrize("lse_side", SIDES)
+def test_lse_in_place_with_a_wider_output(lse_side, device):
+    call = make_call((17, 3, 64), E5M2, device, output_dtype=BF16)
+    check(in_place(call, None, lse_side))
 
 
 def shared(*shape, dtype=F32, device="cpu"):
@@ -186,6 +206,54 @@ def test_a_provable_overlap_is_refused(case, device, entry):
     assert torch.equal(buffer, before)
 
 
+# No search within the library's budget finds a byte that these have in common.
+CONTRIVED_SHAPE, CONTRIVED = (5, 15, 38), ((1189, 1352, 1054), (2531, 877, 1934))
+
+
+@pytest.mark.parametrize("count", [None, 0])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_one_element_in_common_at_an_end_is_an_overlap(end, side, count, device, entry):
+    """Two that begin at one address or end at one, however their strides hide what lies between."""
+    offsets = [0, 0]
+    if end == "last":
+        reach = [
+            sum((size - 1) * stride for size, stride in zip(CONTRIVED_SHAPE, strides, strict=True))
+            for strides in CONTRIVED
+        ]
+        offsets = [max(reach) - own for own in reach]
+    buffer = torch.full((200_000,), float("nan"), device=device)
+    output, part = (
+        buffer.as_strided(CONTRIVED_SHAPE, strides, offset)
+        for strides, offset in zip(CONTRIVED, offsets, strict=True)
+    )
+    call = make_call(CONTRIVED_SHAPE, F32, device, count=count, empty=False)
+    with pytest.raises(ValueError, match=rf"^output: .* in common with {side}_output .* overlap"):
+        entry(*call._replace(output=output, **{f"{side}_output": part}))
+    assert buffer.isnan().all()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("lse_side", [None, *SIDES])
+@pytest.mark.parametrize("dtype", [F32, BF16, E4M3], ids=str)
+def test_in_place_where_every_row_takes_the_suffix(dtype, lse_side, side, device, entry):
+    check(in_place(make_call((17, 3, 64), dtype, device, count=0), side, lse_side), entry)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_same_memory_with_other_strides_is_refused_where_every_row_takes_the_suffix(
+    side, device, entry
+):
+    """A kernel that took it for in place would write nothing, and the rows would be in disorder."""
+    call = make_call((6, 6, 64), F32, device, count=0, empty=False)
+    part, lse = getattr(call, f"{side}_output"), getattr(call, f"{side}_lse")
+    for name, operand in (("output", part), ("output_lse", lse)):
+        before = operand.clone()
+        with pytest.raises(ValueError, match=rf"^{name}: .* in common with {side}_.* partial"):
+            entry(*call._replace(**{name: operand.transpose(0, 1)}))
+        assert_bits(operand, before)
+
+
 def byte_addresses(tensor: torch.Tensor) -> list[int]:
     """The address of every byte of every element: brute force, the oracle of the property."""
     elements = [
@@ -235,21 +303,23 @@ def test_any_pair_of_views_of_one_buffer(data):
     shape = data.draw(st.tuples(*[st.integers(1, 4)] * 3), "shape")
     dtype = data.draw(st.sampled_from([F32, F16, F64]), "dtype")
     call = make_call(shape, dtype, empty=False)
-    memory = torch.zeros(1600, dtype=torch.uint8)
+    largest = data.draw(st.sampled_from([12, 200, 3000]), "largest stride")
+    memory = torch.zeros((9 * largest + 50) * 8, dtype=torch.uint8)
     views = {}
     names = data.draw(st.sampled_from(PAIRS), "pair")
     same = data.draw(st.integers(0, 3), "same") == 0
     for name in names:
         tensor = getattr(call, name)
         typed = memory.view(tensor.dtype)
-        strides = tuple(data.draw(st.integers(0, 12), f"{name} stride") for _ in tensor.shape)
+        strides = tuple(data.draw(st.integers(0, largest), f"{name} stride") for _ in tensor.shape)
         offset = data.draw(st.integers(0, 40), f"{name} offset")
         view = typed.as_strided(tensor.shape, strides, offset)
         if same and views and next(iter(views.values())).shape == view.shape:
             view = next(iter(views.values()))
         views[name] = view
     call = call._replace(**views)
-    memory.view(F16).copy_(1 + torch.rand(800))  # ordinary numbers in every wider dtype too
+    # Ordinary numbers in every wider dtype too.
+    memory.view(F16).copy_(1 + torch.rand(len(memory) // 2))
     if name := refused_operand(call):
         before = memory.clone()
         with pytest.raises(ValueError, match=rf"^{name}: expected "):

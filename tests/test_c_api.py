@@ -1,6 +1,7 @@
-"""The C entry from outside: a C++ program without Python merges, and the header is plain C."""
+"""The C entry from outside: a program without Python, of this version or another; plain C."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,46 @@ from merge_attn_states._library import OP_LIBRARY
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "include" / "merge_attn_states.h"
-STRICT = ["-Wall", "-Wextra", "-Werror", "-pedantic", f"-I{HEADER.parent}"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-pedantic"]
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
 
 
+# Other versions of the header, made from this one so that they cannot drift.
+OPTIONAL = {"tensor": ["memory", "memory_bytes"], "args": [
+    "prefill_tokens_with_context", "has_prefill_tokens_with_context", "dependent_launch",
+]}  # fmt: skip
+
+
+def shortened(header: str) -> str:
+    """As of the first version, which had no optional fields."""
+    for struct, fields in OPTIONAL.items():
+        for field in fields:
+            pattern = rf"^  [\w *]+\b{field};.*\n(?=(?:.*\n){{0,5}}}} merge_attn_states_{struct};)"
+            header, found = re.subn(pattern, "", header, flags=re.MULTILINE)
+            assert found == 1, f"{struct} ends with {field}"
+    return header
+
+
+def lengthened(header: str) -> str:
+    """As of a later version: a field more in each struct."""
+    for struct in ("tensor", "args", "selection"):
+        end = f"}} merge_attn_states_{struct};"
+        assert header.count(end) == 1
+        header = header.replace(end, f"  int64_t later;\n{end}")
+    return header
+
+
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="preloaded libraries would come along")
-def test_a_program_without_python_merges(tmp_path):
-    program = tmp_path / "merge_from_c"
+@pytest.mark.parametrize("change", [None, shortened, lengthened])
+def test_a_program_without_python_merges(change, tmp_path):
+    """Compiled against the header of this version, of an older and of a newer one."""
+    program, header = tmp_path / "merge_from_c", tmp_path / HEADER.name
+    header.write_text(change(HEADER.read_text()) if change else HEADER.read_text())
     source = ROOT / "tests" / "c_api" / "merge_from_c.cpp"
-    run_command(compiler("CXX", "c++", "g++"), "-std=c++17", *STRICT, source, "-o", program, "-ldl")
+    flags = ["-std=c++17", *WARNINGS, f"-I{tmp_path}"]
+    if change:
+        flags.append(f"-D{change.__name__.upper()}")
+    run_command(compiler("CXX", "c++", "g++"), *flags, source, "-o", program, "-ldl")
     paths = os.pathsep.join([str(TORCH_LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")])
     shown = run_command(program, OP_LIBRARY, LD_LIBRARY_PATH=paths.rstrip(os.pathsep))
     lines = shown.splitlines()
@@ -29,11 +61,11 @@ def test_a_program_without_python_merges(tmp_path):
 
 def test_the_header_is_plain_c():
     run_command(
-        compiler("CC", "cc", "gcc"), "-std=c11", *STRICT, "-x", "c", "-fsyntax-only", HEADER
+        compiler("CC", "cc", "gcc"), "-std=c11", *WARNINGS, "-x", "c", "-fsyntax-only", HEADER
     )
 
 
 def test_the_header_is_old_cpp():
     run_command(
-        compiler("CXX", "c++", "g++"), "-std=c++11", *STRICT, "-x", "c++", "-fsyntax-only", HEADER
+        compiler("CXX", "c++", "g++"), "-std=c++11", *WARNINGS, "-x", "c++", "-fsyntax-only", HEADER
     )

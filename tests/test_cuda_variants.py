@@ -1,57 +1,46 @@
-"""Every variant of the vectorized kernel: which one runs, and that it is right in all its edges.
+"""Every variant of the vectorized kernels: which one runs, and that it is right in all its edges.
 
-The variant goes by the number of 16-byte packs: up to 0.6 of what a GPU holds at a time (270,336),
-up to all of it, up to one and a half times that, up to 40 MB, and beyond.
+The variant goes by the number of 16-byte packs: up to 196,608 every thread weighs for itself, by
+rows; beyond, one thread a row does, by tiles; from 1,048,576 on in blocks of 512 threads.
 """
 
 import pytest
 import torch
-from support import BF16, E4M3, F16, F32, ROWS, Call, assert_bits, bits, check, make_call
+from support import BF16, E4M3, F16, F32, ROWS, Call, assert_bits, bits, blank, check, make_call
 
 from merge_attn_states import merge_attn_states as merge
 from merge_attn_states import selected_kernel
 
-# The tokens are no multiple of any tile, and neither are heads where a tile has several.
-TINY = (101, 5, 128)
-SMALL = (1001, 5, 128)
-ONE_WAVE = (1003, 15, 128)
-TWO_PACKS = (1501, 15, 128)
-MAY_BE_WARM = (2999, 15, 128)
-LARGE = (3999, 15, 128)
+# The tokens are no multiple of any tile.
+SMALL = (101, 5, 128)
+SMALL_ODD = (501, 11, 96)  # rows that no warp holds whole
+MIDDLE = (1003, 15, 128)
+MIDDLE_ODD = (1001, 15, 192)
+LARGE = (5001, 15, 128)
 VARIANTS = {
-    TINY: "8 tokens x 1 heads, 128 threads",
-    (1, 130, 128): "1 tokens x 8 heads, 128 threads",  # decode
-    (101, 5, 2400): "1 tokens x 1 heads, 320 threads",  # wider than 128 threads
-    SMALL: "8 tokens x 1 heads, 128 threads",
-    (1001, 5, 64): "16 tokens x 1 heads, 128 threads",
-    (501, 11, 96): "8 tokens x 1 heads, 96 threads",
-    (2001, 11, 16): "8 tokens x 8 heads, 128 threads",
-    (31, 5, 4104): "1 tokens x 1 heads, 512 threads",  # wider than a block
-    (141, 5, 4104): "1 tokens x 1 heads, 512 threads",  # the same, as much as takes two packs
-    ONE_WAVE: "32 tokens x 1 heads, 512 threads",
-    (201, 15, 512): "8 tokens x 1 heads, 512 threads",
-    TWO_PACKS: "32 tokens x 1 heads, 256 threads, two packs",
-    (2001, 15, 96): "16 tokens x 2 heads, 192 threads, two packs",
-    (1001, 15, 192): "8 tokens x 2 heads, 192 threads, two packs",
-    (20011, 15, 8): "32 tokens x 16 heads, 512 threads",  # a pack a row: a thread a row
-    MAY_BE_WARM: "16 tokens x 1 heads, 256 threads",
-    (801, 15, 512): "4 tokens x 1 heads, 256 threads",
-    (6001, 17, 32): "16 tokens x 4 heads, 256 threads",
-    LARGE: "32 tokens x 1 heads, 512 threads",
-    (2001, 15, 512): "8 tokens x 1 heads, 512 threads",
-    (13001, 17, 32): "32 tokens x 4 heads, 512 threads",
-    (3001, 17, 96): "8 tokens x 4 heads, 384 threads",
-    (2001, 15, 576): "4 tokens x 1 heads, 288 threads",
+    SMALL: "16 tokens in a block of 256 threads, by rows",
+    SMALL_ODD: "21 tokens in a block of 256 threads, by rows",
+    (1, 130, 128): "16 heads in a block of 256 threads, by rows",  # decode
+    (31, 40, 128): "16 heads in a block of 256 threads, by rows",  # fewer than two tiles of tokens
+    (31, 5, 128): "16 tokens in a block of 256 threads, by rows",  # the same, of fewer heads still
+    (2001, 11, 16): "128 tokens in a block of 256 threads, by rows",
+    (2001, 11, 8): "256 tokens in a block of 256 threads, by rows",  # a pack a row
+    (101, 5, 2400): "1 tokens in a block of 320 threads, by rows",  # wider than a block should be
+    (31, 5, 4096): "1 heads in a block of 512 threads, by rows",  # as wide as a block may be
+    MIDDLE: "16 tokens in a block of 256 threads, by tiles",
+    MIDDLE_ODD: "10 tokens in a block of 256 threads, by tiles",
+    (20011, 15, 8): "256 tokens in a block of 256 threads, by tiles",
+    (801, 15, 512): "4 tokens in a block of 256 threads, by tiles",
+    (13001, 17, 32): "64 tokens in a block of 256 threads, by tiles",
+    LARGE: "32 tokens in a block of 512 threads, by tiles",
+    (2001, 15, 576): "7 tokens in a block of 512 threads, by tiles",
 }
 SHAPES = {
-    "tiny": TINY,
     "small": SMALL,
-    "one wave": ONE_WAVE,
-    "two packs": TWO_PACKS,
-    "two packs, heads": (2001, 15, 96),
-    "may be warm": MAY_BE_WARM,
+    "small, odd": SMALL_ODD,
+    "middle": MIDDLE,
+    "middle, odd": MIDDLE_ODD,
     "large": LARGE,
-    "large, heads": (13001, 17, 32),
 }
 SIZES = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -83,23 +72,26 @@ def test_other_dtypes(shape, dtype, cuda):
     tokens, heads, head_size = shape
     shape_of_dtype = (tokens * 2 // dtype.itemsize, heads, head_size)  # as many packs
     call = check(on_gpu(shape_of_dtype, dtype))
-    threads = selected_kernel(*call).variant.partition(", ")[2]
-    assert threads == VARIANTS[shape].partition(", ")[2]
+    assert selected_kernel(*call).variant.split()[-2:] == VARIANTS[shape].split()[-2:]
     check(on_gpu(shape_of_dtype, dtype, output_dtype=E4M3, scale=0.37))
 
 
-@pytest.mark.parametrize(
-    ("shape", "variant"),
-    [
-        (SMALL, "16 tokens x 1 heads, 256 threads"),
-        (TWO_PACKS, "32 tokens x 1 heads, 512 threads"),
-    ],
-    ids=["small", "two packs"],
-)
-def test_an_fp8_output_has_variants_of_its_own(shape, variant, cuda, entry):
+@SIZES
+def test_an_fp8_output(shape, cuda, entry):
     call = on_gpu(shape, output_dtype=E4M3, scale=0.37)
-    assert selected_kernel(*call).variant == variant
+    assert selected_kernel(*call).variant == VARIANTS[shape]
     check(call, entry)
+
+
+@pytest.mark.parametrize("side", ["prefix", "suffix"])
+@pytest.mark.parametrize(("shape", "way"), [(SMALL, "by rows"), (SMALL_ODD, "by tiles")])
+def test_an_lse_is_replaced_without_a_barrier_only_by_the_one_warp_that_reads_it(
+    shape, way, side, cuda
+):
+    call = on_gpu(shape)
+    assert selected_kernel(*call).variant.endswith("by rows")
+    call = call._replace(output_lse=getattr(call, f"{side}_lse"))
+    assert selected_kernel(*call).variant.endswith(way)
 
 
 @SIZES
@@ -170,7 +162,6 @@ def test_calls_that_follow_each_other_closely(shape, cuda):
     state, lse = call.prefix_output, call.prefix_lse
     start, start_lse = state.clone(), lse.clone()
     here = call._replace(output=state, output_lse=lse)
-    assert selected_kernel(*here).variant == VARIANTS[shape]
 
     def chain(wait):
         state.copy_(start), lse.copy_(start_lse)
@@ -185,21 +176,34 @@ def test_calls_that_follow_each_other_closely(shape, cuda):
         assert all(map(torch.equal, together, alone))
 
 
+@pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=["by rows", "by tiles"])
 @pytest.mark.parametrize("border", [2**31, 2**32])
-def test_two_packs_past_the_borders_of_32_bits(border, cuda, gigabytes):
-    """All three operands alike, as two packs a thread want them."""
-    token_stride = border // 1400 // 8 * 8
-    need = 3 * 2 * TWO_PACKS[0] * token_stride
+def test_past_the_borders_of_32_bits(border, shape, cuda, gigabytes):
+    """Offsets count packs: elements past 32 bits are within their reach."""
+    token_stride = border // (shape[0] - 10) // 8 * 8
+    need = 3 * 2 * shape[0] * token_stride
     if torch.cuda.mem_get_info()[0] < need * 1.05:
         pytest.skip(f"{need >> 30} GiB of GPU memory are not free")
-    near = on_gpu(TWO_PACKS, empty=False)
+    near = on_gpu(shape, empty=False)
     call = near._replace(output_lse=near.output_lse.clone())
     for name in ROWS:
-        memory = torch.empty(TWO_PACKS[0] * token_stride, device=cuda, dtype=BF16)
-        rows = memory.as_strided(TWO_PACKS, (token_stride, TWO_PACKS[2], 1))
+        memory = torch.empty(shape[0] * token_stride, device=cuda, dtype=BF16)
+        rows = memory.as_strided(shape, (token_stride, shape[2], 1))
         call = call._replace(**{name: rows.copy_(getattr(near, name))})
-    assert selected_kernel(*call).variant == VARIANTS[TWO_PACKS]
+    assert selected_kernel(*call).variant == VARIANTS[shape]
     merge(*near), merge(*call)
     assert_bits(call.output, near.output)
     assert_bits(call.output_lse, near.output_lse)
     assert not torch.isnan(call.output).any()
+
+
+def test_what_is_out_of_the_reach_of_32_bits_goes_to_the_generic_kernel(cuda, gigabytes):
+    head_stride = 2**32
+    if torch.cuda.mem_get_info()[0] < 1.05 * 4 * head_stride:
+        pytest.skip("16 GiB of GPU memory are not free")
+    near = make_call((17, 2, 128), BF16, cuda, empty=False)
+    far = blank((2, 17), F32, cuda, strides=(head_stride, 1)).copy_(near.prefix_lse)
+    call = near._replace(prefix_lse=far, output=torch.empty_like(near.output))
+    assert selected_kernel(*call).kernel == "generic"
+    merge(*near), merge(*call)
+    assert_bits(call.output, near.output)

@@ -54,12 +54,49 @@ def test_fp8_input(head_size, scale, dtype, device, entry):
     check(make_call((19, 3, head_size), dtype, device, scale=scale, count=16), entry)
 
 
+@pytest.mark.parametrize("output_dtype", WIDE, ids=str)
 @pytest.mark.parametrize("dtype", FP8, ids=str)
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_all_pairs_of_codes(scale, dtype, device):
+@pytest.mark.parametrize("head_size", [
+    8,  # half a 16-byte pack of FP8, one of a 16-bit output
+    16,  # one pack of FP8
+    64,  # a model
+    96,  # packs that do not divide a warp
+    100,  # whole packs of no input, whole ones of a float32 output
+    13,  # odd
+])  # fmt: skip
+def test_fp8_input_of_a_wider_output(head_size, dtype, output_dtype, device, entry):
+    for count in (None, 0, 16):
+        check(
+            make_call((19, 3, head_size), dtype, device, output_dtype=output_dtype, count=count),
+            entry,
+        )
+
+
+@pytest.mark.parametrize("output_dtype", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("side", ["prefix", "suffix"])
+def test_a_copied_row_is_widened_exactly(side, dtype, output_dtype, device, entry):
+    """Each wider dtype has every number of both formats, inf and NaN among them."""
+    codes = torch.arange(256).to(torch.uint8).view(dtype)
+    other = "suffix" if side == "prefix" else "prefix"
+    call = make_call((2, 1, 256), dtype, device, output_dtype=output_dtype, empty=False)
+    getattr(call, f"{side}_output").view(torch.uint8).copy_(codes.view(torch.uint8))
+    getattr(call, f"{other}_lse").fill_(-INF)
+    entry(*call)
+    expected = codes.to(F32).to(output_dtype).expand(2, 1, 256)
+    assert_same_numbers(call.output, expected)
+
+
+@pytest.mark.parametrize(("scale", "output_dtype"), [
+    (None, None), (0.7, None), (None, F32), (None, F16), (None, BF16),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_all_pairs_of_codes(dtype, scale, output_dtype, device):
     """256 x 256 codes, NaN and inf among them, with equal and with very different weights."""
     codes = torch.arange(256).to(torch.uint8).view(dtype).to(device)
-    call = make_call((256, 3, 256), dtype, device, scale=scale, empty=False)
+    call = make_call(
+        (256, 3, 256), dtype, device, output_dtype=output_dtype, scale=scale, empty=False
+    )
     call.prefix_output.view(torch.uint8).copy_(codes.view(torch.uint8)[:, None, None])
     call.suffix_output.view(torch.uint8).copy_(codes.view(torch.uint8)[None, None, :])
     call.prefix_lse.copy_(torch.tensor([0.0, 3.0, 20.0])[:, None])
@@ -219,7 +256,7 @@ def test_one_element_of_any_rank_is_a_scale(shape, device, entry):
 def legal(input_dtype, output_dtype, scaled) -> bool:
     """The dtype table."""
     if input_dtype in FP8:
-        return output_dtype == input_dtype
+        return output_dtype == input_dtype or (output_dtype in WIDE and not scaled)
     if output_dtype in FP8:
         return input_dtype in WIDE and scaled
     return output_dtype == input_dtype and not scaled

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from attention_support import operands, reference
-from support import BF16, F16, F32, F64, FLOATS, INF, NAN
+from attention_support import LSE_BOUND, OUTPUT_BOUND, additive, check, flash, operands, reference
+from support import BF16, F32, F64, FLOATS, INF, NAN
 
 from merge_attn_states import merge_attn_states
 from merge_attn_states.integrations.pytorch import (
@@ -13,12 +13,6 @@ from merge_attn_states.integrations.pytorch import (
     attention_with_lse,
     token_layout,
 )
-
-# |error| of the output for values of size 1, and of the LSE: twice what was seen over SHAPES. In 16
-# bits the flash kernels round the weights as well as the output, and the CPU kernel sums them with
-# an exponential of its own (LSE wrong by 6e-5).
-OUTPUT_BOUND = {F64: 1e-14, F32: 3e-6, F16: 1.5e-3, BF16: 1e-2}
-LSE_BOUND = {F64: 1e-14, F32: 2e-6, F16: 1.5e-4, BF16: 1.5e-4}
 
 SHAPES = [  # batch, heads, KV heads, queries, keys, head size, value head size
     (1, 1, 1, 1, 1, 8, 8),  # the smallest: one score a row
@@ -30,32 +24,6 @@ SHAPES = [  # batch, heads, KV heads, queries, keys, head size, value head size
     (1, 2, 1, 6, 11, 5, 3),  # odd head sizes, no multiple of 8
     (1, 4, 1, 3, 20, 576, 512),  # DeepSeek absorbed: wider than the CUDA kernel goes
 ]
-
-
-def check(query, key, value, mask=None, kernel=None, **options):
-    if kernel is not None:
-        assert attention_kernel(query, key, value, mask, **options) == kernel
-    output, lse = attention_with_lse(query, key, value, mask, **options)
-    expected, expected_lse = reference(query, key, value, mask, **options)
-    assert output.dtype == query.dtype
-    assert lse.dtype == (F64 if query.dtype == F64 else F32)
-    assert output.device == lse.device == query.device
-    torch.testing.assert_close(
-        output.cpu().to(F64), expected, rtol=0, atol=OUTPUT_BOUND[query.dtype], equal_nan=True
-    )
-    torch.testing.assert_close(
-        lse.cpu().to(F64), expected_lse, rtol=0, atol=LSE_BOUND[query.dtype], equal_nan=True
-    )
-    assert (output[lse == -INF] == 0).all()
-    return output, lse
-
-
-def flash(device, dtype, head_size=64, masked=False):
-    """The kernel that is due, the rule written a second time."""
-    if device == "cpu":
-        return "cpu_flash"
-    serves = dtype in (F16, BF16) and head_size <= 256 and not masked
-    return "cuda_flash" if serves and torch.cuda.get_device_capability() >= (8, 0) else "matmul"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -74,22 +42,7 @@ def test_masked_rows(shape, dtype, device):
     kernel = flash(device, dtype, masked=True)
     _, lse = check(query, key, value, mask, kernel=kernel)
     assert (lse[0, :, shape[3] // 2] == -INF).all()
-    additive = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -INF)
-    check(query, key, value, additive + 0.5, kernel=kernel)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [(), (7,), (1,), (5, 1), (1, 7), (5, 7), (4, 1, 1), (4, 5, 7), (2, 1, 1, 7), (2, 4, 5, 7)],
-    ids=str,
-)
-def test_a_mask_broadcasts(shape, device):
-    query, key, value = operands((2, 4, 2, 5, 7, 16, 16), F32, device)
-    mask = torch.rand(shape, device=device) < 0.5
-    check(query, key, value, mask)
-    check(query, key, value, torch.zeros_like(mask))  # nobody sees anything
-    check(query, key, value, mask.expand(2, 4, 5, 7))  # strides of 0
-    check(query, key, value, torch.rand(7, 5, 4, 2, device=device).permute(3, 2, 1, 0) < 0.5)
+    check(query, key, value, additive(mask, dtype) + 0.5, kernel=kernel)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -113,8 +66,8 @@ def test_causal(queries, keys, dtype, device):
     expected, expected_lse = attention_with_lse(query, key, value, both)
     assert torch.equal(output, expected)
     assert torch.equal(lse, expected_lse)
-    additive = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, -INF)
-    assert torch.equal(attention_with_lse(query, key, value, additive, is_causal=True)[1], lse)
+    as_sum = additive(mask, dtype)
+    assert torch.equal(attention_with_lse(query, key, value, as_sum, is_causal=True)[1], lse)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
@@ -141,7 +94,7 @@ def test_no_queries_or_no_keys(batch, heads, queries, keys, is_causal, device):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("keys", [1, 3, 7, 8, 40])  # below and above the lanes of a CPU vector
+@pytest.mark.parametrize("keys", [1, 3, 7, 8, 17, 40])  # around the lanes of a CPU vector
 def test_an_error_upstream_stays_visible(keys, dtype, device):
     shape = (1, 2, 2, 4, keys, 64, 64)
     for position, broken in [(0, NAN), (1, NAN), (0, INF)]:
@@ -215,21 +168,7 @@ def test_matmul_where_no_kernel_fits(shape, dtype, device, monkeypatch):
     mask = torch.rand(shape[0], 1, shape[3], shape[4], device=device) < 0.6
     mask[0, 0, shape[3] // 2] = False
     check(query, key, value, mask)
-    check(query, key, value, torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -INF))
-
-
-def test_masked_rows_are_not_computed_twice(monkeypatch):
-    """An LSE of 0 is looked into where the mask does not explain it, and nowhere else."""
-    from merge_attn_states.integrations import _pytorch_kernels as kernels
-
-    def unexpected(*_):
-        raise AssertionError("recomputed")
-
-    monkeypatch.setattr(kernels, "matmul", unexpected)
-    query, key, value = operands((2, 4, 4, 5, 7, 16, 16), F32, "cpu")
-    mask = torch.ones(5, 7, dtype=torch.bool)
-    mask[3] = False
-    attention_with_lse(query, key, value, mask)
+    check(query, key, value, additive(mask, dtype))
 
 
 @pytest.mark.parametrize("stored_by_token", [False, True])
@@ -245,8 +184,7 @@ def test_token_layout(batch, stored_by_token, device):
     for b in range(batch):
         assert torch.equal(output[5 * b : 5 * b + 5], state[0][b].transpose(0, 1))
         assert torch.equal(lse[:, 5 * b : 5 * b + 5], state[1][b])
-    if batch == 1 or stored_by_token:
-        assert output.data_ptr() == state[0].data_ptr(), "not a view"
+    assert output.data_ptr() == state[0].data_ptr(), "not a view"
     if batch == 1 or device == "cpu":
         assert lse.data_ptr() == state[1].data_ptr(), "not a view"
 

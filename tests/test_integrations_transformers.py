@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_support import operands, reference
 from support import BF16, F32, F64, INF
 
 transformers = pytest.importorskip("transformers", reason="the extra [demo] is not installed")
@@ -12,7 +11,6 @@ transformers = pytest.importorskip("transformers", reason="the extra [demo] is n
 from merge_attn_states.integrations import _split_attention, pytorch  # noqa: E402
 from merge_attn_states.integrations.transformers import (  # noqa: E402
     register,
-    split_attention_forward,
 )
 
 TINY = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -120,11 +118,15 @@ def test_generation(cache, device):
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     options |= {"cache_implementation": "static"} if cache == "static" else {}
     options |= {"attention_mask": padding(device, left=True), "disable_compile": True}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
     tokens = ids(device)
     model.set_attn_implementation("sdpa")
     expected = model.generate(tokens, **options)
     model.set_attn_implementation(register(parts=3))
-    assert torch.equal(model.generate(tokens, **options), expected)
+    actual = model.generate(tokens, **options)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for logits, due in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(logits, due, rtol=0, atol=BOUND[F64])
 
 
 def test_the_merge_runs(device, monkeypatch):
@@ -164,87 +166,12 @@ def test_an_empty_part_is_left_out_by_its_lse(device):
     assert (wrong - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("additive", [False, True])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_forward_with_masked_rows(parts, additive, device):
-    query, key, value = operands((2, 4, 2, 7, 11, 32, 24), F32, device)
-    mask = torch.rand(2, 1, 7, 11, device=device) < 0.6
-    mask[0, 0, 2] = False  # a row that no part sees
-    mask[1, 0, 5, :4] = False  # a row that the first part does not see
-    given = torch.zeros(mask.shape, device=device).masked_fill(~mask, -INF) if additive else mask
-    layer = torch.nn.Module()
-    output, weights = split_attention_forward(layer, query, key, value, given, parts=parts)
-    expected, _ = reference(query, key, value, mask)
-    assert weights is None
-    assert output.shape == (2, 7, 4, 24)
-    assert output.is_contiguous()
-    assert (output[0, 2] == 0).all()
-    torch.testing.assert_close(output.cpu().to(F64), expected.transpose(1, 2), rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "of_the_call", "of_the_layer", "causal"),
-    [
-        (7, 7, None, True, True),
-        (7, 7, None, None, True),  # transformers' default
-        (7, 7, False, True, False),
-        (7, 7, True, False, True),
-        (1, 7, None, True, False),  # decode
-        (7, 12, None, True, True),  # prefill into a static cache: later keys are unused
-    ],
-)
-def test_is_causal(queries, keys, of_the_call, of_the_layer, causal, device):
-    query, key, value = operands((2, 4, 2, queries, keys, 16, 16), F32, device)
-    layer = torch.nn.Module()
-    if of_the_layer is not None:
-        layer.is_causal = of_the_layer
-    output, _ = split_attention_forward(
-        layer, query, key, value, None, is_causal=of_the_call, parts=3
-    )
-    mask = torch.ones(queries, keys, dtype=torch.bool).tril() if causal else None
-    expected, _ = reference(query, key, value, mask)
-    torch.testing.assert_close(output.cpu().to(F64), expected.transpose(1, 2), rtol=0, atol=2e-6)
-
-
-def test_a_long_chain_is_rounded_once(device):
-    """64 parts in bfloat16: no worse than one pass."""
-    query, key, value = operands((1, 4, 4, 16, 256, 64, 64), BF16, device)
-    expected, _ = reference(query, key, value)
-    errors = []
-    for parts in (1, 64):
-        output, _ = _split_attention.split_attention(query, key, value, parts=parts)
-        errors.append((output.cpu().to(F64) - expected[0].transpose(0, 1)).abs().max())
-    assert errors[1] <= 1.5 * errors[0], errors
-
-
-def test_split_attention_is_causal_on_squares_alone():
-    query, key, value = operands((1, 2, 2, 3, 5, 8, 8), F32, "cpu")
-    with pytest.raises(ValueError, match=r"^is_causal: .* got 3 queries, 5 keys$"):
-        _split_attention.split_attention(query, key, value, is_causal=True)
-
-
-REFUSED = [
-    ("softcap", 50.0, "got 50.0"),
-    ("s_aux", torch.zeros(4), r"got a tensor \[4\]"),
-    ("sinks", torch.zeros(4), r"got a tensor \[4\]"),
-    ("sliding_window", 4096, "got 4096"),
-    ("head_mask", torch.ones(4), r"got a tensor \[4\]"),
-    ("layer_head_mask", torch.ones(4), r"got a tensor \[4\]"),
-    ("output_attentions", True, "got True"),
-    ("cu_seq_lens_q", torch.zeros(3), r"got a tensor \[3\]"),
-    ("cu_seq_lens_k", torch.zeros(3), r"got a tensor \[3\]"),
-    ("indices", torch.zeros(3), r"got a tensor \[3\]"),
-    ("block_indices", torch.zeros(3), r"got a tensor \[3\]"),
-]
-
-
-@pytest.mark.parametrize(("name", "given", "got"), REFUSED)
-def test_refused_by_name(name, given, got):
-    inputs = operands((1, 2, 2, 3, 3, 8, 8), F32, "cpu")
-    layer = torch.nn.Module()
-    with pytest.raises(ValueError, match=rf"^{name}: not supported .*; expected None, {got}$"):
-        split_attention_forward(layer, *inputs, None, **{name: given})
-    split_attention_forward(layer, *inputs, None, **{name: None})
+def test_a_model_whose_window_is_as_long_as_the_keys(device):
+    model = tiny("Mistral", sliding_window=20).to(device)
+    inputs = {"input_ids": ids(device)}
+    expected = states(model, "sdpa", F64, inputs)
+    actual = states(model, register(parts=3), F32, inputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=BOUND[F32])
 
 
 def tiny(family, **options):

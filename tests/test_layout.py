@@ -92,6 +92,26 @@ def test_every_alignment(name, dtype, device):
         check(make_call((5, 2, 64), dtype, device, offsets={name: offset}))
 
 
+@pytest.mark.parametrize("output_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("name", "layout"), [pair for pair in ONE_OPERAND if pair[0] in ROWS])
+def test_a_wider_output_of_fp8_inputs_in_another_layout(name, layout, output_dtype, device, entry):
+    strides = {name: ROW_STRIDES[layout]}
+    check(
+        make_call((N, H, D), E4M3, device, output_dtype=output_dtype, strides=strides, count=17),
+        entry,
+    )
+
+
+@pytest.mark.parametrize("output_dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_every_alignment_of_a_wider_output_of_fp8_inputs(name, output_dtype, device):
+    width = output_dtype if name == "output" else E5M2
+    for offset in range(16 // width.itemsize):
+        check(
+            make_call((5, 2, 64), E5M2, device, output_dtype=output_dtype, offsets={name: offset})
+        )
+
+
 @pytest.mark.parametrize("input_dtype", [F32, BF16], ids=str)
 def test_every_alignment_of_an_fp8_output(input_dtype, device):
     for offset in range(17):  # its pack is 8 bytes, 4 with float32 inputs
@@ -161,7 +181,8 @@ def test_size_one_dimensions(shape, stride, device, entry):
 def test_any_strides_and_offsets(data):
     """Every operand with an order of axes, gaps and an offset of its own, on the CPU."""
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40)))
-    dtype = data.draw(st.sampled_from([F32, F16, BF16, F64, E4M3]))
+    dtypes = [(dtype, dtype) for dtype in (F32, F16, BF16, F64, E4M3)] + [(E4M3, F16), (E5M2, F32)]
+    dtype, output_dtype = data.draw(st.sampled_from(dtypes))
     count = data.draw(st.none() | st.integers(0, shape[0]))
     strides, offsets = {}, {}
     for name in (*ROWS, *LSES):
@@ -171,7 +192,8 @@ def test_any_strides_and_offsets(data):
             own[axis] = step * data.draw(st.integers(1, 2))
             step = own[axis] * sizes[axis] + data.draw(st.integers(0, 3))
         strides[name], offsets[name] = tuple(own), data.draw(st.integers(0, 8))
-    check(make_call(shape, dtype, count=count, strides=strides, offsets=offsets))
+    options = {"count": count, "strides": strides, "offsets": offsets}
+    check(make_call(shape, dtype, output_dtype=output_dtype, **options))
 
 
 def far_apart(call, name, border, device) -> Call:

@@ -6,20 +6,14 @@
 #pragma once
 
 #include <array>
-#include <stdexcept>
 #include <string>
 
 #include "dtypes.h"
 #include "footprint.h"
 #include "operands.h"
+#include "refuse.h"
 
 namespace merge_attn_states {
-
-// The sentence is made only here; neither this nor what makes it is inlined into the checks.
-template <class Sentence>
-[[noreturn, gnu::cold, gnu::noinline]] void refuse(const char* name, const Sentence& sentence) {
-  throw std::invalid_argument(std::string(name) + ": " + sentence());
-}
 
 struct Operand {
   const OperandSpec* spec;

@@ -36,9 +36,6 @@ bool reaches(const Term* terms, int count, Wide low, Wide high, int& budget) {
   return false;
 }
 
-// Enough for every pair of views of a real buffer; about 20 us when spent in vain.
-constexpr int kSearchBudget = 4096;
-
 }  // namespace
 
 bool find_checked_extent(const void* data, const int64_t* sizes, const int64_t* strides, int rank,
@@ -108,7 +105,7 @@ Footprint footprint(const Extent& extent, const int64_t* sizes, const int64_t* s
   return result;
 }
 
-bool overlaps(const Footprint& a, const Footprint& b) {
+bool overlaps(const Footprint& a, const Footprint& b, int budget) {
   if (!a.overlaps_range(b)) return false;
   // The lowest and the highest byte of each are touched, whatever lies between them.
   if (a.begin == b.begin || a.end == b.end) return true;
@@ -125,11 +122,10 @@ bool overlaps(const Footprint& a, const Footprint& b) {
     j += take_b;
   }
   const Wide distance = Wide(b.begin) - Wide(a.begin);
-  int budget = kSearchBudget;
   return reaches(terms, count, distance - a.run + 1, distance + b.run - 1, budget);
 }
 
-bool overlaps_itself(const Footprint& a) {
+bool overlaps_itself(const Footprint& a, int budget) {
   if (a.empty()) return false;
   if (a.repeats) return true;
   // Two different indices: let the first dimension in which they differ be i, the second index the
@@ -137,7 +133,6 @@ bool overlaps_itself(const Footprint& a) {
   Term terms[kMaxRank];
   for (int i = a.rank - 1; i >= 0; --i) {
     terms[i] = {1, a.counts[i] - 1, a.strides[i]};
-    int budget = kSearchBudget;
     if (reaches(terms + i, a.rank - i, 1 - a.run, a.run - 1, budget)) return true;
     terms[i].low = 1 - a.counts[i];
   }

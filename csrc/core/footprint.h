@@ -74,11 +74,14 @@ struct Footprint : Extent {
 Footprint footprint(const Extent& extent, const int64_t* sizes, const int64_t* strides, int rank,
                     int64_t element_bytes);
 
-// True where a common byte is proven. Decided exactly for all but contrived strides; what takes
-// too long to decide counts as disjoint.
-bool overlaps(const Footprint& a, const Footprint& b);
+// Steps of a search: views of a real buffer need a handful, contrived strides may need millions.
+// What takes more counts as disjoint.
+inline constexpr int kSearchBudget = 4096;
+
+// True where a common byte is proven.
+bool overlaps(const Footprint& a, const Footprint& b, int budget = kSearchBudget);
 
 // True where two indices are proven to share a byte.
-bool overlaps_itself(const Footprint& a);
+bool overlaps_itself(const Footprint& a, int budget = kSearchBudget);
 
 }  // namespace merge_attn_states

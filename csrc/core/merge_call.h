@@ -26,7 +26,7 @@ struct MergeCall {
   void* stream;
 
   bool nothing_to_do() const {
-    return geometry.num_rows() == 0 || (geometry.head_size == 0 && merged.lse.data == nullptr);
+    return !geometry.has_rows() || (geometry.head_size == 0 && merged.lse.data == nullptr);
   }
   // A row that is copied keeps its bytes where nothing has to be converted.
   bool copies_bytes() const { return input_dtype == output_dtype && rule.output_scale == nullptr; }

@@ -11,10 +11,17 @@ struct RowRule {
   const float* output_scale;        // one element on the device; null: no scale
 };
 
-// `prefix_lse` means nothing where the row has no prefix.
+// `prefix_lse` means nothing where the row has no prefix. Without a branch: a GPU's thread is sooner
+// through both than through the jump.
 template <class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE auto weigh(bool has_prefix, Acc prefix_lse, Acc suffix_lse) {
-  return has_prefix ? merge_lse<ScalarMath<Acc>>(prefix_lse, suffix_lse) : take_suffix(suffix_lse);
+  auto row = merge_lse<ScalarMath<Acc>>(prefix_lse, suffix_lse);
+  const auto copy = take_suffix(suffix_lse);
+  row.weights.prefix = has_prefix ? row.weights.prefix : copy.weights.prefix;
+  row.weights.suffix = has_prefix ? row.weights.suffix : copy.weights.suffix;
+  row.base = has_prefix ? row.base : copy.base;
+  row.e = has_prefix ? row.e : copy.e;
+  return row;
 }
 
 // Reads a row's LSEs. In place the merged one replaces one of them, so a row is weighed once, by

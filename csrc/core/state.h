@@ -78,7 +78,8 @@ struct MergedLse {
   // Apart from the weights, since its logarithm can wait until these are used.
   MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
     const V weight = weights.prefix > weights.suffix ? weights.prefix : weights.suffix;
-    return e == typename Math::Scalar(0) ? base : Math::log_sum_exp(base, following, e, weight);
+    const V sum = Math::log_sum_exp(base, following, e, weight);
+    return e == typename Math::Scalar(0) ? base : sum;
   }
 };
 

@@ -7,17 +7,22 @@
 // that writes the merged one after it, and an element is read and written by one thread.
 #include <algorithm>
 
-#include "../core/merge_call.h"
+#include "families.h"
 #include "fast_division.h"
 #include "launch.h"
 #include "pack.cuh"
+#include "tuning.h"
 
 namespace merge_attn_states::cuda {
 namespace {
 
 constexpr int kUnroll = kGenericUnroll;
 
-struct RowTile {
+struct GenericCall {
+  Geometry geometry;
+  Pair parts;
+  State merged;
+  RowRule rule;
   FastDivision packs_per_row;  // used where several rows share a block, which are then short
   FastDivision heads;          // used where there are fewer than 2^31 rows
   int64_t row_packs;
@@ -34,29 +39,28 @@ struct RowInBlock {
 };
 
 // kElements > 1: the elements of a row lie side by side, in aligned packs of that many. Registers
-// are left to the compiler: held to 40, it computes each place twice, 406 instructions a round of
-// single elements instead of 286 (sm_90, nvcc 13.0).
+// are left to the compiler: held to fewer, it computes each place twice.
 template <class In, class Out, int kElements>
 __global__ void __launch_bounds__(kGenericThreads)
-    merge_generic(const __grid_constant__ MergeCall call, const __grid_constant__ RowTile tile) {
+    merge_generic(const __grid_constant__ GenericCall call) {
   using Acc = typename Accumulate<In>::type;
   __shared__ RowInBlock<In, Out> rows[kGenericMaxRows];
   __shared__ MergedLse<ScalarMath<Acc>, Acc> lses[kGenericMaxRows];  // each for its own thread
-  const int64_t num_rows = call.geometry.num_tokens * call.geometry.num_heads;
+  const int64_t num_rows = call.geometry.num_rows();
   wait_for_previous();
   const Scale scale = Scale::of<Out>(call.rule.output_scale);
   const auto stride = [](const Rows& operand) {
     return kElements > 1 ? kElements : operand.element_stride;
   };
 
-  for (int64_t first = int64_t{blockIdx.x} * tile.rows; first < num_rows;
-       first += int64_t{gridDim.x} * tile.rows) {
-    const int64_t count = min(int64_t{tile.rows}, num_rows - first);
+  for (int64_t first = int64_t{blockIdx.x} * call.rows; first < num_rows;
+       first += int64_t{gridDim.x} * call.rows) {
+    const int64_t count = min(int64_t{call.rows}, num_rows - first);
     __syncthreads();  // the rows of the round before are done with
     const bool weighs = threadIdx.x < count;
     const int64_t mine = first + threadIdx.x;
     const auto token_of_mine = [&] {
-      return tile.few_rows ? int64_t{tile.heads.quotient(static_cast<uint32_t>(mine))}
+      return call.few_rows ? int64_t{call.heads.quotient(static_cast<uint32_t>(mine))}
                            : mine / call.geometry.num_heads;
     };
     if (weighs) {
@@ -68,9 +72,8 @@ __global__ void __launch_bounds__(kGenericThreads)
                            .output = row_of<Out>(call.merged.output, token, head)};
     }
     __syncthreads();
-    launch_next();
 
-    const int64_t packs = count * tile.row_packs;
+    const int64_t packs = count * call.row_packs;
     for (int64_t base = threadIdx.x; base < packs; base += kGenericThreads * kUnroll) {
       Pack<In, kElements> prefix[kUnroll]{}, suffix[kUnroll]{};
       int32_t row[kUnroll];
@@ -79,8 +82,8 @@ __global__ void __launch_bounds__(kGenericThreads)
       for (int k = 0; k < kUnroll; ++k) {
         const int64_t i = base + k * kGenericThreads;
         // One row alone may be longer than 32 bits count.
-        row[k] = tile.rows == 1 ? 0 : tile.packs_per_row.quotient(static_cast<uint32_t>(i));
-        column[k] = i - row[k] * tile.row_packs;
+        row[k] = call.rows == 1 ? 0 : call.packs_per_row.quotient(static_cast<uint32_t>(i));
+        column[k] = i - row[k] * call.row_packs;
         if (i >= packs) continue;
         const RowInBlock<In, Out>& from = rows[row[k]];
         const auto load = [&](const In* data, const Rows& operand) {
@@ -107,26 +110,29 @@ __global__ void __launch_bounds__(kGenericThreads)
 
 }  // namespace
 
-void launch_generic(const MergeCall& call, const GenericShape& shape, bool overlaps_previous) {
-  const int64_t num_rows = call.geometry.num_tokens * call.geometry.num_heads;
+void launch_generic(const MergeCall& call, const GenericShape& shape) {
+  const int64_t num_rows = call.geometry.num_rows();
   const int64_t row_packs = call.geometry.head_size / shape.pack_elements;
   const uint32_t divisor = shape.rows == 1 || row_packs == 0 ? 1 : static_cast<uint32_t>(row_packs);
   const bool few_rows = num_rows <= kMaxGridX;
-  const RowTile tile{
+  const GenericCall parameters{
+      .geometry = call.geometry,
+      .parts = call.parts,
+      .merged = call.merged,
+      .rule = call.rule,
       .packs_per_row = FastDivision(divisor),
       .heads = FastDivision(few_rows ? static_cast<uint32_t>(call.geometry.num_heads) : 1),
       .row_packs = row_packs,
       .rows = shape.rows,
       .few_rows = few_rows};
   const Grid grid{.blocks = std::min((num_rows - 1) / shape.rows + 1, kMaxGridX),
-                  .threads = kGenericThreads,
-                  .overlaps_previous = overlaps_previous};
+                  .threads = kGenericThreads};
   dispatch_dtypes(call.input_dtype, call.output_dtype, [&](auto in, auto out) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;
     constexpr int kWide = kGenericPackBytes / sizeof(In);
     launch(shape.pack_elements == 1 ? merge_generic<In, Out, 1> : merge_generic<In, Out, kWide>,
-           grid, call, call, tile);
+           grid, call, parameters);
   });
 }
 

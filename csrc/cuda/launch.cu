@@ -5,106 +5,111 @@
 #include <array>
 #include <atomic>
 #include <cstdio>
-#include <optional>
+#include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "../kernels.h"
+#include "families.h"
 #include "launch.h"
-#include "tuning.h"
 
 namespace merge_attn_states::cuda {
 namespace {
 
-// Whether a device has a primary context, asked of the driver that is already loaded. To make a
-// device current that has none would create one: hundreds of megabytes on a GPU that nobody uses.
+// A function of the driver that is already loaded; null where there is none.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  return driver ? reinterpret_cast<Function*>(dlsym(driver, name)) : nullptr;
+}
+
 bool has_context(int device) {
-  using GetState = int (*)(int, unsigned*, int*);
-  static const auto get_state = []() -> GetState {
-    void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-    return driver ? reinterpret_cast<GetState>(dlsym(driver, "cuDevicePrimaryCtxGetState"))
-                  : nullptr;
-  }();
+  static const auto get_state =
+      driver_function<int(int, unsigned*, int*)>("cuDevicePrimaryCtxGetState");
   unsigned flags = 0;
   int active = 1;
   return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
 }
 
-// The call's device is current while it is launched, the caller's afterwards.
+// The call's device is current while it is launched, the caller's afterwards. Where the caller's
+// has no context, cudaSetDevice would create one on the way back, hundreds of megabytes on a GPU
+// that nobody uses: there the call's context lies on top of the thread's stack meanwhile.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_), device);
-    if (previous_ != device_) check(cudaSetDevice(device_), device);
+    if (previous_ == device_) return;
+    pushed_ = !has_context(previous_) && push();
+    if (!pushed_) check(cudaSetDevice(device_), device_);
   }
   ~DeviceGuard() {
-    if (previous_ != device_ && has_context(previous_)) cudaSetDevice(previous_);
+    if (previous_ == device_) return;
+    if (!pushed_) {
+      cudaSetDevice(previous_);
+      return;
+    }
+    void* context = nullptr;
+    driver_function<int(void**)>("cuCtxPopCurrent_v2")(&context);
+    driver_function<int(int)>("cuDevicePrimaryCtxRelease_v2")(device_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  bool push() {
+    const auto retain = driver_function<int(void**, int)>("cuDevicePrimaryCtxRetain");
+    const auto push = driver_function<int(void*)>("cuCtxPushCurrent_v2");
+    void* context = nullptr;
+    if (retain == nullptr || push == nullptr || retain(&context, device_) != 0) return false;
+    return push(context) == 0;
+  }
+
   int device_;
   int previous_ = 0;
+  bool pushed_ = false;
 };
 
 // Compiled for the same architectures as every kernel of this library, and never launched.
 __global__ void code_of_this_device() {}
 
-// Whether the code that runs on a device holds wait_for_previous's instructions: not the device
-// decides, since one of sm_90 may run PTX of an older architecture, which would launch early and
-// never wait. Asked once a device.
-bool overlaps_previous(int device) {
-  enum : int8_t { kUnknown, kNo, kYes };
-  static std::array<std::atomic<int8_t>, 64> known{};
-  const auto ask = [device] {
-    int major = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), device);
-    cudaFuncAttributes code{};
-    check(cudaFuncGetAttributes(&code, code_of_this_device), device);
-    return major >= 9 && code.ptxVersion >= 90 ? kYes : kNo;
-  };
-  if (device < 0 || device >= static_cast<int>(known.size())) return ask() == kYes;
-  int8_t state = known[device].load(std::memory_order_relaxed);
-  if (state == kUnknown) known[device].store(state = ask(), std::memory_order_relaxed);
-  return state == kYes;
+struct Device {
+  int capability;             // major * 10 + minor
+  bool has_dependent_launch;  // its code holds wait_for_previous's instruction
+};
+
+// Not the device alone decides: one of sm_90 may run PTX of an older architecture, which would be
+// launched early and never wait.
+Device ask_device(int device) {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), device);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), device);
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, code_of_this_device), device);
+  return {.capability = 10 * major + minor,
+          .has_dependent_launch = major >= 9 && code.ptxVersion >= 90};
 }
 
-bool is_aligned(const Rows& rows, int64_t element_bytes, int64_t pack_bytes) {
-  const auto multiple = [=](int64_t value) { return value % pack_bytes == 0; };
-  return rows.element_stride == 1 && multiple(reinterpret_cast<intptr_t>(rows.data)) &&
-         multiple(rows.token_stride * element_bytes) && multiple(rows.head_stride * element_bytes);
-}
-
-// Whole rows consist of aligned packs of `bytes` of input, and the output's of as many elements.
-bool consists_of_packs(const MergeCall& call, int64_t bytes) {
-  const int64_t input_bytes = size_of(call.input_dtype), output_bytes = size_of(call.output_dtype);
-  const int64_t elements = bytes / input_bytes;
-  return call.geometry.head_size > 0 && call.geometry.head_size % elements == 0 &&
-         is_aligned(call.parts.prefix.output, input_bytes, bytes) &&
-         is_aligned(call.parts.suffix.output, input_bytes, bytes) &&
-         is_aligned(call.merged.output, output_bytes, elements * output_bytes);
-}
-
-// Null where the vectorized kernel cannot run.
-std::optional<Tile> tile_for(const MergeCall& call) {
-  const bool supported = call.input_dtype == DType::kFloat32 ||
-                         call.input_dtype == DType::kFloat16 ||
-                         call.input_dtype == DType::kBFloat16;
-  if (!supported || !consists_of_packs(call, 16)) return std::nullopt;
-  // It counts tokens, heads, packs and tiles in 32 bits; what is larger loops in the generic
-  // kernel.
-  if (std::max({call.geometry.num_tokens, call.geometry.num_heads, packs_per_row(call)}) >
-      kMaxGridX / 2) {
-    return std::nullopt;
+// Asked once a device, which is current.
+Device device_of(int index) {
+  static std::array<std::atomic<int>, 64> known{};  // capability * 2 + has_dependent_launch
+  const bool remembers = index >= 0 && index < static_cast<int>(known.size());
+  if (const int code = remembers ? known[index].load(std::memory_order_relaxed) : 0) {
+    return {.capability = code / 2, .has_dependent_launch = code % 2 == 1};
   }
-  const Tile tile = choose_tile(call, packs_per_row(call));
-  const int64_t token_tiles = tile.token_tiles(call.geometry.num_tokens);
-  if (tile.head_tiles(call.geometry.num_heads) > kMaxGridX / token_tiles) return std::nullopt;
-  return tile;
+  const Device device = ask_device(index);
+  if (remembers) {
+    known[index].store(2 * device.capability + device.has_dependent_launch,
+                       std::memory_order_relaxed);
+  }
+  return device;
 }
 
-GenericShape generic_shape(const MergeCall& call) {
-  return choose_generic(call, consists_of_packs(call, kGenericPackBytes));
+bool wants_dependent_launch(const MergeCall& call) {
+  static const bool of_all_calls = [] {
+    const char* wish = std::getenv("MERGE_ATTN_STATES_PDL");
+    return wish != nullptr && std::strcmp(wish, "1") == 0;
+  }();
+  return call.dependent_launch || of_all_calls;
 }
 
 }  // namespace
@@ -138,12 +143,13 @@ void check(cudaError_t status, int device) {
 }
 
 Selection choose(const MergeCall& call) {
-  char variant[sizeof(Selection::variant)];
   if (call.nothing_to_do()) return selection("generic", "nothing to do");
-  if (const auto tile = tile_for(call)) {
-    std::snprintf(variant, sizeof(variant), "%d tokens x %d heads, %d threads%s",
-                  1 << tile->token_bits, 1 << tile->head_bits, tile->threads,
-                  tile->packs_a_thread == 2 ? ", two packs" : "");
+  const DeviceGuard guard(call.device_index);
+  char variant[sizeof(Selection::variant)];
+  if (const auto shape = pair_shape(call, device_of(call.device_index).capability)) {
+    std::snprintf(variant, sizeof(variant), "%d %s in a block of %d threads, %s", shape->rows,
+                  shape->tokens_inside ? "tokens" : "heads", shape->threads,
+                  shape->weighs_by_tile ? "by tiles" : "by rows");
     return selection("vectorized", variant);
   }
   const GenericShape shape = generic_shape(call);
@@ -152,13 +158,15 @@ Selection choose(const MergeCall& call) {
   return selection("generic", variant);
 }
 
-void run(const MergeCall& call) {
-  const DeviceGuard guard(call.device_index);
-  const bool overlaps = overlaps_previous(call.device_index);
-  if (const auto tile = tile_for(call)) {
-    launch_vectorized(call, *tile, overlaps);
+void run(const MergeCall& given) {
+  const DeviceGuard guard(given.device_index);
+  const Device device = device_of(given.device_index);
+  MergeCall call = given;
+  call.dependent_launch = device.has_dependent_launch && wants_dependent_launch(given);
+  if (const auto shape = pair_shape(call, device.capability)) {
+    launch_pair(call, *shape);
   } else {
-    launch_generic(call, generic_shape(call), overlaps);
+    launch_generic(call, generic_shape(call));
   }
 }
 

@@ -1,222 +1,273 @@
-// The vectorized kernel: 16-byte packs, one a thread, in tiles of tokens x heads.
+// The pair's kernels for rows of 16-byte packs: a thread reads one pack of each part, scales and
+// stores it.
 //
-// A block loads its LSEs and its packs, computes each row's weights once into shared memory, meets
-// at one barrier, then scales and stores. In place is safe for every head size: all LSE reads of a
-// row precede the barrier, no other block touches the row, and a pack is read and written by one
-// thread. Nothing is __restrict__, and nothing is read through the non-coherent path.
+//   merge_rows   every thread reads its row's LSEs and weighs for itself, without a barrier: for
+//                calls that are over before a barrier pays.
+//   merge_tiles  one thread a row weighs, through shared memory: fewer reads and exponentials.
 //
-// What a block does before its first load is what it takes too long for: every address is computed
-// before the wait for the kernel before, and the four loads stand together (docs/design.md).
-#include "../core/merge_call.h"
+// Both take tiles of rows along the axis in which LSEs are contiguous. In place is safe: a row
+// belongs to one block, all reads of its LSEs precede the write of the merged one (by the barrier
+// of the block, or of the one warp that has the row), and a pack is read and written by one thread.
+// Nothing is __restrict__ or read through the non-coherent path.
+//
+// What a thread does before its first load is the lead of a small call. So strides have 32 bits and
+// count packs, no branch stands in front of the loads, and operands that are laid out alike share
+// one offset (docs/experiments.md has what each of these costs).
+#include "families.h"
 #include "fast_division.h"
 #include "launch.h"
 #include "pack.cuh"
+#include "tuning.h"
 
 namespace merge_attn_states::cuda {
 namespace {
 
-// What a thread must know of its tile, computed on the host. Tokens and heads are 32-bit here: the
-// product of a 32-bit index and a 64-bit stride takes two instructions, of two 64-bit numbers four.
+enum Side { kPrefix, kSuffix, kMerged };
+
+// Something along the axis inside a tile and along the other one: sizes, or strides, which count
+// packs or, of LSEs, elements.
+struct Axes2 {
+  uint32_t inner;
+  uint32_t outer;
+};
+
+// kAlike: the three [N, H, D] operands are laid out alike, and so are the LSEs.
+template <bool kAlike>
+struct Layout {
+  static constexpr int kSides = kAlike ? 1 : 3;
+  Axes2 of_rows[kSides];
+  Axes2 of_lses[kSides];
+
+  __device__ const Axes2& rows(Side side) const { return of_rows[kAlike ? 0 : side]; }
+  __device__ const Axes2& lses(Side side) const { return of_lses[kAlike ? 0 : side]; }
+};
+
 struct Tiles {
-  FastDivision across;  // tiles along the axis that blocks walk first
-  uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
+  FastDivision outer;  // blocks walk along the outer axis first
+  uint32_t num_inner;
+  uint32_t rows;
   uint32_t packs_per_row;
-  uint32_t rows;         // of a tile
-  uint32_t rows_a_pass;  // the rows that the threads' first packs fill, and their second
-  uint32_t tokens_a_pass;
-  uint32_t token_bits;
-  uint32_t head_bits;
-  uint32_t token_mask;
-  uint32_t head_mask;
-  uint32_t num_tokens;
-  uint32_t num_heads;
-  uint32_t num_tokens_with_context;
-  uint32_t num_tokens_with_packs;  // in place, past the context count, a row is what it becomes
-  uint32_t num_tokens_in_tiles;    // further tokens have an LSE to be copied and nothing else
-  bool tokens_first;
+  uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
+  Axes2 with_context;   // rows from there on copy the suffix
+  Axes2 with_packs;     // of merge_tiles: rows from there on are in place already
 };
 
 constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
 static_assert(kMaxThreads * kMaxThreads <= 1 << kRowShift);
 
+template <bool kAlike>
+struct PairCall {
+  const void* prefix;
+  const void* suffix;
+  void* merged;
+  const float* prefix_lse;
+  const float* suffix_lse;
+  float* merged_lse;  // null: not asked for
+  Layout<kAlike> layout;
+  Tiles tiles;
+  const float* output_scale;
+};
+
+struct Row {
+  uint32_t inner;
+  uint32_t outer;
+  bool exists;
+  bool merges;  // else it copies the suffix
+
+  __device__ Row(const Tiles& tiles, uint32_t of_tile) {
+    const uint32_t tile = tiles.outer.quotient(blockIdx.x);
+    outer = blockIdx.x - tile * tiles.outer.divisor;
+    inner = tile * tiles.rows + of_tile;
+    exists = of_tile < tiles.rows && inner < tiles.num_inner;
+    merges = lies_within(tiles.with_context);
+  }
+
+  __device__ bool lies_within(const Axes2& sizes) const {
+    return inner < sizes.inner && outer < sizes.outer;
+  }
+  __device__ uint32_t offset(const Axes2& strides) const {
+    return inner * strides.inner + outer * strides.outer;
+  }
+};
+
 // Elements in the 16 bytes of an input's pack; the output's pack has as many.
 template <class In>
 inline constexpr int kPackElements = 16 / sizeof(In);
 
-template <class Strided>
-__device__ int64_t offset_of(const Strided& operand, uint32_t token, uint32_t head) {
-  return token * operand.token_stride + head * operand.head_stride;
+// The pack that a thread has to do with.
+struct Place {
+  uint32_t row_of_tile;
+  uint32_t column;
+
+  __device__ explicit Place(const Tiles& tiles)
+      : row_of_tile(threadIdx.x * tiles.row_factor >> kRowShift),
+        column(threadIdx.x - row_of_tile * tiles.packs_per_row) {}
+
+  template <class T, int kElements, class Data>
+  __device__ T* pack(Data* data, const Row& row, const Axes2& strides) const {
+    return static_cast<T*>(data) + uint64_t{row.offset(strides) + column} * kElements;
+  }
+};
+
+struct LsePair {
+  float prefix;
+  float suffix;
+};
+
+template <class In>
+struct PackPair {
+  Pack<In, kPackElements<In>> prefix;
+  Pack<In, kPackElements<In>> suffix;
+};
+
+// A row without a prefix reads its suffix twice, which is sooner than a branch.
+template <bool kAlike>
+__device__ LsePair load_lses(const PairCall<kAlike>& call, const Row& row) {
+  const float* prefix = call.prefix_lse + row.offset(call.layout.lses(kPrefix));
+  const float* suffix = call.suffix_lse + row.offset(call.layout.lses(kSuffix));
+  return {.prefix = load_global(row.merges ? prefix : suffix), .suffix = load_global(suffix)};
 }
 
-// kPlain: one offset serves all three [N, H, D] operands, and blocks walk along the heads first.
-// kPacks: of a thread; the second lies half a tile's tokens further.
-// kLoops: a row may have more packs than the block threads, and is then a tile of its own.
-template <class In, class Out, bool kPlain, int kPacks, bool kLoops>
-__global__ void __launch_bounds__(kMaxThreads)
-    merge_tiles(const __grid_constant__ MergeCall call, const __grid_constant__ Tiles tiles) {
+template <class In, bool kAlike>
+__device__ PackPair<In> load_packs(const PairCall<kAlike>& call, const Row& row,
+                                   const Place& place) {
   constexpr int kElements = kPackElements<In>;
   using InPack = Pack<In, kElements>;
-  // Where the merged LSE goes is computed behind the loads, while they are under way: 16x16x128
-  // warm 1.00 us instead of 1.20, 16x128x512 1.81 and 1.87. An FP8 output, whose packs take more
-  // instructions, loses by it (2048x16x128 warm 5.2 us instead of 4.9), and so did two packs a
-  // thread (1024x16x192 3.76 and 3.47): they do so after the packs (H100, 2026-11-26).
-  constexpr bool kPlacesLseFirst = kPacks == 1 && std::is_same_v<In, Out>;
-  __shared__ Weights<float> weights[kMaxThreads];
-
-  const uint32_t slow = tiles.across.quotient(blockIdx.x);
-  const uint32_t fast = blockIdx.x - slow * tiles.across.divisor;
-  const bool tokens_first = !kPlain && tiles.tokens_first;
-  const uint32_t first_token = (tokens_first ? fast : slow) << tiles.token_bits;
-  const uint32_t first_head = (tokens_first ? slow : fast) << tiles.head_bits;
-
-  // Packs: the heads of a token one after the other.
-  const uint32_t row = threadIdx.x * tiles.row_factor >> kRowShift;
-  const uint32_t token = first_token + (row >> tiles.head_bits);
-  const uint32_t head = first_head + (row & tiles.head_mask);
-  const uint32_t column = (threadIdx.x - row * tiles.packs_per_row) * kElements;
-  const int64_t prefix_offset = offset_of(call.parts.prefix.output, token, head) + column;
-  const auto offset = [&](const Rows& operand) {
-    return kPlain ? prefix_offset : offset_of(operand, token, head) + column;
+  const auto at = [&](const void* data, Side side) {
+    return place.pack<const In, kElements>(data, row, call.layout.rows(side));
   };
-  const In* prefix_output = static_cast<const In*>(call.parts.prefix.output.data) + prefix_offset;
-  const In* suffix_output =
-      static_cast<const In*>(call.parts.suffix.output.data) + offset(call.parts.suffix.output);
-  compute_now(prefix_output, suffix_output);
-  const bool inside = row < tiles.rows_a_pass && head < tiles.num_heads;
-  const auto token_of = [&](int k) { return token + k * tiles.tokens_a_pass; };
-  const auto has_pack = [&](int k) { return inside && token_of(k) < tiles.num_tokens_with_packs; };
-  const auto merges = [&](int k) { return token_of(k) < tiles.num_tokens_with_context; };
-  const auto further = [&](int k, const Rows& operand) {
-    return k * tiles.tokens_a_pass * operand.token_stride;
-  };
+  const In* prefix = at(call.prefix, kPrefix);
+  const In* suffix = at(call.suffix, kSuffix);
+  return {.prefix = InPack::load(row.merges ? prefix : suffix), .suffix = InPack::load(suffix)};
+}
 
-  // LSEs: the first threads weigh a row each, along the tokens, in which LSEs are contiguous.
-  bool weighs = threadIdx.x < tiles.rows, weighs_prefix = false;
-  uint32_t lse_token = 0, lse_head = 0;
-  const float *prefix_lse = nullptr, *suffix_lse = nullptr;
-  if (weighs) {
-    lse_token = first_token + (threadIdx.x & tiles.token_mask);
-    lse_head = first_head + (threadIdx.x >> tiles.token_bits);
-    weighs = lse_token < tiles.num_tokens && lse_head < tiles.num_heads;
-    weighs_prefix = weighs && lse_token < tiles.num_tokens_with_context;
-    prefix_lse = static_cast<const float*>(call.parts.prefix.lse.data) +
-                 offset_of(call.parts.prefix.lse, lse_token, lse_head);
-    suffix_lse = static_cast<const float*>(call.parts.suffix.lse.data) +
-                 offset_of(call.parts.suffix.lse, lse_token, lse_head);
-  }
+template <class In, class Out, bool kAlike>
+__device__ void store_merged(const PairCall<kAlike>& call, const Row& row, const Place& place,
+                             const Weights<float>& weights, const PackPair<In>& packs) {
+  constexpr int kElements = kPackElements<In>;
+  const Scale scale = Scale::of<Out>(call.output_scale);
+  merge_pack<In, Out, kElements>(weights, scale, packs.prefix, packs.suffix)
+      .store(place.pack<Out, kElements>(call.merged, row, call.layout.rows(kMerged)));
+}
 
+template <bool kAlike>
+__device__ void store_lse(const PairCall<kAlike>& call, const Row& row, float lse) {
+  if (call.merged_lse == nullptr) return;
+  store_global(call.merged_lse + row.offset(call.layout.lses(kMerged)), lse);
+}
+
+template <class In, class Out, bool kAlike>
+__global__ void __launch_bounds__(kMaxThreads)
+    merge_rows(const __grid_constant__ PairCall<kAlike> call) {
+  const Place place(call.tiles);
+  const Row row(call.tiles, place.row_of_tile);
+  if (!row.exists) return;
   wait_for_previous();
-  launch_next();
-  float prefix_lse_value = 0, suffix_lse_value = 0;
-  if (weighs) suffix_lse_value = load_global(suffix_lse);
-  if (weighs_prefix) prefix_lse_value = load_global(prefix_lse);
-  InPack prefix[kPacks], suffix[kPacks];
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    if (has_pack(k)) suffix[k] = InPack::load(suffix_output + further(k, call.parts.suffix.output));
-    if (has_pack(k) && merges(k)) {
-      prefix[k] = InPack::load(prefix_output + further(k, call.parts.prefix.output));
-    }
-  }
-  float* output_lse = nullptr;
-  if constexpr (kPlacesLseFirst) {
-    if (weighs && call.merged.lse.data != nullptr) {
-      output_lse = static_cast<float*>(call.merged.lse.data) +
-                   offset_of(call.merged.lse, lse_token, lse_head);
-    }
-    compute_now(output_lse);
-  }
-  const Scale scale = Scale::of<Out>(call.rule.output_scale);
 
+  const LsePair lses = load_lses(call, row);
+  const PackPair<In> packs = load_packs<In>(call, row, place);
+  const auto merged = weigh(row.merges, lses.prefix, lses.suffix);
+  // Every thread computes it, beside its values: behind them it would be the end of the call.
+  const float lse = merged.lse();
+  store_merged<In, Out>(call, row, place, merged.weights, packs);
+  __syncwarp();  // the row's threads have read the LSE that this one may replace
+  if (place.column == 0) store_lse(call, row, lse);
+}
+
+template <class In, class Out, bool kAlike>
+__global__ void __launch_bounds__(kMaxThreads)
+    merge_tiles(const __grid_constant__ PairCall<kAlike> call) {
+  __shared__ Weights<float> weights[kMaxThreads];
+  const Place place(call.tiles);
+  const Row row(call.tiles, place.row_of_tile), weighed(call.tiles, threadIdx.x);
+  const bool has_pack = row.exists && row.lies_within(call.tiles.with_packs);
+  wait_for_previous();
+
+  LsePair lses;
+  PackPair<In> packs;
+  if (weighed.exists) lses = load_lses(call, weighed);
+  if (has_pack) packs = load_packs<In>(call, row, place);
   MergedLse<ScalarMath<float>, float> merged;
-  if (weighs) {
-    merged = weigh(weighs_prefix, prefix_lse_value, suffix_lse_value);
-    weights[(threadIdx.x & tiles.token_mask) << tiles.head_bits | threadIdx.x >> tiles.token_bits] =
-        merged.weights;
+  if (weighed.exists) {
+    merged = weigh(weighed.merges, lses.prefix, lses.suffix);
+    weights[threadIdx.x] = merged.weights;
   }
   __syncthreads();
-
-  Out* output = static_cast<Out*>(call.merged.output.data) + offset(call.merged.output);
-#pragma unroll
-  for (int k = 0; k < kPacks; ++k) {
-    if (!has_pack(k)) break;
-    merge_pack<In, Out, kElements>(weights[row + k * tiles.rows_a_pass], scale, prefix[k],
-                                   suffix[k])
-        .store(output + further(k, call.merged.output));
-  }
-  if constexpr (kLoops) {
-    const int64_t step = int64_t{blockDim.x} * kElements;
-    for (int64_t i = step; has_pack(0) && column + i < call.geometry.head_size; i += step) {
-      suffix[0] = InPack::load(suffix_output + i);
-      if (merges(0)) prefix[0] = InPack::load(prefix_output + i);
-      merge_pack<In, Out, kElements>(weights[row], scale, prefix[0], suffix[0]).store(output + i);
-    }
-  }
+  if (has_pack) store_merged<In, Out>(call, row, place, weights[place.row_of_tile], packs);
   // After the packs: in front of the barrier its logarithm would keep every thread waiting.
-  if constexpr (kPlacesLseFirst) {
-    if (output_lse == nullptr) return;
-    store_global(output_lse, merged.lse());
-  } else {
-    if (!weighs) return;
-    store_lse(call.merged.lse, lse_token, lse_head, merged);
-  }
-  const uint32_t stride = tiles.num_tokens_in_tiles;
-  for (uint32_t at = lse_token + stride; at < tiles.num_tokens; at += stride) {
-    store_lse(call.merged.lse, at, lse_head,
-              take_suffix(*lse_of<float>(call.parts.suffix.lse, at, lse_head)));
-  }
+  if (weighed.exists) store_lse(call, weighed, merged.lse());
 }
 
-// An FP8 output has three kernels, any other four: each costs the compiler a second an
-// architecture.
-template <class In, class Out>
-auto kernel_for(const MergeCall& call, const Tile& tile) {
-  constexpr bool kConverts = !std::is_same_v<In, Out>;
-  if (packs_per_row(call) > tile.threads) return merge_tiles<In, Out, false, 1, true>;
-  if (!is_plain(call, tile)) return merge_tiles<In, Out, false, 1, false>;
-  if constexpr (!kConverts) {
-    if (tile.packs_a_thread == 2) return merge_tiles<In, Out, true, 2, false>;
-  }
-  return merge_tiles<In, Out, true, 1, false>;
-}
-
-}  // namespace
-
-void launch_vectorized(const MergeCall& call, const Tile& tile, bool overlaps_previous) {
+template <bool kAlike>
+PairCall<kAlike> pair_call(const MergeCall& call, const PairShape& shape) {
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
-  const int64_t packs = packs_per_row(call);
-  const int64_t tokens =
-      call.keeps_suffix_rows() ? call.rule.num_tokens_with_context : call.geometry.num_tokens;
-  const int64_t token_tiles = tile.token_tiles(std::max<int64_t>(1, tokens));
-  const int64_t head_tiles = tile.head_tiles(call.geometry.num_heads);
-  const Tiles tiles{.across = FastDivision(u32(tile.tokens_first ? token_tiles : head_tiles)),
-                    .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
-                    .packs_per_row = u32(packs),
-                    .rows = u32(tile.rows()),
-                    .rows_a_pass = u32(tile.rows() / tile.packs_a_thread),
-                    .tokens_a_pass = (1u << tile.token_bits) / tile.packs_a_thread,
-                    .token_bits = u32(tile.token_bits),
-                    .head_bits = u32(tile.head_bits),
-                    .token_mask = (1u << tile.token_bits) - 1,
-                    .head_mask = (1u << tile.head_bits) - 1,
-                    .num_tokens = u32(call.geometry.num_tokens),
-                    .num_heads = u32(call.geometry.num_heads),
-                    .num_tokens_with_context = u32(call.rule.num_tokens_with_context),
-                    .num_tokens_with_packs = u32(tokens),
-                    .num_tokens_in_tiles = u32(token_tiles << tile.token_bits),
-                    .tokens_first = tile.tokens_first};
-  const Grid grid{.blocks = token_tiles * head_tiles,
-                  .threads = tile.threads,
-                  .overlaps_previous = overlaps_previous};
+  const auto axes = [&](int64_t of_tokens, int64_t of_heads) {
+    return shape.tokens_inside ? Axes2{u32(of_tokens), u32(of_heads)}
+                               : Axes2{u32(of_heads), u32(of_tokens)};
+  };
+  const auto& [num_tokens, num_heads, head_size] = call.geometry;
+  const int64_t elements = 16 / size_of(call.input_dtype), packs = head_size / elements;
+  const Axes2 sizes = axes(num_tokens, num_heads);
+  const Axes2 with_context = axes(call.rule.num_tokens_with_context, num_heads);
+  const auto& [prefix, suffix] = call.parts;
+  PairCall<kAlike> result{.prefix = prefix.output.data,
+                          .suffix = suffix.output.data,
+                          .merged = call.merged.output.data,
+                          .prefix_lse = static_cast<const float*>(prefix.lse.data),
+                          .suffix_lse = static_cast<const float*>(suffix.lse.data),
+                          .merged_lse = static_cast<float*>(call.merged.lse.data),
+                          .layout = {},
+                          .tiles = {.outer = FastDivision(sizes.outer),
+                                    .num_inner = sizes.inner,
+                                    .rows = u32(shape.rows),
+                                    .packs_per_row = u32(packs),
+                                    .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
+                                    .with_context = with_context,
+                                    .with_packs = call.keeps_suffix_rows() ? with_context : sizes},
+                          .output_scale = call.rule.output_scale};
+  const State* sides[] = {&prefix, &suffix, &call.merged};
+  for (int side = 0; side < Layout<kAlike>::kSides; ++side) {
+    const auto& [rows, lses] = *sides[side];
+    result.layout.of_rows[side] = axes(rows.token_stride / elements, rows.head_stride / elements);
+    result.layout.of_lses[side] = axes(lses.token_stride, lses.head_stride);
+  }
+  return result;
+}
+
+bool are_alike(const MergeCall& call) {
+  const auto alike = [](const auto& a, const auto& b) {
+    return a.token_stride == b.token_stride && a.head_stride == b.head_stride;
+  };
+  const auto& [prefix, suffix] = call.parts;
+  const State& merged = call.merged;
+  return alike(prefix.output, suffix.output) && alike(prefix.output, merged.output) &&
+         alike(prefix.lse, suffix.lse) &&
+         (merged.lse.data == nullptr || alike(prefix.lse, merged.lse));
+}
+
+template <bool kAlike>
+void launch_with_layout(const MergeCall& call, const PairShape& shape) {
+  const Grid grid{.blocks = shape.blocks, .threads = shape.threads};
   dispatch_dtypes(call.input_dtype, call.output_dtype, [&](auto in, auto out) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;
     if constexpr (kIsFp8<In> || std::is_same_v<In, double>) {
       throw std::logic_error("merge_attn_states: not a vectorized dtype");
     } else {
-      launch(kernel_for<In, Out>(call, tile), grid, call, call, tiles);
+      launch(shape.weighs_by_tile ? merge_tiles<In, Out, kAlike> : merge_rows<In, Out, kAlike>,
+             grid, call, pair_call<kAlike>(call, shape));
     }
   });
+}
+
+}  // namespace
+
+void launch_pair(const MergeCall& call, const PairShape& shape) {
+  if (are_alike(call)) {
+    launch_with_layout<true>(call, shape);
+  } else {
+    launch_with_layout<false>(call, shape);
+  }
 }
 
 }  // namespace merge_attn_states::cuda

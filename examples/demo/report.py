@@ -77,8 +77,7 @@ def device_name(device: torch.device) -> str:
 def fastest_microseconds(call: Callable[[], None], device: torch.device) -> float:
     """The fastest of `REPEATS` calls; on a GPU with cold caches.
 
-    The fastest, not the median: on two cores with busy neighbours most calls wait for a time slice
-    and take 8 or 16 ms instead of 0.4.
+    The fastest, not the median: beside busy neighbours most calls wait for a time slice.
     """
     call()
     if device.type != "cuda":

@@ -2,10 +2,13 @@
 //
 //     merge_from_c path/to/libmerge_attn_states.so        (torch/lib on LD_LIBRARY_PATH)
 //
+// test_c_api.py compiles it against the header and against an older and a newer one: SHORTENED has
+// no optional fields, LENGTHENED one field more in each struct.
 // Prints a line for each thing seen and ends with status 0, or says what was wrong and ends with 1.
 #include <dlfcn.h>
 
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -37,14 +40,17 @@ struct Tensor {
     int64_t count = 1;
     for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
     values.assign(static_cast<size_t>(count), std::nanf(""));
+    view.struct_size = sizeof(view);
     view.data = values.data();
     view.sizes = sizes.data();
     view.strides = strides.data();
     view.rank = static_cast<int32_t>(sizes.size());
     view.dtype = MERGE_ATTN_STATES_FLOAT32;
     view.device_type = MERGE_ATTN_STATES_CPU;
+#ifndef SHORTENED
     view.memory = values.data();
     view.memory_bytes = static_cast<int64_t>(values.size() * sizeof(float));
+#endif
   }
   Tensor(const Tensor&) = delete;  // view points into this
 };
@@ -53,7 +59,7 @@ bool is_close(float a, double b) { return std::fabs(a - b) <= 1e-6 * std::fmax(1
 
 constexpr int64_t kTokens = 3, kHeads = 2, kHeadSize = 5;
 
-// Three tokens: both parts, an empty prefix, and one past the count.
+// Three tokens: both parts, an empty prefix, and one past the count; without a count an empty one.
 struct Problem {
   Tensor output{{kTokens, kHeads, kHeadSize}}, prefix_output{{kTokens, kHeads, kHeadSize}},
       suffix_output{{kTokens, kHeads, kHeadSize}};
@@ -67,15 +73,21 @@ struct Problem {
       suffix_output.values[i] = -2.0f * static_cast<float>(i) - 1.0f;
     }
     for (size_t head = 0; head < kHeads; ++head) {
+#ifdef SHORTENED
+      const float lse[kTokens] = {0.5f, -INFINITY, INFINITY};
+#else
       const float lse[kTokens] = {0.5f, -INFINITY, NAN};
+#endif
       std::memcpy(&prefix_lse.values[head * kTokens], lse, sizeof(lse));
       for (size_t token = 0; token < kTokens; ++token) {
         suffix_lse.values[head * kTokens + token] = 1.5f * static_cast<float>(head);
       }
     }
-    args.version = MERGE_ATTN_STATES_VERSION;
+    args.struct_size = sizeof(args);
+#ifndef SHORTENED
     args.has_prefill_tokens_with_context = 1;
     args.prefill_tokens_with_context = 2;
+#endif
     args.output = &output.view;
     args.prefix_output = &prefix_output.view;
     args.prefix_lse = &prefix_lse.view;
@@ -123,13 +135,16 @@ int main(int count, char** arguments) {
   const auto build_info =
       find<decltype(merge_attn_states_build_info)>(library, "merge_attn_states_build_info");
 
-  expect(std::strstr(build_info(), "\"c_version\": 1}") != nullptr, "build_info tells its version");
+  expect(std::strstr(build_info(), "\"version\": \"") != nullptr, "build_info tells the version");
   expect(dlsym(RTLD_DEFAULT, "Py_Initialize") == nullptr, "there is no Python in this process");
 
   char message[200] = "";
   Problem problem;
   merge_attn_states_selection selection;
+  std::memset(&selection, 'x', sizeof(selection));  // only the size is set
+  selection.struct_size = sizeof(selection);
   expect(select(&problem.args, &selection, message, sizeof(message)) == MERGE_ATTN_STATES_OK &&
+             selection.struct_size == sizeof(selection) &&
              std::strcmp(selection.kernel, "cpu") == 0 && is_untouched(problem.output),
          "select names the kernel and writes nothing");
   expect(merge(&problem.args, message, sizeof(message)) == MERGE_ATTN_STATES_OK,
@@ -155,9 +170,43 @@ int main(int count, char** arguments) {
   expect(merge(nullptr, message, sizeof(message)) == MERGE_ATTN_STATES_INVALID_ARGUMENT &&
              std::strncmp(message, "args: ", 6) == 0,
          "null arguments are refused");
-  problem.args.version = MERGE_ATTN_STATES_VERSION + 1;
-  expect(merge(&problem.args, message, sizeof(message)) == MERGE_ATTN_STATES_INVALID_ARGUMENT &&
-             std::strncmp(message, "version: ", 9) == 0,
-         "another version of the struct is refused");
+  expect(select(&problem.args, nullptr, message, sizeof(message)) ==
+                 MERGE_ATTN_STATES_INVALID_ARGUMENT &&
+             std::strncmp(message, "selection: ", 11) == 0,
+         "a null selection is refused");
+
+  const auto refuses = [&](const char* name, const char* what) {
+    Problem sized;
+    problem.args.output = &sized.output.view;  // its NaNs show a write
+    message[0] = '\0';
+    const auto status = merge(&problem.args, message, sizeof(message));
+    expect(status == MERGE_ATTN_STATES_INVALID_ARGUMENT &&
+               std::strncmp(message, name, std::strlen(name)) == 0 && is_untouched(sized.output),
+           what);
+    std::printf("ok: %s\n", message);
+  };
+  for (const size_t size : {size_t{0}, offsetof(merge_attn_states_args, stream), ~size_t{0}}) {
+    problem.args.struct_size = size;
+    refuses("args: ", "arguments of no possible size are refused");
+  }
+  problem.args.struct_size = sizeof(problem.args);
+  for (const size_t size : {size_t{0}, offsetof(merge_attn_states_tensor, device_index)}) {
+    problem.suffix_lse.view.struct_size = size;
+    refuses("suffix_lse: ", "a tensor of no possible size is refused");
+  }
+  problem.suffix_lse.view.struct_size = sizeof(problem.suffix_lse.view);
+#ifdef LENGTHENED
+  problem.args.later = 1;
+  refuses("args: ", "arguments that ask for what the library does not know are refused");
+  problem.args.later = 0;
+  problem.suffix_lse.view.later = 1;
+  refuses("suffix_lse: ", "a tensor that asks for what the library does not know is refused");
+  problem.suffix_lse.view.later = 0;
+  expect(selection.later == 0, "what the library does not fill is 0");
+#endif
+  problem.args.output = &problem.output.view;
+  expect(
+      merge(&problem.args, message, sizeof(message)) == MERGE_ATTN_STATES_OK && problem.is_merged(),
+      "what was refused for its sizes is merged with the right ones");
   return 0;
 }

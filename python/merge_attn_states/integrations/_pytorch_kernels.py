@@ -1,13 +1,16 @@
 """The kernels behind `pytorch.attention_with_lse`, each with what it needs to be right.
 
 Arguments are validated, there is at least one query and one key, and a mask has four dimensions.
-Shapes are those of `attention_with_lse`.
+Shapes are those of `attention_with_lse`. What a CPU kernel does may depend on the operands' values;
+on CUDA nothing does, since to look at a value is to wait for the GPU.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that PyTorch's documentation gives it)
+
+State = tuple[torch.Tensor, torch.Tensor]
 
 _CUDA_HEAD_SIZE_MULTIPLE = 8
 _CUDA_ALIGNMENT = 16
@@ -16,7 +19,7 @@ _CUDA_ALIGNMENT = 16
 _SCORES_AT_ONCE = 1 << 26
 
 
-def unseen(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unseen(query: torch.Tensor, value: torch.Tensor) -> State:
     """The state of queries that see no key."""
     batch, num_heads, num_queries, _ = query.shape
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -48,9 +51,15 @@ def cpu_flash(
     mask: torch.Tensor | None,
     is_causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> State:
+    """A mask, or a causal square, or neither."""
+    # The kernel multiplies hidden values by 0 and adds -inf to hidden scores: it must not meet NaN.
+    broken = _broken(key, value)
+    clean = [key, value]
+    if broken is not None:
+        clean = [x.masked_fill(broken[..., None], 0.0) for x in clean]
     width = max(query.shape[3], value.shape[3])
-    padded = [_padded(operand, width) for operand in (query, key, value)]
+    padded = [_padded(operand, width) for operand in (query, *clean)]
     padded = [x if x.stride(3) == 1 or width == 1 else x.contiguous() for x in padded]
     additive = mask
     if mask is not None and mask.dtype == torch.bool:
@@ -59,34 +68,53 @@ def cpu_flash(
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *padded, 0.0, is_causal, attn_mask=additive, scale=scale
     )
-    output = output[..., : value.shape[3]]
-    suspect = (lse == 0.0) | (lse == torch.inf)
+    output = _by_token(output[..., : value.shape[3]])
+
+    # The kernel's 0.0 also stands for "every score is NaN" and "every score is -inf".
+    suspect = lse == 0.0
+    if broken is not None:
+        suspect |= _sees_one_of(broken, mask, is_causal, query.shape[1])
     if mask is not None:
-        seen = (mask if mask.dtype == torch.bool else mask != -torch.inf).any(-1)
-        output.masked_fill_(~seen[..., None], 0.0)
-        lse.masked_fill_(~seen, -torch.inf)
-        suspect &= seen
+        sees_a_key = _seen(mask).any(-1)
+        output.masked_fill_(~sees_a_key[..., None], 0.0)
+        lse.masked_fill_(~sees_a_key, -torch.inf)
+        suspect &= sees_a_key
+    # +inf is an infinite score, beside an output that is finite in bfloat16; and where a score is
+    # NaN, the exponential of some processors makes a number of it.
+    wrong = ~(lse < torch.inf)
+    if wrong.any():
+        output.masked_fill_(wrong[..., None], torch.nan)
+        lse.masked_fill_(wrong, torch.nan)
     if suspect.any():
-        # The kernel's 0.0 also stands for "every score is NaN" and "every score is -inf"; its +inf
-        # for an infinite score, beside an output that is NaN in float32 and finite in bfloat16.
-        if is_causal:
-            mask = with_causal(None, query, key.shape[2])
-        exact = matmul(query, key, value, mask, scale)
-        output = torch.where(suspect[..., None], exact[0], output)
-        lse = torch.where(suspect, exact[1], lse)
+        _recompute(suspect, (output, lse), query, key, value, mask, is_causal, scale)
     return output, lse
 
 
 def cuda_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> State:
+    """Causal with at most as many queries as keys, or without any mask."""
+    clean = value
+    if is_causal:
+        # The kernel writes -inf over hidden scores, but multiplies hidden values by 0.
+        clean = _finite(value)
     width = max(query.shape[3], value.shape[3])
     width = -(-width // _CUDA_HEAD_SIZE_MULTIPLE) * _CUDA_HEAD_SIZE_MULTIPLE
-    padded = [_aligned(_padded(operand, width)) for operand in (query, key, value)]
+    padded = [_aligned(_padded(operand, width)) for operand in (query, key, clean)]
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         *padded, 0.0, is_causal, False, scale=scale
     )
-    return output[..., : value.shape[3]], lse
+    # +inf is a row without keys or, beside a NaN, a score that is NaN or infinite.
+    infinite = lse == torch.inf
+    lse.masked_fill_(infinite, -torch.inf).masked_fill_(
+        infinite & output[..., 0].isnan(), torch.nan
+    )
+    output = _by_token(output[..., : value.shape[3]])
+    if is_causal:
+        # What is not finite in a row's own value and those before it: 0, +-inf or NaN.
+        missing = (value - clean).cumsum(2)[:, :, key.shape[2] - query.shape[2] :]
+        output += missing.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return output, lse
 
 
 def matmul(
@@ -95,24 +123,108 @@ def matmul(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> State:
     output, lse = unseen(query, value)
     groups = query.shape[1] // key.shape[1]
     wide_key, wide_value = (x.to(lse.dtype).repeat_interleave(groups, 1) for x in (key, value))
+    marks = None if mask is None else _marks(wide_value)
+    if marks is not None:
+        wide_value = _finite(wide_value)
     block = max(1, _SCORES_AT_ONCE // (query.shape[0] * query.shape[1] * key.shape[2]))
     for start in range(0, query.shape[2], block):
         rows = slice(start, start + block)
         scores = query[:, :, rows].to(lse.dtype) @ wide_key.mT * scale
         if mask is not None:
             part = mask if mask.shape[2] == 1 else mask[:, :, rows]
-            is_bool = part.dtype == torch.bool
-            scores = scores.masked_fill(~part, -torch.inf) if is_bool else scores + part
-        lse[:, :, rows] = scores.logsumexp(-1)
+            scores = scores if part.dtype == torch.bool else scores + part
+            scores = scores.masked_fill(~_seen(part), -torch.inf)  # NaN + -inf would be NaN
+        part_lse = scores.logsumexp(-1)
         weighted = scores.softmax(-1) @ wide_value
-        # softmax gives NaN to a row without a key.
-        weighted.masked_fill_(lse[:, :, rows, None] == -torch.inf, 0.0)
+        if marks is not None:
+            plus, minus = (_sum_of_seen(_seen(part), marks) > 0).chunk(2, -1)
+            weighted += torch.where(plus, torch.inf, 0.0) - torch.where(minus, torch.inf, 0.0)
+        # softmax gives NaN to a row without a key; an infinite score has no softmax.
+        weighted.masked_fill_(part_lse[..., None] == -torch.inf, 0.0)
         output[:, :, rows] = weighted.to(query.dtype)
+        lse[:, :, rows] = part_lse.masked_fill(part_lse == torch.inf, torch.nan)
     return output, lse
+
+
+def _recompute(
+    rows: torch.Tensor,
+    state: State,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> None:
+    """Write over the state what `matmul` gives for `rows` [batch, num_heads, num_queries]."""
+    (num_kv_heads, num_keys), groups = key.shape[1:3], query.shape[1] // key.shape[1]
+    every = rows.nonzero()  # [.., 3], in the order of batch and head, so that those of a pair meet
+    pairs = every[:, 0] * num_kv_heads + every[:, 1] // groups
+    _, counts = torch.unique_consecutive(pairs, return_counts=True)
+    for of_a_pair in torch.split(every, counts.tolist()):
+        for some in torch.split(of_a_pair, max(1, _SCORES_AT_ONCE // num_keys)):
+            at = some.unbind(1)
+            batch, kv_head = int(some[0, 0]), int(some[0, 1]) // groups
+            keys, values = (x[batch, kv_head][None, None] for x in (key, value))
+            if mask is not None:
+                seen = mask.expand(*rows.shape, num_keys)[at]
+            else:  # every key, or those up to the query's own
+                last = at[2] if is_causal else torch.full_like(at[2], num_keys)
+                seen = torch.arange(num_keys) <= last[:, None]
+            exact = matmul(query[at][None, None], keys, values, seen[None, None], scale)
+            for whole, part in zip(state, exact, strict=True):
+                whole[at] = part[0, 0]
+
+
+def _broken(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
+    """Which keys [batch, num_kv_heads, num_keys] are not finite in key and value; None: none."""
+    # A sum is finite only where all its summands are, and is the fastest way through memory. One
+    # that overflows costs no more than the second look; in float16 it often would.
+    dtype = torch.float32 if key.dtype == torch.float16 else None
+    if (key.sum(dtype=dtype) + value.sum(dtype=dtype)).isfinite():
+        return None
+    broken = ~(key.isfinite().all(-1) & value.isfinite().all(-1))
+    return broken if broken.any() else None
+
+
+def _sees_one_of(
+    keys: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, num_heads: int
+) -> torch.Tensor:
+    """Which rows see one of `keys` (bool [batch, num_kv_heads, num_keys])."""
+    keys = keys.repeat_interleave(num_heads // keys.shape[1], 1)
+    if mask is not None:
+        return _sum_of_seen(_seen(mask), keys[..., None].float())[..., 0] > 0
+    return keys.cumsum(-1) > 0 if is_causal else keys.any(-1, keepdim=True)
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask != -torch.inf
+
+
+def _sum_of_seen(seen: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Over the keys that each row sees; `numbers` are [batch, num_heads, num_keys, any]."""
+    return torch.einsum("bhqk,bhkn->bhqn", seen.to(numbers.dtype), numbers)
+
+
+def _finite(value: torch.Tensor) -> torch.Tensor:
+    return value.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _marks(value: torch.Tensor) -> torch.Tensor | None:
+    """1 where a value is +inf, and behind it 1 where it is -inf; NaN is both. None: all finite."""
+    if value.device.type == "cpu" and value.isfinite().all():
+        return None
+    infinite = [(value == sign * torch.inf) | value.isnan() for sign in (1, -1)]
+    return torch.cat(infinite, -1).to(value.dtype)
+
+
+def _by_token(operand: torch.Tensor) -> torch.Tensor:
+    """Stored as [batch, tokens, heads, head_size], the layout that the merge reads in one piece."""
+    return operand.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _padded(operand: torch.Tensor, width: int) -> torch.Tensor:

@@ -35,14 +35,16 @@ def split_attention(
         Into how many parts of nearly equal length the keys are split. More parts than keys leave
         some without a key, which is legal.
     attend : callable, optional
-        Computes one part, with the arguments and results of `attention_with_lse`.
+        Computes one part, with the arguments and results of `attention_with_lse`. What it returns
+        is only read, so that it may be remembered.
 
     Returns
     -------
     output : torch.Tensor
-        [batch * num_queries, num_heads, value_head_size], contiguous, in `query`'s dtype.
+        [batch * num_queries, num_heads, value_head_size], contiguous, in `query`'s dtype; memory
+        of its own.
     lse : torch.Tensor
-        [num_heads, batch * num_queries], natural log.
+        [num_heads, batch * num_queries], natural log; memory of its own.
     """
     check_parts(parts)
     num_queries, num_keys = query.shape[2], key.shape[2]
@@ -66,10 +68,12 @@ def split_attention(
                 mask = mask[..., begin:end]
             state = attend(query, keys, values, mask, scale=scale)
         part_output, part_lse = token_layout(*state)
-        part_output = part_output.to(running)
         if output is None:
-            output, lse = part_output.contiguous(), part_lse
+            # A copy, whatever it was: the merges write to it, and it may be `attend`'s own.
+            output = part_output.to(running, copy=True, memory_format=torch.contiguous_format)
+            lse = part_lse.clone()
         else:
+            part_output = part_output.to(running)
             merge_attn_states(output, output, lse, part_output, part_lse, output_lse=lse)
     assert output is not None  # parts is at least 1
     return output.to(query.dtype), lse

@@ -7,35 +7,40 @@ What `aten::_scaled_dot_product_flash_attention_for_cpu` (CPU) and
 | PyTorch's kernel                                           | here                              |
 | ---------------------------------------------------------- | --------------------------------- |
 | CPU refuses a bool mask, CUDA takes no mask                | additive -inf mask; matmul        |
+| a key that is NaN or infinite reaches rows that it is      | hidden keys and values are never  |
+|   hidden from (CPU, by a mask), and a value too (CPU;      |   used, whatever they hold; rows  |
+|   CUDA, causal)                                            |   that see them show them         |
 | CPU, fully masked row: lse = 0.0, a finite lie             | lse = -inf, output zeros          |
-| CPU, fewer keys than a vector has lanes, every score NaN:  | lse and output NaN                |
-|   lse = 0.0 and zeros                                      |                                   |
+| CPU, fewer keys than a vector has lanes, every score NaN:  | lse and output NaN; a row whose   |
+|   lse = 0.0 and zeros                                      |   lse is 0.0 is computed again    |
 | CUDA, a row without keys or with a NaN score: lse = +inf   | -inf; NaN                         |
 | CPU, an infinite score: lse = +inf, and in bfloat16 a      | both NaN                          |
 |   finite output                                            |                                   |
+| CPU with AVX-512, a NaN score: may be taken for a number   | both NaN                          |
 | CPU dies of SIGFPE where there are no queries or no keys   | answered without the kernel       |
 | CPU reads an element stride other than 1 as 1              | copied first                      |
 | CUDA reads 16 bytes at a time, wherever they lie           | copied first where misaligned     |
 | V must be as wide as Q; on CUDA a multiple of 8, up to 256 | padded and sliced; wider: matmul  |
 | CUDA knows float16 and bfloat16 from compute capability 8  | the others: matmul                |
 | causal: CPU aligns top-left, CUDA bottom-right             | bottom-right                      |
+| autocast lowers the matmuls of what stands around them     | not lowered: operands as given    |
 | the LSE has no gradient, and PyTorch does not say so       | refused where grad is required    |
 """
 
 from __future__ import annotations
 
-import math
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 
 from . import _pytorch_kernels as kernels
+from ._pytorch_operands import check_tensors, validate
 
 __all__ = ["AttentionKernel", "attention_kernel", "attention_with_lse", "token_layout"]
 
 AttentionKernel = Literal["cpu_flash", "cuda_flash", "matmul", "none"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CUDA_HEAD_SIZE_LIMIT = 256
 
 
@@ -83,6 +88,19 @@ def attention_with_lse(
     --------
     token_layout : the views of both that the merge takes.
 
+    Notes
+    -----
+    A key or value that a row does not see changes nothing in that row, be it NaN or infinite, as
+    in the slots of a cache that nobody has written. On the CPU that costs a sum over both, and the
+    rows that see such a key, or whose LSE is exactly 0, are computed again by matmul. On CUDA,
+    where no value is looked at, it costs passes over the values where `is_causal`, and where there
+    is a mask a product twice as wide as the one with the values.
+
+    In a graph of `torch.compile` or `torch.export` all of it is one operator,
+    `torch.ops.merge_attn_states.attention_with_lse`, which importing this module registers: a
+    program that was exported and loaded elsewhere needs the import. Errors are RuntimeErrors
+    there that contain the same sentence. Under autocast nothing is lowered.
+
     Raises
     ------
     TypeError
@@ -101,37 +119,9 @@ def attention_with_lse(
     >>> lse[0, :, 2]
     tensor([-inf, -inf, -inf, -inf])
     """
-    _validate(query, key, value, attn_mask, scale)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    kernel = _choose(query, key, value, attn_mask)
-    if kernel == "none":
-        return kernels.unseen(query, value)
-    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    is_causal = is_causal and num_queries > 1  # one query is the newest token and sees every key
-
-    if is_causal and attn_mask is None and num_queries > num_keys:
-        # The first rows see no key; the others are the square that every kernel does alike.
-        output, lse = kernels.unseen(query, value)
-        first = num_queries - num_keys
-        output[:, :, first:], lse[:, :, first:] = attention_with_lse(
-            query[:, :, first:], key, value, is_causal=True, scale=scale
-        )
-        return output, lse
-    mask = None if attn_mask is None else kernels.four_dimensions(attn_mask)
-    if is_causal and not _does_causal(kernel, num_queries, num_keys, mask):
-        mask, is_causal = kernels.with_causal(mask, query, num_keys), False
-
-    if kernel == "cuda_flash":
-        output, lse = kernels.cuda_flash(query, key, value, is_causal, scale)
-    elif kernel == "cpu_flash":
-        output, lse = kernels.cpu_flash(query, key, value, mask, is_causal, scale)
-    else:
-        output, lse = kernels.matmul(query, key, value, mask, scale)
-    # The merge takes +inf for an empty part, which would hide the NaN beside it.
-    infinite = lse == torch.inf
-    lse.masked_fill_(infinite, -torch.inf)
-    if value.shape[3]:
-        lse.masked_fill_(infinite & output[..., 0].isnan(), torch.nan)
+    check_tensors(query, key, value, attn_mask)
+    operator = torch.ops.merge_attn_states.attention_with_lse
+    output, lse = operator(query, key, value, attn_mask, is_causal, scale)
     return output, lse
 
 
@@ -158,16 +148,17 @@ def attention_kernel(
         logsumexp in float32 (float64 for float64), where no kernel fits: on CUDA a mask, float32,
         float64, heads wider than 256; everything on other devices. "none": no queries or no keys.
     """
-    _validate(query, key, value, attn_mask, scale)
+    check_tensors(query, key, value, attn_mask)
+    validate(query, key, value, attn_mask, scale)
     return _choose(query, key, value, attn_mask)
 
 
 def token_layout(output: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The state of `attention_with_lse` in the layout that the merge takes.
 
-    Views where the strides allow it: always for a batch of one; for more where the query is stored
-    [batch, num_queries, num_heads, head_size], as models do, since the output is laid out like the
-    query. (The LSE of the CUDA kernel, 4 bytes a row, is copied for a batch of more than one.)
+    Views where the strides allow it, as they do for what `attention_with_lse` gives: its output is
+    stored as [batch, num_queries, num_heads, value_head_size]. (The LSE of the CUDA kernel, 4 bytes
+    a row, is copied for a batch of more than one.)
 
     Parameters
     ----------
@@ -191,71 +182,68 @@ def token_layout(output: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor,
     return output.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1)
 
 
-def _validate(
+def _run(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
+    is_causal: bool,
     scale: float | None,
-) -> None:
-    names = ("num_heads", "num_queries"), ("num_kv_heads", "num_keys"), ("num_kv_heads", "num_keys")
-    operands = {"query": query, "key": key, "value": value}
-    for (name, operand), (heads, tokens) in zip(operands.items(), names, strict=True):
-        if not isinstance(operand, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(operand).__name__}")
-        if operand.dim() != 4:
-            raise ValueError(
-                f"{name}: expected shape [batch, {heads}, {tokens}, head_size], "
-                f"got {list(operand.shape)}"
-            )
-        if operand.dtype not in _DTYPES or operand.dtype != query.dtype:
-            one_of = "one of float16, bfloat16, float32, float64, the same for all three"
-            raise ValueError(f"{name}: expected dtype {one_of}, got {operand.dtype}")
-        if operand.device != query.device:
-            raise ValueError(f"{name}: expected device {query.device}, got {operand.device}")
-        if torch.is_grad_enabled() and operand.requires_grad:
-            raise ValueError(
-                f"{name}: requires grad, but PyTorch's kernels give no gradient of the lse; call "
-                "under torch.no_grad() or detach it"
-            )
-    batch, num_heads, num_queries, head_size = query.shape
-    num_kv_heads, num_keys = key.shape[1:3]
-    if head_size == 0:
-        raise ValueError(f"query: expected a head_size of at least 1, got {list(query.shape)}")
-    if key.shape[0] != batch or key.shape[3] != head_size:
-        raise ValueError(
-            f"key: expected shape [{batch}, num_kv_heads, num_keys, {head_size}], "
-            f"got {list(key.shape)}"
-        )
-    if num_heads % num_kv_heads if num_kv_heads else num_heads:
-        raise ValueError(f"key: expected num_kv_heads to divide {num_heads}, got {num_kv_heads}")
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value: expected shape [{batch}, {num_kv_heads}, {num_keys}, value_head_size], "
-            f"got {list(value.shape)}"
-        )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number or None, got {scale}")
-    if attn_mask is None:
-        return
-    if not isinstance(attn_mask, torch.Tensor):
-        raise TypeError(f"attn_mask: expected a torch.Tensor, got {type(attn_mask).__name__}")
-    scores = [batch, num_heads, num_queries, num_keys]
-    if attn_mask.dim() > 4 or any(
-        size not in (1, full)
-        for size, full in zip(attn_mask.shape[::-1], scores[::-1], strict=False)
-    ):
-        raise ValueError(
-            f"attn_mask: expected a shape that broadcasts to {scores} = [batch, num_heads, "
-            f"num_queries, num_keys], got {list(attn_mask.shape)}"
-        )
-    if attn_mask.dtype not in (torch.bool, query.dtype):
-        expected = f"torch.bool or query's dtype {query.dtype}"
-        raise ValueError(f"attn_mask: expected dtype {expected}, got {attn_mask.dtype}")
-    if attn_mask.device != query.device:
-        raise ValueError(f"attn_mask: expected device {query.device}, got {attn_mask.device}")
-    if torch.is_grad_enabled() and attn_mask.requires_grad:
-        raise ValueError("attn_mask: requires grad, which is not supported; detach it")
+) -> kernels.State:
+    """The operator on real tensors."""
+    validate(query, key, value, attn_mask, scale)
+    kernel = _choose(query, key, value, attn_mask)
+    if kernel == "none":
+        return kernels.unseen(query, value)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    device = query.device.type
+    lowers = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if lowers else nullcontext():
+        return _run_kernel(kernel, query, key, value, attn_mask, is_causal, scale)
+
+
+def _run_kernel(
+    kernel: AttentionKernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> kernels.State:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    is_causal = is_causal and num_queries > 1  # one query is the newest token and sees every key
+    if _starts_before_the_keys(query, key, attn_mask, is_causal):
+        # The first rows see no key; the others are the square that every kernel does alike.
+        output, lse = kernels.unseen(query, value)
+        square = query[:, :, num_queries - num_keys :]
+        state = _run_kernel(kernel, square, key, value, None, True, scale)
+        output[:, :, -num_keys:], lse[:, :, -num_keys:] = state
+        return output, lse
+    mask = None if attn_mask is None else kernels.four_dimensions(attn_mask)
+    if is_causal and not _does_causal(kernel, num_queries, num_keys, mask):
+        mask, is_causal = kernels.with_causal(mask, query, num_keys), False
+    if kernel == "cuda_flash":
+        return kernels.cuda_flash(query, key, value, is_causal, scale)
+    if kernel == "cpu_flash":
+        return kernels.cpu_flash(query, key, value, mask, is_causal, scale)
+    return kernels.matmul(query, key, value, mask, scale)
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> kernels.State:
+    """Shapes, dtypes and strides of what `_run` gives."""
+    validate(query, key, value, attn_mask, scale)
+    output, lse = kernels.unseen(query, value)
+    by_head = _choose(query, key, value, attn_mask) == "cuda_flash"
+    by_head = by_head and not _starts_before_the_keys(query, key, attn_mask, is_causal)
+    return output, lse.contiguous() if by_head else lse
 
 
 def _choose(
@@ -277,6 +265,12 @@ def _choose(
     return "cuda_flash" if fits else "matmul"
 
 
+def _starts_before_the_keys(
+    query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool
+) -> bool:
+    return is_causal and attn_mask is None and query.shape[2] > key.shape[2]
+
+
 def _does_causal(
     kernel: AttentionKernel, num_queries: int, num_keys: int, mask: torch.Tensor | None
 ) -> bool:
@@ -284,3 +278,16 @@ def _does_causal(
     if kernel == "cpu_flash":
         return mask is None and num_queries == num_keys
     return kernel == "cuda_flash"
+
+
+# One operator for all of it: a graph holds no branch on values (CPU) or addresses (CUDA).
+_library = torch.library.Library("merge_attn_states", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "attention_with_lse(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, "
+    "float? scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl(  # type: ignore[no-untyped-call]
+    "attention_with_lse", _run, "CompositeExplicitAutograd"
+)
+torch.library.register_fake("merge_attn_states::attention_with_lse", _fake, lib=_library)

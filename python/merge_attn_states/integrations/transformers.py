@@ -13,8 +13,12 @@ What transformers' attention functions get, and what the merge wants:
 |   query are the unused end of a static cache               |                                   |
 | position_bias, added to the scores (T5 and its kin)        | joined with the mask              |
 | grouped queries: num_key_value_groups                      | from the shapes                   |
+| learned queries with a batch of one                        | expanded to the batch of the keys |
+| autocast: a rotary embedding leaves query and key float32  | all three, and what is added to   |
+|   beside a 16-bit value, and sdpa itself casts all three   |   the scores, cast as sdpa does   |
 | a row that is masked everywhere                            | zeros                             |
-| dropout, softcap, sinks, sliding window, packed sequences, | refused by name                   |
+| a sliding window at least as long as the keys              | hides nothing: taken              |
+| a shorter one, dropout, softcap, sinks, packed sequences,  | refused by name                   |
 |   sparse indices, head masks, attention weights            |                                   |
 | gradients                                                  | refused: use torch.no_grad()      |
 """
@@ -45,7 +49,7 @@ _REFUSED = {
     "softcap": "Gemma 2",
     "s_aux": "attention sinks, gpt-oss",
     "sinks": "attention sinks",
-    "sliding_window": "Mistral",
+    "sliding_window": "Mistral, with more keys than the window is long",
     "head_mask": "BERT before transformers 5",
     "layer_head_mask": "BART before transformers 5",
     "output_attentions": "the weights of split attention are never whole",
@@ -165,13 +169,19 @@ def split_attention_forward(
     """
     if dropout:
         raise ValueError(f"dropout: expected 0 (call model.eval()), got {dropout}")
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    window = kwargs.get("sliding_window")
+    if isinstance(window, int) and window >= num_keys:
+        kwargs["sliding_window"] = None  # no query is so far from a key
     for argument, where in _REFUSED.items():
         if (given := kwargs.get(argument)) is not None and given is not False:
             raise ValueError(
                 f"{argument}: not supported by split attention ({where}); expected None, "
                 f"got {_short(given)}"
             )
-    num_queries, num_keys = query.shape[2], key.shape[2]
+    query, key, value = (_as_autocast(x) for x in (query, key, value))
+    if query.shape[0] == 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     is_causal = is_causal and attention_mask is None and num_queries > 1
@@ -180,6 +190,8 @@ def split_attention_forward(
     if position_bias is not None:
         bias = position_bias[..., : key.shape[2]]
         attention_mask, is_causal = _joined(bias, attention_mask, is_causal, query), False
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.to(query.dtype)
     output, _ = split_attention(
         query,
         key,
@@ -197,13 +209,21 @@ def _joined(
     bias: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor
 ) -> torch.Tensor:
     """One additive mask of the bias and of what the mask or the causal half hides."""
-    bias = bias.to(query.dtype)
     if is_causal:
         size = (query.shape[2], bias.shape[-1])
         mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
     if mask is None:
         return bias
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def _as_autocast(operand: torch.Tensor) -> torch.Tensor:
+    """In the dtype that autocast gives sdpa: its own, and float64 is left alone."""
+    device = operand.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return operand
+    is_double = operand.dtype == torch.float64
+    return operand if is_double else operand.to(torch.get_autocast_dtype(device))
 
 
 def _short(given: object) -> str:

@@ -1,0 +1,115 @@
+// Whether a kernel family can take a call, and how it is cut into blocks. Knows strides, sizes and
+// tuning.h; nothing of CUDA.
+#include <algorithm>
+#include <cstdint>
+
+#include "families.h"
+#include "tuning.h"
+
+namespace merge_attn_states::cuda {
+namespace {
+
+bool is_aligned(const Rows& rows, int64_t element_bytes, int64_t pack_bytes) {
+  const auto multiple = [=](int64_t value) { return value % pack_bytes == 0; };
+  return rows.element_stride == 1 && multiple(reinterpret_cast<intptr_t>(rows.data)) &&
+         multiple(rows.token_stride * element_bytes) && multiple(rows.head_stride * element_bytes);
+}
+
+// Whole rows consist of aligned packs of `bytes` of input, and the output's of as many elements.
+bool consists_of_packs(const MergeCall& call, int64_t bytes) {
+  const int64_t input_bytes = size_of(call.input_dtype), output_bytes = size_of(call.output_dtype);
+  const int64_t elements = bytes / input_bytes;
+  return call.geometry.head_size > 0 && call.geometry.head_size % elements == 0 &&
+         is_aligned(call.parts.prefix.output, input_bytes, bytes) &&
+         is_aligned(call.parts.suffix.output, input_bytes, bytes) &&
+         is_aligned(call.merged.output, output_bytes, elements * output_bytes);
+}
+
+int64_t packs_per_row(const MergeCall& call) {
+  return call.geometry.head_size * size_of(call.input_dtype) / 16;
+}
+
+// The highest element of an operand, and none below its first.
+bool reaches_at_most(int64_t limit, const Geometry& geometry, int64_t token_stride,
+                     int64_t head_stride) {
+  return token_stride >= 0 && head_stride >= 0 &&
+         (geometry.num_tokens - 1) * token_stride + (geometry.num_heads - 1) * head_stride <= limit;
+}
+
+// Offsets in packs, of LSEs in elements, have 32 bits.
+bool fits_32_bits(const MergeCall& call) {
+  constexpr int64_t kReach = UINT32_MAX;
+  const Geometry& geometry = call.geometry;
+  const int64_t elements = 16 / size_of(call.input_dtype);
+  const auto fits = [&](const State& state) {
+    const auto& [rows, lses] = state;
+    return reaches_at_most(kReach * elements - geometry.head_size, geometry, rows.token_stride,
+                           rows.head_stride) &&
+           reaches_at_most(kReach, geometry, lses.token_stride, lses.head_stride);
+  };
+  return fits(call.parts.prefix) && fits(call.parts.suffix) && fits(call.merged) &&
+         std::max(geometry.num_tokens, geometry.num_heads) <= kMaxGridX / 2;
+}
+
+bool replaces_an_lse(const MergeCall& call) {
+  const void* merged = call.merged.lse.data;
+  return merged != nullptr &&
+         (merged == call.parts.prefix.lse.data || merged == call.parts.suffix.lse.data);
+}
+
+bool has_rows_without_context(const MergeCall& call) {
+  return call.rule.num_tokens_with_context < call.geometry.num_tokens;
+}
+
+int64_t num_tiles(const MergeCall& call, const PairShape& shape) {
+  const auto& [num_tokens, num_heads, head_size] = call.geometry;
+  const int64_t inner = shape.tokens_inside ? num_tokens : num_heads;
+  const int64_t outer = shape.tokens_inside ? num_heads : num_tokens;
+  return ((inner - 1) / shape.rows + 1) * outer;
+}
+
+}  // namespace
+
+std::optional<PairShape> pair_shape(const MergeCall& call, int capability) {
+  const bool supported = call.input_dtype == DType::kFloat32 ||
+                         call.input_dtype == DType::kFloat16 ||
+                         call.input_dtype == DType::kBFloat16;
+  const int64_t packs_a_row = packs_per_row(call);
+  if (!supported || !consists_of_packs(call, 16) || packs_a_row > kMaxThreads ||
+      !fits_32_bits(call)) {
+    return std::nullopt;
+  }
+  const Tuning& tuning = tuning_of(capability);
+  const Geometry& geometry = call.geometry;
+  const int64_t packs = geometry.num_rows() * packs_a_row;  // fits: operands have 32-bit offsets
+  // Without a barrier all reads of an LSE that is replaced must be one warp's; and only tiles can
+  // leave rows where they are.
+  const bool needs_tiles = (replaces_an_lse(call) && 32 % packs_a_row != 0) ||
+                           (call.keeps_suffix_rows() && has_rows_without_context(call));
+  PairShape shape{.weighs_by_tile = packs > tuning.rows_packs || needs_tiles};
+  const int wanted = !shape.weighs_by_tile       ? tuning.rows_threads
+                     : packs < tuning.dram_packs ? tuning.tiles_threads
+                                                 : tuning.dram_threads;
+  shape.rows = static_cast<int>(std::max<int64_t>(1, wanted / packs_a_row));
+  shape.threads = static_cast<int>((shape.rows * packs_a_row + 31) / 32 * 32);
+  const Lses& lse = call.parts.suffix.lse;
+  const bool heads_are_contiguous = lse.head_stride == 1 && lse.token_stride != 1;
+  const bool tokens_fill_tiles = geometry.num_tokens >= kFewestTokenTiles * shape.rows;
+  shape.tokens_inside =
+      !heads_are_contiguous && (tokens_fill_tiles || geometry.num_tokens > geometry.num_heads);
+  shape.blocks = num_tiles(call, shape);
+  return shape.blocks <= kMaxGridX ? std::optional(shape) : std::nullopt;
+}
+
+GenericShape generic_shape(const MergeCall& call) {
+  const bool packs = consists_of_packs(call, kGenericPackBytes);
+  const int64_t elements = packs ? kGenericPackBytes / size_of(call.input_dtype) : 1;
+  const int64_t wanted = std::max(kGenericElements, kGenericThreads * kGenericUnroll * elements);
+  const int64_t most =
+      std::clamp<int64_t>(call.geometry.num_rows() / kGenericBlocks, 1, kGenericMaxRows);
+  const int64_t head_size = std::max<int64_t>(1, call.geometry.head_size);
+  return {.rows = static_cast<int>(std::clamp<int64_t>(wanted / head_size, 1, most)),
+          .pack_elements = static_cast<int>(elements)};
+}
+
+}  // namespace merge_attn_states::cuda

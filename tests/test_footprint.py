@@ -1,0 +1,141 @@
+"""Which bytes two operands have in common: the search by itself against the bytes one by one."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import compiler, run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+UNLIMITED = 2**31 - 1
+
+SOURCE = """
+#include "core/footprint.h"
+
+using namespace merge_attn_states;
+
+struct View {
+  const void* data;
+  int64_t sizes[kMaxRank], strides[kMaxRank];
+  int rank, element_bytes;
+};
+
+static Footprint of(const View& view) {
+  Extent extent;
+  find_extent(view.data, view.sizes, view.strides, view.rank, view.element_bytes, extent);
+  return footprint(extent, view.sizes, view.strides, view.rank, view.element_bytes);
+}
+
+extern "C" int search_budget() { return kSearchBudget; }
+extern "C" bool views_overlap(const View& a, const View& b, int budget) {
+  return overlaps(of(a), of(b), budget);
+}
+extern "C" bool view_overlaps_itself(const View& a, int budget) {
+  return overlaps_itself(of(a), budget);
+}
+"""
+
+
+class View(ctypes.Structure):
+    """Elements `at` bytes behind a border in the middle of the address space."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("sizes", ctypes.c_int64 * 3),
+        ("strides", ctypes.c_int64 * 3),
+        ("rank", ctypes.c_int),
+        ("element_bytes", ctypes.c_int),
+    )
+
+    def __init__(self, at, sizes, strides, element_bytes):
+        array = ctypes.c_int64 * 3
+        super().__init__(2**40 + at, array(*sizes), array(*strides), len(sizes), element_bytes)
+
+    def touched(self):
+        """The address of every byte of every element."""
+        steps = zip(self.sizes[: self.rank], self.strides[: self.rank], strict=True)
+        elements = np.array([self.data])
+        for size, stride in steps:
+            offsets = np.arange(size) * stride * self.element_bytes
+            elements = (elements[:, None] + offsets).reshape(-1)
+        return (elements[:, None] + np.arange(self.element_bytes)).reshape(-1)
+
+
+@pytest.fixture(scope="module")
+def footprints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("footprint")
+    source, library = folder / "footprints.cpp", folder / "footprints.so"
+    source.write_text(SOURCE)
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    search = ROOT / "csrc" / "core" / "footprint.cpp"
+    run_command(compiler("CXX", "c++", "g++"), *flags, source, search, "-o", library)
+    functions = ctypes.CDLL(str(library))
+    functions.views_overlap.argtypes = [ctypes.POINTER(View)] * 2 + [ctypes.c_int]
+    functions.view_overlaps_itself.argtypes = [ctypes.POINTER(View), ctypes.c_int]
+    functions.views_overlap.restype = functions.view_overlaps_itself.restype = ctypes.c_bool
+    return functions
+
+
+@st.composite
+def views(draw, most_elements=3000):
+    """Two or three dimensions whose strides nest in no order; begins near the others."""
+    sizes = [draw(st.integers(1, 40)) for _ in range(draw(st.integers(2, 3)))]
+    while np.prod(sizes) > most_elements:
+        sizes[int(np.argmax(sizes))] //= 2
+    largest = draw(st.sampled_from([12, 300, 3000]))
+    strides = [draw(st.integers(-largest, largest)) for _ in sizes]
+    return View(
+        draw(st.integers(-largest, largest)), sizes, strides, draw(st.sampled_from([1, 2, 4]))
+    )
+
+
+@given(a=views(), b=views())
+def test_an_overlap_is_claimed_where_there_is_one(a, b, footprints):
+    """Never a false refusal; and what is missed is missed because the search was ended."""
+    common = bool(np.intersect1d(a.touched(), b.touched()).size)
+    assert footprints.views_overlap(a, b, UNLIMITED) == common
+    if footprints.views_overlap(a, b, footprints.search_budget()):
+        assert common
+
+
+@given(a=views())
+def test_an_overlap_with_itself_is_claimed_where_there_is_one(a, footprints):
+    touched = a.touched()
+    common = len(np.unique(touched)) < len(touched)
+    assert footprints.view_overlaps_itself(a, UNLIMITED) == common
+    if footprints.view_overlaps_itself(a, footprints.search_budget()):
+        assert common
+
+
+@given(a=views(most_elements=32), b=views(most_elements=32))
+def test_few_elements_are_always_decided(a, b, footprints):
+    common = bool(np.intersect1d(a.touched(), b.touched()).size)
+    assert footprints.views_overlap(a, b, footprints.search_budget()) == common
+
+
+SIZES = (5, 15, 38)
+STRIDES = ((1189, 1352, 1054), (2531, 877, 1934))
+
+
+def test_a_search_that_takes_too_long_is_ended(footprints):
+    """What README's limits say: an overlap of such strides may not be seen."""
+    a, b = View(0, SIZES, STRIDES[0], 4), View(68, SIZES, STRIDES[1], 4)
+    assert np.intersect1d(a.touched(), b.touched()).size
+    assert footprints.views_overlap(a, b, UNLIMITED)
+    assert not footprints.views_overlap(a, b, footprints.search_budget())
+
+
+@pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)], ids=str)
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_one_byte_at_an_end_is_enough(end, signs, footprints):
+    """Where the lowest bytes of both are one, or the highest, nothing is searched."""
+    a, b = (
+        View(0, SIZES, [sign * stride for stride in strides], 4)
+        for sign, strides in zip(signs, STRIDES, strict=True)
+    )
+    pick = min if end == "first" else max
+    b.data += int(pick(a.touched()) - pick(b.touched()))
+    assert footprints.views_overlap(a, b, 0)
