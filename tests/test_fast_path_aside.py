@@ -241,8 +241,8 @@ REFUSED_OUTPUT = {
     ),
     "zeros without memory": (
         RIGHT["zeros without memory"],
-        RuntimeError,
-        "ZeroTensors are immutable",
+        ValueError,
+        "output: expected memory of its own",
     ),
 }
 
