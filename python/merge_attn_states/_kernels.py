@@ -16,7 +16,7 @@ __all__ = ["Op", "named_tensors", "operands", "register", "written"]
 
 Op = torch._ops.OpOverload[..., Any]
 
-_library = torch.library.Library("merge_attn_states", "IMPL")
+_library = torch.library.Library("merge_attn_states", "IMPL")  # type: ignore[no-untyped-call]
 
 
 def operands(op: Op) -> dict[str, bool]:
@@ -41,7 +41,7 @@ def named_tensors(op: Op, args: tuple[Any, ...]) -> Iterator[tuple[str, torch.Te
 def register(op: Op) -> None:
     """Let autograd and the negative bit see what `op` writes."""
     for key, kernel in (("Autograd", _autograd(op)), ("Negative", _negative(op))):
-        _library.impl(op._schema.name, kernel, key, with_keyset=True)
+        _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _autograd(op: Op) -> Callable[..., None]:
@@ -71,7 +71,7 @@ def _refuse_derivatives(op: Op, args: tuple[Any, ...]) -> None:
                 f"{name}: expected a tensor that does not require grad, since the merge writes in "
                 "place and has no gradient; call it under torch.no_grad() or on detached tensors"
             )
-        if dual and forward_ad.unpack_dual(operand).tangent is not None:
+        if dual and forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"{name}: expected a tensor without a forward-mode tangent, since the merge writes "
                 "in place and has no gradient; call it on unpack_dual(...).primal"

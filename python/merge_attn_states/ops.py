@@ -86,8 +86,8 @@ def merge_attn_states(
     UnavailableError
         This build or machine has no kernel for the device.
     RuntimeError
-        CUDA refused the launch. Compiled or traced code raises a RuntimeError, or a class derived
-        from it, for each of these; its message contains the sentence.
+        CUDA refused the launch. In compiled or traced code each of these is what PyTorch makes of
+        it, a ValueError or a RuntimeError whose message contains the sentence.
 
     Notes
     -----
