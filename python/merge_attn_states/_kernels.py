@@ -1,7 +1,8 @@
-"""What PyTorch asks of an operator that writes in place, beside its CPU and CUDA kernels.
+"""What stands around an operator that writes in place: how it is called, what PyTorch asks of it.
 
-Registered from Python: PyTorch's stable C++ ABI neither dispatches below a key nor knows
-requires_grad or a version counter. Everything goes by the operator's schema.
+The kernels for autograd and for the negative bit are registered from Python: PyTorch's stable C++
+ABI neither dispatches below a key nor knows requires_grad or a version counter. Everything goes by
+the operator's schema.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["Op", "named_tensors", "operands", "register", "written"]
+from ._errors import UnavailableError
 
+__all__ = ["Args", "Op", "call", "named_tensors", "operands", "register", "written"]
+
+Args = tuple[Any, ...]  # an operator's, in its order
 Op = torch._ops.OpOverload[..., Any]
 
 _library = torch.library.Library("merge_attn_states", "IMPL")  # type: ignore[no-untyped-call]
@@ -31,11 +35,36 @@ def written(op: Op) -> list[int]:
     return [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
 
-def named_tensors(op: Op, args: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+def named_tensors(op: Op, args: Args) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield what was given of the operator's tensors; the dispatcher leaves defaults out."""
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if isinstance(value, torch.Tensor):
             yield argument.name, value
+
+
+def call(op: Op, args: Args, check: Op) -> Any:
+    """Run the operator; what it refuses is a ValueError on every PyTorch.
+
+    A std::invalid_argument of an operator is a RuntimeError from PyTorch 2.15 on, so `check` is
+    asked what is wrong with the same arguments: a status and a sentence.
+    """
+    try:
+        return op(*args)
+    except RuntimeError:
+        refusal = _refusal(check, args)
+        if refusal is None:
+            raise
+        raise refusal from None
+
+
+def _refusal(check: Op, args: Args) -> Exception | None:
+    """Say what is wrong with the arguments; None where it is not for the C entry to say."""
+    try:
+        status, sentence = check(*args)
+    except RuntimeError:  # an operand that no kernel gets to see
+        return None
+    # enum merge_attn_states_status in include/merge_attn_states.h
+    return {1: ValueError(sentence), 2: UnavailableError(sentence)}.get(status)
 
 
 def register(op: Op) -> None:
@@ -61,7 +90,7 @@ def _autograd(op: Op) -> Callable[..., None]:
     return kernel
 
 
-def _refuse_derivatives(op: Op, args: tuple[Any, ...]) -> None:
+def _refuse_derivatives(op: Op, args: Args) -> None:
     grad_mode, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not grad_mode and not dual:
         return
@@ -96,5 +125,5 @@ def _negative(op: Op) -> Callable[..., None]:
     return kernel
 
 
-def _given(positions: list[int], args: tuple[Any, ...]) -> list[int]:
+def _given(positions: list[int], args: Args) -> list[int]:
     return [i for i in positions if i < len(args) and args[i] is not None]

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 
 from . import _kernels
-from ._errors import UnavailableError
 from ._library import fast_path
 
 __all__ = ["SelectedKernel", "merge_attn_states", "selected_kernel"]
@@ -125,7 +124,7 @@ def merge_attn_states(
     if torch.compiler.is_compiling():
         _merge_compiled(args)
     else:
-        _call(_op.merge_attn_states.default, args)
+        _kernels.call(_op.merge_attn_states.default, args, _op.check.default)
 
 
 def selected_kernel(
@@ -160,13 +159,12 @@ prefill_tokens_with_context, output_scale
     """
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     args = _checked((*operands, output_scale), prefill_tokens_with_context)
-    return SelectedKernel(*_call(_op.selected_kernel.default, args))
+    return SelectedKernel(*_kernels.call(_op.selected_kernel.default, args, _op.check.default))
 
 
-_Args = tuple[Any, ...]  # in the operator's order
-
-
-def _checked(operands: tuple[torch.Tensor | None, ...], count: SupportsIndex | None) -> _Args:
+def _checked(
+    operands: tuple[torch.Tensor | None, ...], count: SupportsIndex | None
+) -> _kernels.Args:
     """Refuse what is no tensor or no count, and return the operator's arguments."""
     for (name, optional), operand in zip(_OPERANDS.items(), operands, strict=True):
         if not isinstance(operand, torch.Tensor) and not (operand is None and optional):
@@ -197,7 +195,7 @@ def _checked_count(
     return count
 
 
-def _merge_compiled(args: _Args) -> None:
+def _merge_compiled(args: _kernels.Args) -> None:
     """Merge inside a graph.
 
     In grad mode, into fresh tensors: what autograd saves of a graph may be the memory that Inductor
@@ -215,30 +213,6 @@ def _merge_compiled(args: _Args) -> None:
     op(*fresh)
     for i, tensor in written:
         tensor.copy_(fresh[i])
-
-
-def _call(op: _kernels.Op, args: _Args) -> Any:
-    """Run the operator; what it refuses is a ValueError on every PyTorch.
-
-    A std::invalid_argument of an operator is a RuntimeError from PyTorch 2.15 on.
-    """
-    try:
-        return op(*args)
-    except RuntimeError:
-        refusal = _refusal(args)
-        if refusal is None:
-            raise
-        raise refusal from None
-
-
-def _refusal(args: _Args) -> Exception | None:
-    """Say what is wrong with the arguments; None where it is not for the C entry to say."""
-    try:
-        status, sentence = _op.check.default(*args)
-    except RuntimeError:  # an operand that no kernel gets to see
-        return None
-    # enum merge_attn_states_status in include/merge_attn_states.h
-    return {1: ValueError(sentence), 2: UnavailableError(sentence)}.get(status)
 
 
 _kernels.register(_op.merge_attn_states.default)
