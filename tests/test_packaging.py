@@ -227,9 +227,9 @@ def test_headers_are_tracked_for_cuda_files():
         pytest.skip("nothing was built in this checkout")
     if "nvcc = " not in (objects / "build.ninja").read_text():
         pytest.skip("built without CUDA kernels")
-    command = [f"{tools}/ninja", "-t", "deps", str(objects / "csrc" / "cuda" / "vectorized.o")]
+    command = [f"{tools}/ninja", "-t", "deps", str(objects / "csrc" / "cuda" / "pair.o")]
     deps = subprocess.run(command, cwd=objects, capture_output=True, text=True, check=True).stdout
-    assert str(ROOT / "csrc" / "lse.h") in deps
+    assert str(ROOT / "csrc" / "core" / "state.h") in deps
 
 
 def test_info_without_the_op_library_is_one_sentence(tmp_path):

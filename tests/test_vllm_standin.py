@@ -216,7 +216,7 @@ def test_vllm_gets_all_back_where_no_kernel_runs(vllm, log, monkeypatch):
 
 
 def test_what_is_raised_without_a_kernel_names_the_build():
-    sources = [ROOT / "csrc" / name for name in ("merge.cpp", "cuda/launch.cu")]
+    sources = [ROOT / "csrc" / name for name in ("entry.cpp", "cuda/launch.cu")]
     raised = [
         " ".join(re.findall(r'"([^"]*)"', text))
         for source in sources
