@@ -2,8 +2,8 @@
 
     python chain.py neighbours.so NUM_TOKENS NUM_HEADS HEAD_SIZE
 
-A call is dependent where MERGE_ATTN_STATES_PDL=1 is set. Prints how many of the calls in a stream and
-in a graph were wrong, and how many of the graph's three kernels were launched dependent.
+A call is dependent where MERGE_ATTN_STATES_PDL=1 is set. Prints how many calls in a stream and in a
+graph were wrong, and how many of the graph's three kernels were launched dependent.
 """
 
 import ctypes
