@@ -1,15 +1,23 @@
 """Whether a provider's answer is right: nobody is timed before."""
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from merge_attn_states.reference import merge_attn_states_reference, saturate
 
 from .operands import Operands
-from .providers import Bound
+from .timing import Call
 
 SAMPLED_TOKENS = 64
+
+
+class Bound(NamedTuple):
+    """A provider bound to one set of operands."""
+
+    call: Call
+    answer: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # after a call: output, output_lse
 
 
 def check(bound: Bound, operands: Operands) -> str:

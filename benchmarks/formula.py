@@ -1,7 +1,5 @@
 """The formula of section 2.2 of arXiv 2501.01005, as one writes it in PyTorch."""
 
-from __future__ import annotations
-
 import torch
 
 

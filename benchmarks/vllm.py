@@ -4,8 +4,6 @@ The op takes its arguments in another order than the Python function, and releas
 many there are: they are matched by the names in its schema.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.metadata
@@ -17,16 +15,9 @@ import torch
 from .operands import Operands
 
 DISPATCHER = "vllm.v1.attention.ops.merge_attn_states"
-ORDER_OF_TODAY = [  # 0.26 to 0.33
-    "output",
-    "output_lse",
-    "prefix_output",
-    "prefix_lse",
-    "suffix_output",
-    "suffix_lse",
-    "prefill_tokens_with_context",
-    "output_scale",
-]
+# Of the op, from 0.26 to 0.33.
+ORDER = ["output", "output_lse", "prefix_output", "prefix_lse", "suffix_output", "suffix_lse"]
+ORDER += ["prefill_tokens_with_context", "output_scale"]
 
 
 @functools.cache
@@ -91,7 +82,7 @@ def dispatcher() -> Callable[..., None] | None:
     if version() is not None:
         function: Callable[..., None] = importlib.import_module(DISPATCHER).merge_attn_states
         return function
-    return merge_behind_checks if argument_names() == ORDER_OF_TODAY else None
+    return merge_behind_checks if argument_names() == ORDER else None
 
 
 class _Platform:
@@ -105,17 +96,8 @@ _platform = _Platform()
 _KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def merge_behind_checks(
-    output: torch.Tensor,
-    prefix_output: torch.Tensor,
-    prefix_lse: torch.Tensor,
-    suffix_output: torch.Tensor,
-    suffix_lse: torch.Tensor,
-    output_lse: torch.Tensor | None = None,
-    prefill_tokens_with_context: int | None = None,
-    output_scale: torch.Tensor | None = None,
-) -> None:
-    """What vLLM's dispatcher does with a call that its kernel takes, step by step.
+def merge_behind_checks(output: torch.Tensor, *others: torch.Tensor) -> None:
+    """Do what vLLM's dispatcher does with a call that its kernel takes, step by step.
 
     Written after it: the platform, the dtype and the head size are asked for, the wrapper function
     is imported inside the function, and the wrapper looks the op up and calls it.
@@ -132,36 +114,10 @@ def merge_behind_checks(
         raise NotImplementedError("vLLM would go to its Triton kernel here")
     from benchmarks.vllm import call_op
 
-    call_op(
-        output,
-        prefix_output,
-        prefix_lse,
-        suffix_output,
-        suffix_lse,
-        output_lse,
-        prefill_tokens_with_context,
-        output_scale,
-    )
+    call_op(output, *others)
 
 
-def call_op(
-    output: torch.Tensor,
-    prefix_output: torch.Tensor,
-    prefix_lse: torch.Tensor,
-    suffix_output: torch.Tensor,
-    suffix_lse: torch.Tensor,
-    output_lse: torch.Tensor | None = None,
-    prefill_tokens_with_context: int | None = None,
-    output_scale: torch.Tensor | None = None,
-) -> None:
+def call_op(*operands: torch.Tensor | None) -> None:
     """Stand for `vllm._custom_ops.merge_attn_states`: positional, in the op's order."""
-    torch.ops._C.merge_attn_states(
-        output,
-        output_lse,
-        prefix_output,
-        prefix_lse,
-        suffix_output,
-        suffix_lse,
-        prefill_tokens_with_context,
-        output_scale,
-    )
+    output, prefix, prefix_lse, suffix, suffix_lse, lse = operands
+    torch.ops._C.merge_attn_states(output, lse, prefix, prefix_lse, suffix, suffix_lse, None, None)
