@@ -10,22 +10,12 @@ from typing import Any
 import torch
 
 PLAIN = "contiguous"
-KINDS = {
-    PLAIN: "every operand dense, output_lse given",
-    "padded heads": "the parts lie in rows half as wide again (192 for 128), the output is dense",
-    "heads first": "[H, N, D] storage",
-    "row-strided LSE": "each LSE a slice of a wider [H, N + 64]",
-    "tokens-first LSE": "each LSE an [N, H] transposed",
-    "onto prefix": "output is prefix_output, output_lse is prefix_lse",
-    "onto suffix": "output is suffix_output, output_lse is suffix_lse",
-    "half context": "prefill_tokens_with_context = N / 2",
-    "half context, onto suffix": "both",
-    "half context, output onto suffix": "both, output_lse in memory of its own",
-    "half empty": "half of the prefix rows are empty, in blocks of 256",
-    "FP8 output": "float8_e4m3fn, with output_scale",
-    "FP8 inputs": "float8_e4m3fn everywhere",
-    "8-byte aligned": "every operand 8 bytes past a pack's border",
-}
+KINDS = (  # docs/benchmarks.md describes them
+    *(PLAIN, "padded heads", "heads first", "row-strided LSE", "tokens-first LSE"),
+    *("onto prefix", "onto suffix", "half context", "half context, onto suffix"),
+    *("half context, output onto suffix", "half empty", "FP8 output", "FP8 inputs"),
+    "8-byte aligned",
+)
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -87,15 +77,8 @@ class Case:
         return fields | {"kind": self.kind, "size": self.size, "bytes": self.bytes()}
 
 
-SIZES = {  # tokens, heads of each size: decode, and chunks of a prefill
-    "1x128": (1, 128),
-    "16x16": (16, 16),
-    "64x16": (64, 16),
-    "256x16": (256, 16),
-    "1024x16": (1024, 16),
-    "2048x16": (2048, 16),
-    "8192x16": (8192, 16),
-}
+# Tokens and heads of each size: decode, and chunks of a prefill.
+SIZES = {"1x128": (1, 128)} | {f"{n}x16": (n, 16) for n in (16, 64, 256, 1024, 2048, 8192)}
 LAYOUT_SIZES = ("64x16", "256x16", "2048x16", "8192x16")
 NEIGHBOUR_KINDS = (
     *("padded heads", "heads first", "row-strided LSE", "tokens-first LSE", "onto prefix"),

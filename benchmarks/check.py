@@ -1,6 +1,7 @@
 """Whether a provider's answer is right: nobody is timed before."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,8 @@ def check(bound: Bound, operands: Operands) -> str:
     sample = torch.tensor(sorted(set(places)), device=operands.output.device)
     count = operands.prefill_tokens_with_context
     expected, expected_lse = merge_attn_states_reference(
-        operands.prefix_output[sample],
-        operands.prefix_lse[:, sample],
-        operands.suffix_output[sample],
-        operands.suffix_lse[:, sample],
+        *(operands.prefix_output[sample], operands.prefix_lse[:, sample]),
+        *(operands.suffix_output[sample], operands.suffix_lse[:, sample]),
         None if count is None else int((sample < count).sum()),
         operands.output_scale,
     )
@@ -54,13 +53,10 @@ def check(bound: Bound, operands: Operands) -> str:
         return "NaN in output_lse"
     tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)
     try:
-        torch.testing.assert_close(
-            output[sample].double(), expected, rtol=tolerance, atol=tolerance
-        )
+        close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+        close(output[sample].double(), expected)
         if output_lse is not None:
-            torch.testing.assert_close(
-                output_lse[:, sample].double(), expected_lse, rtol=1e-5, atol=1e-4
-            )
+            close(output_lse[:, sample].double(), expected_lse, rtol=1e-5, atol=1e-4)
     except AssertionError as error:
         return " ".join(str(error).split())
     return ""

@@ -41,12 +41,12 @@ def limits(case: Case, sets: int, device: torch.device) -> dict[str, list[Call]]
     buffers = [_buffers(bytes_, sets, device) for bytes_ in (size, size, size // (1 + narrow))]
     has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
     return {
-        f"plain, {variant.name}": [
+        f"plain, {name}": [
             partial(kernels.plain, variant, memory, packs, narrow)
             for memory in zip(*buffers, strict=True)
         ]
-        for variant in kernels.COLD
-        if has_dependent or not variant.is_dependent
+        for name, variant in kernels.COLD.items()
+        if has_dependent or not variant[2]
     }
 
 

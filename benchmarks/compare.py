@@ -17,7 +17,7 @@ from merge_attn_states._library import OP_LIBRARY
 from . import options
 from .process import medians, passed_on, run_processes
 from .results import ratio
-from .tables import microseconds, number, plain
+from .tables import markdown, microseconds, number
 
 
 def with_library(library: Path, folder: Path) -> Path:
@@ -31,9 +31,7 @@ def with_library(library: Path, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
-    parser.add_argument(
-        "libraries", type=options.file, nargs="+", metavar="LIBRARY", help="two or more"
-    )
+    parser.add_argument("libraries", type=Path, nargs="+", metavar="LIBRARY", help="two or more")
     options.add_measuring(parser)
     parser.add_argument("--turns", type=options.positive, default=3, help="processes of each")
     chosen = parser.parse_args(arguments)
@@ -44,7 +42,7 @@ def main(arguments: list[str]) -> int:
     seen: list[list[Any]] = [[] for _ in chosen.libraries]
     with tempfile.TemporaryDirectory() as folder:
         paths = [
-            with_library(Path(library), Path(folder, str(index)))
+            with_library(library, Path(folder, str(index)))
             for index, library in enumerate(chosen.libraries)
         ]
         for _ in range(chosen.turns):
@@ -55,9 +53,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def table(names: Sequence[str], seen: Sequence[Sequence[Any]], group: str) -> str:
+def table(names: Sequence[Path], seen: Sequence[Sequence[Any]], group: str) -> str:
     """Of each library the median of its processes, and how often the limit goes into it."""
-    header = ["us", *(text for name in names for text in (name, "of the limit"))]
+    header = ["us", *(text for name in names for text in (name.name, "of the limit"))]
     each = [medians([answer["groups"][group] for answer in one]) for one in seen]
     rows = []
     for records in zip(*each, strict=True):
@@ -67,4 +65,4 @@ def table(names: Sequence[str], seen: Sequence[Sequence[Any]], group: str) -> st
             share = ratio(record, "ours", limit)
             row += [microseconds(record["us"]["ours"][0]), number(share, 3)]
         rows.append(row)
-    return plain(header, rows)
+    return markdown(header, rows)

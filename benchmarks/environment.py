@@ -87,23 +87,22 @@ def stale(environment: dict[str, Any]) -> str:
 
 
 def identity(
-    device: torch.device, measured: dict[str, Any], vllm_version: str | None = None
+    device: torch.device, sources: dict[str, Any], vllm_version: str | None = None
 ) -> dict[str, Any]:
     """What must agree for results to stand in one file. None: not known, or not there."""
-    cuda = device.type == "cuda"
+    build, cuda = merge_attn_states.build_info(), device.type == "cuda"
     return {
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
         "driver": nvidia_smi("driver_version").get("driver_version") if cuda else None,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "build_cuda": merge_attn_states.build_info()["cuda"],
-        "compiler": merge_attn_states.build_info()["compiler"],
+        "cuda": {"torch": torch.version.cuda, "build": build["cuda"]},
+        "compiler": build["compiler"],
         "vllm": (vllm_version or vllm.version()) if cuda else None,
         "python": platform.python_version(),
-        "trees": measured["trees"],
-        "dirty": measured["dirty"],
+        "trees": sources["trees"],
+        "dirty": sources["dirty"],
     }
 
 
@@ -118,12 +117,9 @@ def circumstances(device: torch.device, commit: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    lines = _answer("cat", "/proc/cpuinfo").splitlines()
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def nvidia_smi(*fields: str) -> dict[str, str]:

@@ -36,33 +36,27 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 Times = dict[str, dict[str, Timing]]  # regime: {provider: microseconds}
 
 
-def statements(device: torch.device, missing: dict[str, str]) -> dict[str, str]:
-    """What is timed, by provider."""
-    calls = {
-        "ours": f"merge({POSITIONAL})",
-        "ours_keyword": f"merge({KEYWORDS})",
-        "ours_ops": f"op({POSITIONAL})",
-        "add": "torch.add(prefix_output, suffix_output, out=output)",
-    }
-    if device.type == "cuda" and "vllm" not in missing:
-        calls["vllm"] = f"vllm_op({', '.join(vllm.argument_names())})"
-        if vllm.dispatcher() is not None:
-            calls["vllm_dispatcher"] = f"vllm_merge({POSITIONAL})"
-    return calls
-
-
 def timed_calls(device: torch.device, missing: dict[str, str]) -> dict[str, TimedCalls]:
-    """The statements as timed loops, each after its answer was checked."""
+    """Timed loops of each provider's statement, each after its answer was checked."""
     (operands,) = make_operands(HOST_CASE, 1, device)
     names: dict[str, Any] = operands._asdict() | {
         "torch": torch,
         "merge": merge_attn_states.merge_attn_states,
         "op": torch.ops.merge_attn_states.merge_attn_states,
     }
+    statements = {
+        "ours": f"merge({POSITIONAL})",
+        "ours_keyword": f"merge({KEYWORDS})",
+        "ours_ops": f"op({POSITIONAL})",
+        "add": "torch.add(prefix_output, suffix_output, out=output)",
+    }
     if device.type == "cuda" and "vllm" not in missing:
         names |= {"vllm_op": torch.ops._C.merge_attn_states, "vllm_merge": vllm.dispatcher()}
+        statements["vllm"] = f"vllm_op({', '.join(vllm.argument_names())})"
+        if names["vllm_merge"]:
+            statements["vllm_dispatcher"] = f"vllm_merge({POSITIONAL})"
     timed: dict[str, TimedCalls] = {}
-    for provider, statement in statements(device, missing).items():
+    for provider, statement in statements.items():
         run = partial(exec, statement, names)
         bound = Bound(run, lambda: (operands.output, operands.output_lse))
         if provider != "add" and (reason := check(bound, operands)):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -19,25 +18,13 @@ BUILT = SOURCE_FILE.parents[1] / "build" / "benchmarks"
 Tensors = Sequence[torch.Tensor]  # each dense
 
 
-class Variant(NamedTuple):
-    """A plain kernel: one of those whose best is the limit."""
+Variant = tuple[int, int, bool]  # threads, packs a thread, launched dependent on the one before
 
-    threads: int
-    packs_a_thread: int = 1
-    is_dependent: bool = False  # launched with programmatic stream serialization
-
-    @property
-    def name(self) -> str:
-        two = ", two packs a thread" if self.packs_a_thread == 2 else ""
-        return f"{self.threads} threads{two}{', dependent launch' if self.is_dependent else ''}"
-
-
-BETWEEN_NEIGHBOURS = [Variant(threads) for threads in (128, 256, 512)]
-COLD = [
-    Variant(threads, packs, dependent)
-    for threads, packs in ((128, 1), (256, 1), (512, 1), (1024, 1), (256, 2), (512, 2))
-    for dependent in (False, True)
-]
+# The plain kernels, whose best is the limit, by name.
+BETWEEN_NEIGHBOURS: dict[str, Variant] = {f"{t} threads": (t, 1, False) for t in (128, 256, 512)}
+COLD = BETWEEN_NEIGHBOURS | {"1024 threads": (1024, 1, False)}
+COLD |= {f"{t} threads, two packs each": (t, 2, False) for t in (256, 512)}
+COLD |= {f"{name}, dependent": (*how[:2], True) for name, how in COLD.items()}
 
 
 @functools.cache
@@ -81,8 +68,7 @@ def nothing(packs: int) -> None:
 
 def plain(variant: Variant, buffers: Tensors, packs: int, is_narrow: bool) -> None:
     """Read so many packs of two buffers and write as many bytes to the third, or half as many."""
-    how = variant.threads, variant.packs_a_thread, int(variant.is_dependent)
-    _launch("plain", *buffers, packs, int(is_narrow), *how)
+    _launch("plain", *buffers, packs, is_narrow, *variant)
 
 
 def packs_moved(row_bytes: int, is_narrow: bool) -> int:

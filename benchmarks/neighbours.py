@@ -70,8 +70,8 @@ def limits(case: Case, operands: Operands) -> dict[str, Call]:
     tensors = (operands.prefix_output, operands.suffix_output, operands.output)
     memory = [whole(tensor) for tensor in tensors]
     calls: dict[str, Call] = {
-        f"plain, {variant.name}": partial(kernels.plain, variant, memory, packs, narrow)
-        for variant in kernels.BETWEEN_NEIGHBOURS
+        f"plain, {name}": partial(kernels.plain, variant, memory, packs, narrow)
+        for name, variant in kernels.BETWEEN_NEIGHBOURS.items()
     }
     if is_compared_with_pytorch(case):
         calls["empty"] = partial(kernels.nothing, packs)

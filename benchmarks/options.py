@@ -22,10 +22,9 @@ def device(text: str) -> torch.device:
         found = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from error
-    if found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"this PyTorch sees no {text}")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}
+    if (found.index or 0) >= there.get(found.type, 0):
+        raise argparse.ArgumentTypeError(f"expected cpu or a CUDA device of this PyTorch's: {text}")
     return found
 
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
-from .cases import SIZES
 from .results import Record, Results, ratio, time_of
-from .tables import HEADLINE, megabytes
+from .tables import headline, megabytes
 
 BARS = {  # provider: title and colour
     "ours": ("merge_attn_states", "#2563eb"),
@@ -17,15 +16,9 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 16, 84, 62
 DASHES = "stroke='#111827' stroke-width='1.5' stroke-dasharray='5 3'"
 
 
-def drawn(results: Results) -> list[Record]:
-    """The records that are drawn."""
-    found = (results.find("neighbours", size=size, **HEADLINE) for size in SIZES)
-    return [record for record in found if record and time_of(record, "limit")]
-
-
 def svg(results: Results) -> str:
     """The picture; the same results give the same text."""
-    records = drawn(results)
+    records = headline(results)
     shares = [ratio(record, name, "limit") or 0.0 for record in records for name in BARS]
     scale = (HEIGHT - TOP - BOTTOM) / max(2.0, *shares)
     title = f"What a merge adds between two other kernels, {results.gpu}: shorter is faster"

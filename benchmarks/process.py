@@ -75,19 +75,12 @@ def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str
     cases = [case for case in GROUPS[group] if chosen.case in case.name]
     if group == "cpu":
         return [cpu.measure(case, rounds) for case in cases]
-    others = [] if "vllm" in missing else [VLLM]
+    who = [OURS] if "vllm" in missing else [OURS, VLLM]
     if group == "cold":
-        return [cold.measure(case, [OURS, *others], device, rounds) for case in cases]
-    pytorch = [] if chosen.only_ours else [COMPILED, EAGER]
-    return [
-        neighbours.measure(
-            case,
-            [OURS, *others, *(pytorch if is_compared_with_pytorch(case) else [])],
-            device,
-            rounds,
-        )
-        for case in cases
-    ]
+        return [cold.measure(case, who, device, rounds) for case in cases]
+    everyone = who if chosen.only_ours else [*who, COMPILED, EAGER]
+    asked = [everyone if is_compared_with_pytorch(case) else who for case in cases]
+    return [neighbours.measure(*one, device, rounds) for one in zip(cases, asked, strict=True)]
 
 
 def passed_on(chosen: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import picture
 from .environment import ROOT
 from .results import Results
-from .tables import group_table, headline, markdown
+from .tables import group_table, headline, headline_table, markdown
 from .targets import targets_table
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,7 +34,7 @@ def load(paths: Iterable[Path]) -> list[Results]:
 
 def readme(machines: Sequence[Results]) -> str:
     """One table and one picture, of the first GPU."""
-    shown = next((results for results in machines if picture.drawn(results)), None)
+    shown = next((results for results in machines if headline(results)), None)
     if shown is None:
         return f"{NO_RESULTS} [docs/benchmarks.md](docs/benchmarks.md) says how, and what of."
     return "\n\n".join(
@@ -43,7 +43,7 @@ def readme(machines: Sequence[Results]) -> str:
             f"reads the output, on an {shown.gpu}, bfloat16, head size 128: the median of three "
             "processes (least-most). The limit is a kernel that reads two buffers, writes one and "
             "computes nothing.",
-            markdown(*headline(shown)),
+            markdown(*headline_table(shown)),
             f"![What a merge adds, as a multiple of the limit]({PICTURE})",
             f"{origin(shown)}. [docs/benchmarks.md](docs/benchmarks.md) has the recipe, every "
             "case, the host's time, the CPU, and the targets that were met and missed.",
@@ -53,15 +53,13 @@ def readme(machines: Sequence[Results]) -> str:
 
 def docs(machines: Sequence[Results]) -> str:
     """Everything that was measured."""
-    paragraphs = [] if any(picture.drawn(results) for results in machines) else [NO_RESULTS]
+    paragraphs = [] if any(headline(results) for results in machines) else [NO_RESULTS]
     for results in machines:
         paragraphs += [f"### {results.gpu}", f"{origin(results)}.", *_machine(results)]
     return "\n\n".join(paragraphs)
 
 
 def _machine(results: Results) -> Iterator[str]:
-    if headline(results)[1]:
-        yield markdown(*headline(results))
     yield markdown(*targets_table(results)).replace("| missed |", "| **missed** |")
     if results.select("host"):
         yield markdown(*group_table(results, "host"))
@@ -111,7 +109,7 @@ def pages(machines: Sequence[Results], root: Path) -> Iterator[tuple[Path, str |
     for name, section in (("README.md", readme), ("docs/benchmarks.md", docs)):
         text = (root / name).read_text("utf-8")
         yield root / name, replaced(text, section(machines), name)
-    shown = next((results for results in machines if picture.drawn(results)), None)
+    shown = next((results for results in machines if headline(results)), None)
     yield root / PICTURE, picture.svg(shown) if shown else None
 
 

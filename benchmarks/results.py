@@ -33,32 +33,22 @@ class Results:
     def load(cls, path: Path) -> Results:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            schema = data["schema"]
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"expected schema {SCHEMA}, got {data['schema']}")
             results = cls(data["environment"])
             results.runs, results.records = data["runs"], data["records"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             said = f"{type(error).__name__}: {error}"
             raise SystemExit(f"{path} is no results file: {said}") from error
-        if schema != SCHEMA:
-            raise SystemExit(f"{path}: expected schema {SCHEMA}, got {schema}")
         return results
 
     def save(self, path: Path) -> None:
-        """One record a line, so that a difference can be read."""
-
-        def lines(values: Iterable[str]) -> str:
-            return ",\n".join(f"  {value}" for value in values)
-
-        runs = (f"{json.dumps(group)}: {json.dumps(run)}" for group, run in self.runs.items())
-        environment = json.dumps(self.environment, indent=2).replace("\n", "\n ")
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(
-            f'{{\n "schema": {SCHEMA},\n "environment": {environment},\n'
-            f' "runs": {{\n{lines(runs)}\n }},\n'
-            f' "records": [\n{lines(map(json.dumps, self.records))}\n ]\n}}\n',
-            encoding="utf-8",
-        )
-        unfinished.replace(path)
+        """A run or a record a line, so that a difference can be read."""
+        runs = [f"{json.dumps(group)}: {json.dumps(run)}" for group, run in self.runs.items()]
+        records = ",\n".join(map(json.dumps, self.records))
+        head = f'"schema": {SCHEMA},\n"environment": {json.dumps(self.environment, indent=1)}'
+        body = f'"runs": {{\n{", ".join(runs)}\n}},\n"records": [\n{records}\n]'
+        path.write_text(f"{{{head},\n{body}}}\n", encoding="utf-8")
 
     def refuses(self, environment: dict[str, Any]) -> str:
         """Why results of there may not stand in this file; empty where they may."""

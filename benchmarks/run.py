@@ -11,7 +11,7 @@ import merge_attn_states
 from . import environment, kernels, options
 from .process import medians, passed_on, run_processes
 from .results import Results
-from .tables import group_table, plain
+from .tables import group_table, markdown
 from .targets import targets_table
 
 PROCESSES = 3
@@ -46,10 +46,10 @@ def main(arguments: list[str]) -> int:
     }
     for group in groups:
         results.add(group, run, medians([answer["groups"][group] for answer in answers]))
-        print(f"\n{group}\n{plain(*group_table(results, group))}")
+        print(f"\n{group}\n{markdown(*group_table(results, group))}")
     if chosen.output:
         results.save(chosen.output)
-    print(f"\n{plain(*targets_table(results))}\n{run}\n{results.environment}")
+    print(f"\n{markdown(*targets_table(results))}\n{run}\n{results.environment}")
     return report_failures(results)
 
 

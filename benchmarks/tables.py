@@ -1,14 +1,13 @@
-"""Results as tables: plain text for a terminal, Markdown for README and docs."""
+"""Results as Markdown tables, for a terminal, README and docs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from .cases import PLAIN, SIZES
+from .cases import PLAIN
 from .results import Record, Results, ratio, time_of
 
 Row = Sequence[str]
 Table = tuple[Row, list[Row]]
 AT_THE_LIMIT = "at the limit"
-HEADLINE = {"kind": PLAIN, "dtype": "bfloat16", "head_size": 128}
 HOST = {  # who is called on the host, in the order of the table
     "ours": "merge_attn_states",
     "ours_keyword": "merge_attn_states, by keyword",
@@ -17,17 +16,6 @@ HOST = {  # who is called on the host, in the order of the table
     "vllm": "vLLM's op",
     "vllm_dispatcher": "vLLM's op behind its dispatcher",
 }
-
-
-def plain(header: Row, rows: Iterable[Row]) -> str:
-    """Columns as wide as they must be, the first to the left and the others to the right."""
-    table = [list(header), *map(list, rows)]
-    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    lines = []
-    for name, *cells in table:
-        padded = (cell.rjust(width) for cell, width in zip(cells, others, strict=True))
-        lines.append("  ".join([name.ljust(first), *padded]))
-    return "\n".join(lines)
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> str:
@@ -73,37 +61,14 @@ def share_of_limit(record: Record) -> str:
     return AT_THE_LIMIT if value is not None and value >= 1 else number(value, 3)
 
 
-def headline(results: Results) -> Table:
-    """Between neighbours in bfloat16, size for size: README's table."""
-    header = (
-        "tokens x heads",
-        "MB",
-        "merge_attn_states",
-        "limit",
-        "vLLM",
-        "ours / limit",
-        "vLLM / ours",
-    )
-    rows: list[Row] = []
-    for size in SIZES:
-        if record := results.find("neighbours", size=size, **HEADLINE):
-            cells = [spread(record, provider) for provider in ("ours", "limit", "vllm")]
-            ratios = [over_limit(record), times(ratio(record, "vllm", "ours"))]
-            rows.append([size, megabytes(record["bytes"]), *cells, *ratios])
-    return header, rows
-
-
+GPU = ("MB", "ours", "limit", "of the limit", "vLLM", "vLLM / ours", "ours / contiguous")
+NEIGHBOURS = ("empty kernel", "torch.compile", "eager", "neighbours alone")
 HEADERS = {
-    "neighbours": (
-        *("us added", "MB", "ours", "limit", "ours / limit", "vLLM", "vLLM / ours"),
-        *("ours / contiguous", "empty kernel", "torch.compile", "eager", "neighbours alone"),
-    ),
-    "cold": (
-        *("us", "MB", "ours", "limit", "of the limit", "vLLM", "vLLM / ours"),
-        *("ours / contiguous", "the limit is"),
-    ),
+    "neighbours": ("us added", *GPU, *NEIGHBOURS),
+    "cold": ("us", *GPU, "the limit is"),
     "cpu": ("us", "MB", "ours", "torch.ops", "torch.add's bytes", "eager", "eager / ours"),
 }
+HEADLINE_COLUMNS = 7  # of the neighbours'
 
 
 def _row(results: Results, record: Record) -> Iterator[str]:
@@ -113,10 +78,8 @@ def _row(results: Results, record: Record) -> Iterator[str]:
         yield from (spread(record, provider) for provider in ("ours_ops", "add", "eager"))
         yield times(ratio(record, "eager", "ours"))
         return
-    yield from (
-        spread(record, "limit"),
-        (over_limit if group == "neighbours" else share_of_limit)(record),
-    )
+    of_limit = over_limit(record) if group == "neighbours" else share_of_limit(record)
+    yield from (spread(record, "limit"), of_limit)
     yield from (spread(record, "vllm"), times(ratio(record, "vllm", "ours")))
     base, ours = time_of(results.contiguous(record), "ours"), time_of(record, "ours")
     yield times(ours / base) if ours and base and record["kind"] != PLAIN else "-"
@@ -125,6 +88,16 @@ def _row(results: Results, record: Record) -> Iterator[str]:
     else:
         others = ("empty", "compile", "eager", "neighbours")
         yield from (microseconds(time_of(record, name)) for name in others)
+
+
+def headline(results: Results) -> list[Record]:
+    """Between neighbours in bfloat16, size for size: README's table and picture."""
+    return results.select("neighbours", kind=PLAIN, dtype="bfloat16", head_size=128)
+
+
+def headline_table(results: Results) -> Table:
+    rows = [list(_row(results, record))[:HEADLINE_COLUMNS] for record in headline(results)]
+    return HEADERS["neighbours"][:HEADLINE_COLUMNS], rows
 
 
 def group_table(results: Results, group: str) -> Table:
