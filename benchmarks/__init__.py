@@ -3,7 +3,7 @@
 `python -m benchmarks --help`; docs/benchmarks.md says what each figure means. Its files:
 
     cases.py        what is measured; operands.py, the tensors of a case
-    providers.py    who is measured; formula.py and vllm.py hold what they need
+    providers.py    who is measured; vllm.py, vLLM's op
     check.py        whether an answer is right, before it is timed
     timing.py       the only timer
     kernels.cu      what a merge is timed between and against; kernels.py compiles and launches it

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 PLAIN = "contiguous"
-KINDS = (  # docs/benchmarks.md describes them
-    *(PLAIN, "padded heads", "heads first", "row-strided LSE", "tokens-first LSE"),
-    *("onto prefix", "onto suffix", "half context", "half context, onto suffix"),
-    *("half context, output onto suffix", "half empty", "FP8 output", "FP8 inputs"),
-    "8-byte aligned",
+NEIGHBOUR_KINDS = (  # docs/benchmarks.md describes them
+    *("padded heads", "heads first", "row-strided LSE", "tokens-first LSE", "onto prefix"),
+    *("onto suffix", "half context", "half context, onto suffix", "half empty", "FP8 output"),
 )
+COLD_KINDS = (
+    *("padded heads", "heads first", "half context", "half context, onto suffix"),
+    *("half context, output onto suffix", "half empty", "FP8 output"),
+)
+GENERIC_KINDS = ("FP8 inputs", "8-byte aligned")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -31,8 +34,9 @@ class Case:
     size: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        known = {PLAIN, *NEIGHBOUR_KINDS, *COLD_KINDS, *GENERIC_KINDS}
+        if self.kind not in known:
+            raise ValueError(f"kind: expected one of {known}, got {self.kind!r}")
 
     @property
     def name(self) -> str:
@@ -80,10 +84,6 @@ class Case:
 # Tokens and heads of each size: decode, and chunks of a prefill.
 SIZES = {"1x128": (1, 128)} | {f"{n}x16": (n, 16) for n in (16, 64, 256, 1024, 2048, 8192)}
 LAYOUT_SIZES = ("64x16", "256x16", "2048x16", "8192x16")
-NEIGHBOUR_KINDS = (
-    *("padded heads", "heads first", "row-strided LSE", "tokens-first LSE", "onto prefix"),
-    *("onto suffix", "half context", "half context, onto suffix", "half empty", "FP8 output"),
-)
 
 
 def _same_bytes(size: str, head_size: int, itemsize: int = 2) -> tuple[int, int, int]:
@@ -108,10 +108,6 @@ def _neighbours() -> list[Case]:
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576)
 UNEVEN_HEAD_SIZES = (100, 101)  # no whole packs of 16 bytes: the generic kernel
 LEAST_COLD_BYTES = 12_000_000
-COLD_KINDS = (
-    *("padded heads", "heads first", "half context", "half context, onto suffix"),
-    *("half context, output onto suffix", "half empty", "FP8 output"),
-)
 
 
 def _cold() -> list[Case]:
@@ -124,7 +120,7 @@ def _cold() -> list[Case]:
     for n, h in ((2048, 16), (8192, 16), (8192, 128)):
         cases += [Case(n, h, 128, kind=kind, size=f"{n}x{h}") for kind in COLD_KINDS]
     cases += [Case(8192, 32, d) for d in UNEVEN_HEAD_SIZES]
-    cases += [Case(8192, 32, 128, kind=kind) for kind in ("8-byte aligned", "FP8 inputs")]
+    cases += [Case(8192, 32, 128, kind=kind) for kind in GENERIC_KINDS]
     return [case for case in cases if case.bytes() >= LEAST_COLD_BYTES]
 
 

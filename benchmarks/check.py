@@ -1,8 +1,6 @@
 """Whether a provider's answer is right: nobody is timed before."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
@@ -14,22 +12,14 @@ from .timing import Call
 SAMPLED_TOKENS = 64
 
 
-class Bound(NamedTuple):
-    """A provider bound to one set of operands."""
-
-    call: Call
-    answer: Callable[[], tuple[torch.Tensor, torch.Tensor]]  # after a call: output, output_lse
-
-
-def check(bound: Bound, operands: Operands) -> str:
-    """Run a provider once and say what is wrong with its answer; empty where it is right.
+def check(call: Call, operands: Operands) -> str:
+    """Call once and say what is wrong with its answer; empty where it is right.
 
     Outputs start as NaN. Everything is searched for NaN, and tokens from end to end are compared
     with the reference, within what shows a wrong answer, not an imprecise one.
     """
-    tokens = operands.output.shape[0]
-    places = [i * (tokens - 1) // max(1, SAMPLED_TOKENS - 1) for i in range(SAMPLED_TOKENS)]
-    sample = torch.tensor(sorted(set(places)), device=operands.output.device)
+    last = operands.output.shape[0] - 1
+    sample = torch.linspace(0, last, SAMPLED_TOKENS, device=operands.output.device).long().unique()
     count = operands.prefill_tokens_with_context
     expected, expected_lse = merge_attn_states_reference(
         *(operands.prefix_output[sample], operands.prefix_lse[:, sample]),
@@ -40,13 +30,12 @@ def check(bound: Bound, operands: Operands) -> str:
     dtype = operands.output.dtype
     if dtype.itemsize == 1:
         expected = saturate(expected.contiguous(), dtype).double()
-    read = {id(tensor) for tensor in operands[1:5]}  # in place: an output is one of these
     for written in (operands.output, operands.output_lse):
-        if written is not None and id(written) not in read:
-            written.fill_(torch.nan)
+        if written is not None and not any(written is one for one in operands[1:5]):
+            written.fill_(torch.nan)  # in place it is an input
 
-    bound.call()
-    output, output_lse = bound.answer()
+    call()
+    output, output_lse = operands.output, operands.output_lse
     if bool(torch.isnan(output if dtype.itemsize > 1 else output.half()).any()):
         return "NaN in the output"
     if output_lse is not None and bool(torch.isnan(output_lse).any()):

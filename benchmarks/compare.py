@@ -8,7 +8,6 @@ CPU a small call's time is mostly its way.
 import argparse
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from merge_attn_states._library import OP_LIBRARY
 from . import options
 from .process import medians, passed_on, run_processes
 from .results import ratio
-from .tables import markdown, microseconds, number
+from .tables import markdown, number, spread
 
 
 def with_library(library: Path, folder: Path) -> Path:
@@ -35,34 +34,23 @@ def main(arguments: list[str]) -> int:
     options.add_measuring(parser)
     parser.add_argument("--turns", type=options.positive, default=3, help="processes of each")
     chosen = parser.parse_args(arguments)
-    if len(chosen.libraries) < 2:
-        parser.error("expected two op libraries or more")
     chosen.only = chosen.only or ["neighbours" if chosen.device.type == "cuda" else "cpu"]
     given = [*passed_on(chosen), "--only-ours"]
     seen: list[list[Any]] = [[] for _ in chosen.libraries]
     with tempfile.TemporaryDirectory() as folder:
-        paths = [
-            with_library(library, Path(folder, str(index)))
-            for index, library in enumerate(chosen.libraries)
-        ]
+        places = [Path(folder, str(index)) for index in range(len(chosen.libraries))]
+        paths = list(map(with_library, chosen.libraries, places))
         for _ in range(chosen.turns):
             for path, one in zip(paths, seen, strict=True):
                 one += run_processes("benchmarks.process", given, 1, first_on_path=path)
+    header = ["us", *(text for path in chosen.libraries for text in (str(path), "over the limit"))]
     for group in options.groups(chosen):
-        print(f"\n{group}\n{table(chosen.libraries, seen, group)}")
+        each = [medians([answer["groups"][group] for answer in one]) for one in seen]
+        limit = "add" if group == "cpu" else "limit"
+        rows = []
+        for records in zip(*each, strict=True):
+            rows.append([records[0]["case"]])
+            for one in records:
+                rows[-1] += [spread(one, "ours"), number(ratio(one, "ours", limit), 3)]
+        print(f"\n{group}\n{markdown(header, rows)}")
     return 0
-
-
-def table(names: Sequence[Path], seen: Sequence[Sequence[Any]], group: str) -> str:
-    """Of each library the median of its processes, and how often the limit goes into it."""
-    header = ["us", *(text for name in names for text in (name.name, "of the limit"))]
-    each = [medians([answer["groups"][group] for answer in one]) for one in seen]
-    rows = []
-    for records in zip(*each, strict=True):
-        row = [records[0]["case"]]
-        for record in records:
-            limit = "limit" if "limit" in record["us"] else "add"
-            share = ratio(record, "ours", limit)
-            row += [microseconds(record["us"]["ours"][0]), number(share, 3)]
-        rows.append(row)
-    return markdown(header, rows)

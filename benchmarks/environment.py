@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from . import vllm
 ROOT = Path(__file__).resolve().parents[1]
 TREES = ("csrc", "include", "python")
 NO_SOURCES = ("*.so", "__pycache__", "*.egg-info")  # what a build leaves there
-CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
 
 
 def _answer(*command: str) -> str:
@@ -27,9 +27,7 @@ def _answer(*command: str) -> str:
         return ""
 
 
-def git(*arguments: str) -> str:
-    """What git says of this checkout; nothing where there is no git or no checkout."""
-    return _answer("git", "-C", str(ROOT), *arguments)
+git = partial(_answer, "git", "-C", str(ROOT))  # nothing, too, where this is no checkout
 
 
 def tree_hash(folder: Path) -> str:
@@ -70,20 +68,14 @@ def sources(commit: str | None = None) -> dict[str, Any]:
     built = merge_attn_states.build_info()["commit"]
     dirty = built.endswith("-dirty")
     for tree, here in trees.items():
-        for of in [head, *([built] if tree != "python" else [])]:
-            committed = git("rev-parse", "--verify", "--quiet", f"{of}:{tree}")
-            dirty |= bool(committed) and committed != here
+        for commit in (head, built)[: 1 + (tree != "python")]:
+            dirty |= git("rev-parse", "--verify", "--quiet", f"{commit}:{tree}") not in ("", here)
     return {"trees": trees, "commit": head, "dirty": dirty}
 
 
-def stale(environment: dict[str, Any]) -> str:
-    """How the sources measured differ from those here; empty where they are the same."""
-    here = {tree: tree_hash(ROOT / tree) for tree in environment["trees"]}
-    return "; ".join(
-        f"{tree} is {here[tree][:10]} here, {there[:10]} was measured"
-        for tree, there in environment["trees"].items()
-        if here[tree] != there
-    )
+def stale(environment: dict[str, Any]) -> list[str]:
+    """The source trees that are others here than were measured."""
+    return [tree for tree, was in environment["trees"].items() if tree_hash(ROOT / tree) != was]
 
 
 def identity(
@@ -108,12 +100,9 @@ def identity(
 
 def circumstances(device: torch.device, commit: str) -> dict[str, Any]:
     """What a group was measured under; it may differ between the groups of one file."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit,
-        "built_from": merge_attn_states.build_info()["commit"],
-        "clocks": clocks_under_load(device) if device.type == "cuda" else {},
-    }
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    clocks = clocks_under_load(device) if device.type == "cuda" else {}
+    return {"date": date, "commit": commit, "clocks": clocks}
 
 
 def cpu_name() -> str:
@@ -126,10 +115,9 @@ def nvidia_smi(*fields: str) -> dict[str, str]:
     """Its answers for the current device; nothing where it cannot be asked."""
     query = f"--query-gpu={','.join(fields)}"
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-    for select in ([f"--id=GPU-{uuid}"], []):
-        if said := _answer("nvidia-smi", *select, query, "--format=csv,noheader"):
-            return dict(zip(fields, said.splitlines()[0].split(", "), strict=True))
-    return {}
+    ask = partial(_answer, "nvidia-smi", query, "--format=csv,noheader")
+    said = (ask(f"--id=GPU-{uuid}") or ask()).partition("\n")[0]
+    return dict(zip(fields, said.split(", "), strict=True)) if said else {}
 
 
 def clocks_under_load(device: torch.device) -> dict[str, str]:
@@ -138,6 +126,6 @@ def clocks_under_load(device: torch.device) -> dict[str, str]:
     target = torch.empty_like(source)
     for _ in range(900):  # half a second or more, all of it queued; nvidia-smi answers within it
         target.copy_(source)
-    answers = nvidia_smi(*CLOCKS)
+    answers = nvidia_smi("clocks.sm", "clocks.mem", "power.limit")
     torch.cuda.synchronize()
     return answers

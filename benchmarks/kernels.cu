@@ -1,6 +1,6 @@
-// The kernels that a merge is timed between and against: a producer of both parts, a consumer of the
-// output, the plain kernel that is the limit, and an empty one. Compiled and loaded by kernels.py;
-// part of no package, and knows nothing of a merge.
+// The kernels that a merge is timed between and against: a producer of both parts, a consumer of
+// the output, the plain kernel that is the limit, and an empty one. Compiled and loaded by
+// kernels.py; part of no package, and knows nothing of a merge.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -43,8 +43,8 @@ __device__ void store(uint2* to, uint4 x, uint4 y) {
   *to = {x.x ^ y.x ^ x.z ^ y.z, x.y ^ y.y ^ x.w ^ y.w};
 }
 
-// Reads two buffers and writes one: of as many bytes (uint4), or of half as many (uint2), as a merge
-// of 16-bit parts into an FP8 output does.
+// Reads two buffers and writes one: of as many bytes (uint4), or of half as many (uint2), as a
+// merge of 16-bit parts into an FP8 output does.
 template <typename Out, int kPacks, bool kDependent>
 __global__ void plain(const uint4* a, const uint4* b, Out* c, int64_t packs) {
 #if __CUDA_ARCH__ >= 900
@@ -77,12 +77,12 @@ cudaError_t launch(const uint4* a, const uint4* b, void* c, int64_t packs, int64
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks(packs, threads * kPacks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = dependent ? 1 : 0;
+  const cudaLaunchConfig_t config{blocks(packs, threads * kPacks),
+                                  static_cast<unsigned>(threads),
+                                  0,
+                                  stream,
+                                  &overlap,
+                                  dependent ? 1u : 0u};
   const auto kernel = dependent ? plain<Out, kPacks, true> : plain<Out, kPacks, false>;
   return cudaLaunchKernelEx(&config, kernel, a, b, static_cast<Out*>(c), packs);
 }
@@ -90,33 +90,32 @@ cudaError_t launch(const uint4* a, const uint4* b, void* c, int64_t packs, int64
 }  // namespace
 
 // Each takes pointers and 64-bit numbers and returns a cudaError_t; packs are those that are read.
+extern "C" {
 
-extern "C" int launch_produce(uint4* prefix, uint4* suffix, float* prefix_lse, float* suffix_lse,
-                              const uint4* source, const float* prefix_source,
-                              const float* suffix_source, int64_t packs, int64_t lses,
-                              cudaStream_t stream) {
+int launch_produce(uint4* prefix, uint4* suffix, float* prefix_lse, float* suffix_lse,
+                   const uint4* source, const float* prefix_source, const float* suffix_source,
+                   int64_t packs, int64_t lses, cudaStream_t stream) {
   produce<<<blocks(packs > lses ? packs : lses, kThreads), kThreads, 0, stream>>>(
-      prefix, suffix, prefix_lse, suffix_lse, source, prefix_source, suffix_source,
-      static_cast<uint32_t>(packs), static_cast<uint32_t>(lses));
+      prefix, suffix, prefix_lse, suffix_lse, source, prefix_source, suffix_source, packs, lses);
   return cudaGetLastError();
 }
 
-extern "C" int launch_consume(const uint4* output, uint4* sink, int64_t packs,
-                              cudaStream_t stream) {
-  consume<<<blocks(packs, kThreads), kThreads, 0, stream>>>(output, sink,
-                                                            static_cast<uint32_t>(packs));
+int launch_consume(const uint4* output, uint4* sink, int64_t packs, cudaStream_t stream) {
+  consume<<<blocks(packs, kThreads), kThreads, 0, stream>>>(output, sink, packs);
   return cudaGetLastError();
 }
 
-extern "C" int launch_nothing(int64_t packs, cudaStream_t stream) {
+int launch_nothing(int64_t packs, cudaStream_t stream) {
   nothing<<<blocks(packs, kThreads), kThreads, 0, stream>>>();
   return cudaGetLastError();
 }
 
-extern "C" int launch_plain(const uint4* a, const uint4* b, void* c, int64_t packs,
-                            int64_t is_narrow, int64_t threads, int64_t packs_a_thread,
-                            int64_t is_dependent, cudaStream_t stream) {
+int launch_plain(const uint4* a, const uint4* b, void* c, int64_t packs, int64_t is_narrow,
+                 int64_t threads, int64_t packs_a_thread, int64_t is_dependent,
+                 cudaStream_t stream) {
   const auto wide = packs_a_thread == 2 ? launch<uint4, 2> : launch<uint4, 1>;
   const auto narrow = packs_a_thread == 2 ? launch<uint2, 2> : launch<uint2, 1>;
   return (is_narrow ? narrow : wide)(a, b, c, packs, threads, is_dependent != 0, stream);
 }
+
+}  // extern "C"

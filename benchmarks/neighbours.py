@@ -14,8 +14,8 @@ import torch
 import merge_attn_states
 
 from . import kernels
-from .cases import Case, is_compared_with_pytorch
-from .check import Bound, check
+from .cases import Case
+from .check import check
 from .operands import Operands, make_operands
 from .providers import Provider, prepare
 from .results import Record
@@ -29,9 +29,9 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
     (operands,) = make_operands(case, 1, device)
     produce, consume = neighbours(operands)
 
-    def check_produced(bound: Bound, operands: Operands) -> str:
+    def check_produced(merge: Call, operands: Operands) -> str:
         produce()
-        return check(bound, operands)
+        return check(merge, operands)
 
     def between(middle: Call) -> Call:
         def call() -> None:
@@ -43,8 +43,8 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
 
     timed, refused = prepare(providers, [operands], check_produced)
     middles = {name: calls[0] for name, calls in timed.items()} | limits(case, operands)
-    sequences = {name: [between(middle)] for name, middle in middles.items()}
-    times = time_cuda({NEIGHBOURS: [between(lambda: None)]} | sequences, rounds)
+    middles[NEIGHBOURS] = lambda: None
+    times = time_cuda({name: [between(one)] for name, one in middles.items()}, rounds)
     alone = times.pop(NEIGHBOURS).median
     us = {name: timing.median - alone for name, timing in times.items()} | {NEIGHBOURS: alone}
     kernel = merge_attn_states.selected_kernel(*operands)._asdict()
@@ -55,8 +55,11 @@ def neighbours(operands: Operands) -> tuple[Call, Call]:
     """The producer and the consumer of these operands' whole memory, whatever lies in it."""
     parts = [whole(operands.prefix_output), whole(operands.suffix_output)]
     lses = [whole(operands.prefix_lse), whole(operands.suffix_lse)]
-    sources = [repeated(parts[0], kernels.SOURCE * kernels.PACK)]
-    sources += [repeated(lse, kernels.SOURCE * 4) for lse in lses]
+    sizes = (kernels.SOURCE * kernels.PACK, kernels.SOURCE * 4, kernels.SOURCE * 4)
+    sources = [
+        memory.repeat(-(-size // memory.numel()))[:size].clone()  # its first bytes, again and again
+        for memory, size in zip((parts[0], *lses), sizes, strict=True)
+    ]
     output = whole(operands.output)
     sink = torch.empty(kernels.PACK, dtype=torch.uint8, device=output.device)
     produce = partial(kernels.produce, parts, lses, sources)
@@ -67,22 +70,14 @@ def limits(case: Case, operands: Operands) -> dict[str, Call]:
     """The plain kernels, on what the producer wrote and the consumer reads, and the empty one."""
     narrow = case.has_narrow_output
     packs = kernels.packs_moved(case.bytes(lse=0), narrow)
-    tensors = (operands.prefix_output, operands.suffix_output, operands.output)
-    memory = [whole(tensor) for tensor in tensors]
-    calls: dict[str, Call] = {
+    memory = [whole(one) for one in (operands[1], operands[3], operands.output)]
+    plain = {
         f"plain, {name}": partial(kernels.plain, variant, memory, packs, narrow)
         for name, variant in kernels.BETWEEN_NEIGHBOURS.items()
     }
-    if is_compared_with_pytorch(case):
-        calls["empty"] = partial(kernels.nothing, packs)
-    return calls
+    return plain | {"empty": partial(kernels.nothing, packs)}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's whole storage, as bytes."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload, no-any-return]
-
-
-def repeated(memory: torch.Tensor, size: int) -> torch.Tensor:
-    """So many bytes: the memory's first ones, again and again."""
-    return memory.repeat(-(-size // memory.numel()))[:size].clone()

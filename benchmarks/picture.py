@@ -13,6 +13,7 @@ BARS = {  # provider: title and colour
 }
 WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 84, 62
+FONT = "font-family='system-ui, sans-serif'"
 DASHES = "stroke='#111827' stroke-width='1.5' stroke-dasharray='5 3'"
 
 
@@ -25,8 +26,7 @@ def svg(results: Results) -> str:
     step = (WIDTH - LEFT - RIGHT) / len(records)
     bottom = HEIGHT - BOTTOM
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' "
-        "font-family='system-ui, sans-serif'>",
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' {FONT}>",
         f"<title>{escape(title)}</title>",
         f"<rect width='{WIDTH}' height='{HEIGHT}' fill='white'/>",
         _text(16, 26, title, 17),
@@ -38,8 +38,7 @@ def svg(results: Results) -> str:
         parts.append(_text(LEFT - 6, bottom - value * scale + 4, f"{value}x", 12, "end"))
     limit = f"{bottom - scale:.1f}"
     parts.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{limit}' y2='{limit}' {DASHES}/>")
-    below = "tokens x heads, bfloat16, head size 128"
-    parts.append(_text(WIDTH / 2, HEIGHT - 8, below, 12, "middle"))
+    parts.append(_text(WIDTH / 2, HEIGHT - 8, "tokens x heads, bfloat16, D = 128", 12, "middle"))
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -27,8 +27,8 @@ def run_processes(
     module: str, arguments: Sequence[str], count: int, first_on_path: Path | None = None
 ) -> list[Any]:
     """What a module prints as its last line, in JSON, from processes one after the other."""
-    paths = [str(first_on_path or ""), *sys.path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    paths = filter(None, [str(first_on_path or ""), *sys.path])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     answers = []
     for _ in range(count):
         ran = subprocess.run(
@@ -51,7 +51,7 @@ def medians(processes: Sequence[Sequence[Record]]) -> list[Record]:
         us: dict[str, list[float]] = {}
         for name in records[0]["us"]:
             values = [record["us"][name] for record in records if name in record["us"]]
-            us[name] = [_rounded(f(values)) for f in (statistics.median, min, max)]
+            us[name] = [round(f(values), 3) for f in (statistics.median, min, max)]
         plain = {name: us.pop(name) for name in [*us] if name.startswith("plain, ")}
         made = dict(records[0])
         if plain:
@@ -61,10 +61,6 @@ def medians(processes: Sequence[Sequence[Record]]) -> list[Record]:
         refused = {name: why for record in records for name, why in record["refused"].items()}
         merged.append(made | {"us": us, "refused": refused})
     return merged
-
-
-def _rounded(us: float) -> float:
-    return float(f"{us:.4g}") if abs(us) >= 10 else round(us, 3)
 
 
 def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str]) -> list[Record]:

@@ -1,15 +1,16 @@
 """Who is measured on a GPU or a CPU, and what each of them cannot do."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import merge_attn_states
 
 from . import vllm
-from .check import Bound, check
-from .formula import merge_in_pytorch
+from .check import check
 from .operands import Operands
 from .timing import Call
 
@@ -18,41 +19,45 @@ class Provider(NamedTuple):
     """`refuses` says why operands cannot be given to it, empty where they can."""
 
     name: str
-    bind: Callable[[Operands], Bound]
+    bind: Callable[[Operands], Call]
     refuses: Callable[[Operands], str] = lambda operands: ""
 
 
-def _bind(function: Callable[..., object], count: int = 8) -> Callable[[Operands], Bound]:
-    """Bind to the first operands, in the op's order."""
+def merge_in_pytorch(*operands: Tensor) -> None:
+    """Merge two parts as one writes section 2.2 of arXiv 2501.01005 in PyTorch.
 
-    def bind(operands: Operands) -> Bound:
-        given = operands[:count]
-        return Bound(lambda: function(*given), lambda: (operands.output, operands.output_lse))
+    They may not both be empty. Run eagerly, and by torch.compile.
+    """
+    output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse = operands
+    largest = torch.maximum(prefix_lse, suffix_lse)
+    prefix_weight, suffix_weight = (prefix_lse - largest).exp(), (suffix_lse - largest).exp()
+    total = prefix_weight + suffix_weight
+    output_lse.copy_(largest + total.log())
+    prefix_weight = (prefix_weight / total).T.unsqueeze(-1)  # [H, N] -> [N, H, 1]
+    suffix_weight = (suffix_weight / total).T.unsqueeze(-1)
+    output.copy_(prefix_weight * prefix_output + suffix_weight * suffix_output)
 
-    return bind
 
-
-def _bind_vllm(operands: Operands) -> Bound:
-    op, arguments = torch.ops._C.merge_attn_states, vllm.arguments(operands)
-    return Bound(lambda: op(*arguments), lambda: (operands.output, operands.output_lse))
-
-
-def _bind_compiled(operands: Operands) -> Bound:
+def _bind_compiled(operands: Operands) -> Call:
     torch._dynamo.config.recompile_limit = 1000  # past it dynamo silently runs eagerly
-    return _bind(torch.compile(merge_in_pytorch, dynamic=False), 6)(operands)
+    return partial(torch.compile(merge_in_pytorch, dynamic=False), *operands[:6])
 
 
-OURS = Provider("ours", _bind(merge_attn_states.merge_attn_states))
-OURS_OPS = Provider("ours_ops", _bind(torch.ops.merge_attn_states.merge_attn_states))
-VLLM = Provider("vllm", _bind_vllm, vllm.refuses)
+OURS = Provider("ours", lambda o: partial(merge_attn_states.merge_attn_states, *o))
+OURS_OPS = Provider(
+    "ours_ops", lambda o: partial(torch.ops.merge_attn_states.merge_attn_states, *o)
+)
+VLLM = Provider(
+    "vllm", lambda o: partial(torch.ops._C.merge_attn_states, *vllm.arguments(o)), vllm.refuses
+)
+EAGER = Provider("eager", lambda o: partial(merge_in_pytorch, *o[:6]))
 COMPILED = Provider("compile", _bind_compiled)
-EAGER = Provider("eager", _bind(merge_in_pytorch, 6))
 
 
 def prepare(
     providers: Sequence[Provider],
     operands: Sequence[Operands],
-    check: Callable[[Bound, Operands], str] = check,
+    check: Callable[[Call, Operands], str] = check,
 ) -> tuple[dict[str, list[Call]], dict[str, str]]:
     """By provider its calls, one a set; or why there are none: who is wrong is not timed."""
     timed: dict[str, list[Call]] = {}
@@ -62,8 +67,8 @@ def prepare(
             refused[provider.name] = f"not supported: {reason}"
             continue
         try:
-            bound = [provider.bind(one) for one in operands]
-            wrong = check(bound[0], operands[0]) or check(bound[-1], operands[-1])
+            calls = [provider.bind(one) for one in operands]
+            wrong = check(calls[0], operands[0]) or check(calls[-1], operands[-1])
         except Exception as error:  # whatever another project's code raises is its answer
             if provider.name.startswith("ours"):
                 raise
@@ -72,5 +77,5 @@ def prepare(
         if wrong:
             refused[provider.name] = f"wrong: {wrong}"
         else:
-            timed[provider.name] = [one.call for one in bound]
+            timed[provider.name] = calls
     return timed, refused

@@ -21,13 +21,7 @@ PICTURE = Path("docs", "benchmarks.svg")
 
 
 def load(paths: Iterable[Path]) -> list[Results]:
-    """Results files in the order of their names, those of a GPU first.
-
-    Raises
-    ------
-    SystemExit
-        One of them is none.
-    """
+    """Results files in the order of their names, those of a GPU first."""
     machines = [Results.load(path) for path in sorted(paths)]
     return sorted(machines, key=lambda results: results.environment["gpu"] is None)
 
@@ -73,17 +67,15 @@ def _machine(results: Results) -> Iterator[str]:
 def origin(results: Results) -> str:
     """Machine, versions, date and sources of a results file."""
     environment, runs = results.environment, list(results.runs.values())
-    clocks = [
-        f"{name} {_joined(run['clocks'][clock] for run in runs if clock in run['clocks'])}"
-        for clock, name in (("clocks.sm", "SM"), ("clocks.mem", "memory"))
-    ]
+    clocks = runs[-1]["clocks"]
+    at = f" (SM {clocks['clocks.sm']}, memory {clocks['clocks.mem']})" if clocks else ""
     others = [
         f"{name} {environment[key]}"
         for key, name in (("driver", "driver"), ("torch", "PyTorch"), ("vllm", "vLLM"))
         if environment[key]
     ]
     cpu = environment.get("cpu") or _joined(run["cpu"] for run in runs)
-    machine = f"{environment['gpu']} ({', '.join(clocks)})" if environment["gpu"] else cpu
+    machine = f"{environment['gpu'] or cpu}{at}"
     trees = ", ".join(f"{tree} {str(h)[:10]}" for tree, h in environment["trees"].items())
     changed = ", with changes that are not committed" if environment["dirty"] else ""
     commits = _joined(str(run["commit"])[:10] for run in runs)
@@ -104,30 +96,26 @@ def replaced(text: str, section: str, name: str) -> str:
     return f"{before}{BEGIN}\n{section}\n\n{END}{after}"
 
 
-def pages(machines: Sequence[Results], root: Path) -> Iterator[tuple[Path, str | None]]:
-    """What each published file should hold; None: it should not be there."""
+def pages(machines: Sequence[Results], root: Path) -> Iterator[tuple[Path, str]]:
+    """What each published file should hold; an empty one should not be there."""
     for name, section in (("README.md", readme), ("docs/benchmarks.md", docs)):
-        text = (root / name).read_text("utf-8")
-        yield root / name, replaced(text, section(machines), name)
+        yield root / name, replaced((root / name).read_text("utf-8"), section(machines), name)
     shown = next((results for results in machines if headline(results)), None)
-    yield root / PICTURE, picture.svg(shown) if shown else None
+    yield root / PICTURE, picture.svg(shown) if shown else ""
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
-    default = RESULTS.relative_to(ROOT)
-    parser.add_argument("files", type=Path, nargs="*", help=f"results, default {default}/*.json")
+    parser.add_argument("files", type=Path, nargs="*", help="default benchmarks/results/*.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
     options = parser.parse_args(arguments)
     differs = False
-    for path, text in pages(load(options.files or list(RESULTS.glob("*.json"))), options.root):
-        if text == (path.read_text("utf-8") if path.exists() else None):
+    for path, text in pages(load(options.files or RESULTS.glob("*.json")), options.root):
+        if text == (path.read_text("utf-8") if path.exists() else ""):
             continue
         differs = True
         print(f"{path.name} is not what the results give" if options.check else path)
-        if text is None and not options.check:
-            path.unlink()
-        elif text is not None and not options.check:
-            path.write_text(text, "utf-8")
+        if not options.check:
+            path.write_text(text, "utf-8") if text else path.unlink()
     return int(options.check and differs)

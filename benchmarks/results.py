@@ -2,7 +2,7 @@
 
     {"schema": 1,
      "environment": {gpu, driver, cpu, torch, ..., trees: {csrc, include, python}, dirty},
-     "runs": {group: {date, commit, built_from, clocks, processes, seconds, missing: {who: why}}},
+     "runs": {group: {date, commit, clocks, processes, seconds, missing: {who: why}}},
      "records": [{group, case, us: {provider: [median, least, most]}, refused: {who: why}, ...}]}
 
 A record is a line: a case's fields (cases.py), its bytes by the contract, which kernel of ours ran,
@@ -49,13 +49,6 @@ class Results:
         head = f'"schema": {SCHEMA},\n"environment": {json.dumps(self.environment, indent=1)}'
         body = f'"runs": {{\n{", ".join(runs)}\n}},\n"records": [\n{records}\n]'
         path.write_text(f"{{{head},\n{body}}}\n", encoding="utf-8")
-
-    def refuses(self, environment: dict[str, Any]) -> str:
-        """Why results of there may not stand in this file; empty where they may."""
-        for key, here in self.environment.items():
-            if environment.get(key) != here:
-                return f"{key} is {environment.get(key)!r} now and {here!r} in the file"
-        return ""
 
     def add(self, group: str, run: Record, made: Iterable[Record]) -> None:
         """Put a group's records in, in place of those of an earlier run."""

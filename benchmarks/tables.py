@@ -49,16 +49,15 @@ def spread(record: Record, provider: str) -> str:
     return median if least == most else f"{median} ({least}-{most})"
 
 
-def over_limit(record: Record) -> str:
-    """Our time over the limit's; where ours is no longer, the limit can tell no more."""
+def of_limit(record: Record) -> str:
+    """Between neighbours our time over the limit's, cold our bytes a second over its.
+
+    Where ours takes no longer, the limit can tell no more: nothing is shown above it.
+    """
     value = ratio(record, "ours", "limit")
-    return AT_THE_LIMIT if value is not None and value <= 1 else times(value)
-
-
-def share_of_limit(record: Record) -> str:
-    """Our bytes a second over the limit's, which are never shown to be passed."""
-    value = ratio(record, "limit", "ours")
-    return AT_THE_LIMIT if value is not None and value >= 1 else number(value, 3)
+    if value is not None and value <= 1:
+        return AT_THE_LIMIT
+    return number(1 / value, 3) if value and record["group"] == "cold" else times(value)
 
 
 GPU = ("MB", "ours", "limit", "of the limit", "vLLM", "vLLM / ours", "ours / contiguous")
@@ -78,8 +77,7 @@ def _row(results: Results, record: Record) -> Iterator[str]:
         yield from (spread(record, provider) for provider in ("ours_ops", "add", "eager"))
         yield times(ratio(record, "eager", "ours"))
         return
-    of_limit = over_limit(record) if group == "neighbours" else share_of_limit(record)
-    yield from (spread(record, "limit"), of_limit)
+    yield from (spread(record, "limit"), of_limit(record))
     yield from (spread(record, "vllm"), times(ratio(record, "vllm", "ours")))
     base, ours = time_of(results.contiguous(record), "ours"), time_of(record, "ours")
     yield times(ours / base) if ours and base and record["kind"] != PLAIN else "-"

@@ -7,32 +7,20 @@ it; a case that `noise_us` less of our time would bring to its bound is "within 
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .results import Record, Results, time_of
-from .tables import Row, number
+from .tables import Table, number
 
-TARGETS: list[dict[str, Any]] = json.loads(
-    Path(__file__).with_name("targets.json").read_text("utf-8")
-)
-VERDICTS = ("met", "within noise", "missed")
 Target = dict[str, Any]
+TARGETS: list[Target] = json.loads(Path(__file__).with_name("targets.json").read_text("utf-8"))
+VERDICTS = ("met", "within noise", "missed")
 
 
-class Outcome(NamedTuple):
-    """Of a target's worst case; `measured` is None where nothing was, or where ours was wrong."""
-
-    text: str
-    asked: str
-    measured: float | None
-    verdict: str  # met, within noise, missed; "-": not measured
-    case: str
-
-
-def outcomes(results: Results) -> Iterator[Outcome]:
-    """Every target that is set for this machine."""
+def targets_table(results: Results) -> Table:
+    """Every target that is set for this machine, by its worst case."""
+    rows = []
     for target in TARGETS:
         if results.gpu not in target.get("gpus", [results.gpu]):
             continue
@@ -44,37 +32,28 @@ def outcomes(results: Results) -> Iterator[Outcome]:
             for provider in providers
             if (outcome := _judge(target, record, provider, results))
         ]
-        nothing = Outcome(target["text"], "", None, "-", "not measured")
-        yield max(judged, key=lambda one: one[0])[1] if judged else nothing
+        worst = max(judged, key=lambda one: one[0], default=(None, ["", "-", "-", "not measured"]))
+        rows.append([target["text"], *worst[1]])
+    return ("target", "asked", "measured", "", "worst case"), rows
 
 
 def _judge(
     target: Target, record: Record, provider: str, results: Results
-) -> tuple[tuple[int, float], Outcome] | None:
-    """How bad a case is, and its outcome; None where the target is not about it."""
-    at_most = "at_most" in target
-    bound = target["at_most" if at_most else "at_least"]
+) -> tuple[tuple[int, float], list[str]] | None:
+    """How bad a case is, and its cells of the table; None where the target is not about it."""
+    sign, bound = (1, target["at_most"]) if "at_most" in target else (-1, target["at_least"])
     if isinstance(bound, dict):
         bound = bound.get(record.get("size"))
-    if bound is None:
-        return None
-    case = record["case"] if isinstance(target["of"], str) else f"{record['case']}, {provider}"
-    asked = f"{'<=' if at_most else '>='} {bound:g}"
-    if why := record["refused"].get("ours"):
-        return (len(VERDICTS), 0.0), Outcome(
-            target["text"], asked, None, "missed", f"{case}: {why}"
-        )
-
-    def excess(value: float) -> float:
-        return value - bound if at_most else bound - value
-
     value = _figure(target, record, provider, results, 0.0)
     lenient = _figure(target, record, provider, results, target.get("noise_us", 0.0))
-    if value is None or lenient is None:
+    if bound is None or (value is None and "ours" not in record["refused"]):
         return None
-    verdict = VERDICTS[(excess(value) > 0) + (excess(lenient) > 0)]
-    outcome = Outcome(target["text"], asked, value, verdict, case)
-    return (VERDICTS.index(verdict), excess(value) / bound), outcome
+    asked = f"{'<=' if sign > 0 else '>='} {bound:g}"
+    case = record["case"] if isinstance(target["of"], str) else f"{record['case']}, {provider}"
+    if value is None or lenient is None:
+        return (len(VERDICTS), 0.0), [asked, "-", "missed", f"{case}: {record['refused']['ours']}"]
+    bad = (sign * (value - bound) > 0) + (sign * (lenient - bound) > 0)
+    return (bad, sign * (value - bound) / bound), [asked, number(value, 3), VERDICTS[bad], case]
 
 
 def _figure(
@@ -90,12 +69,3 @@ def _figure(
     time -= noise_us if provider == "ours" else 0.0
     base -= noise_us if against == "ours" else 0.0
     return time / base if "over" in target else time - base
-
-
-def targets_table(results: Results) -> tuple[Row, list[Row]]:
-    """A target a row."""
-    rows = [
-        (one.text, one.asked, number(one.measured, 3), one.verdict, one.case)
-        for one in outcomes(results)
-    ]
-    return ("target", "asked", "measured", "", "worst case"), rows

@@ -38,10 +38,7 @@ def summary(rounds: list[float]) -> Timing:
 
 
 def _turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
-    """Every round begins with another provider, so that none always follows the same one.
-
-    The rounds that warm up have numbers below 0.
-    """
+    """Rounds, those that warm up below 0, each beginning with another provider."""
     for round_ in range(-WARM_UP_ROUNDS, rounds):
         first = round_ % max(1, len(names))
         yield round_, [*names[first:], *names[:first]]
@@ -110,10 +107,10 @@ def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> 
 
 
 def time_host(
-    providers: Mapping[str, TimedCalls],
-    calls: Mapping[str, int],
+    providers: dict[str, TimedCalls],
+    calls: dict[str, int],
     rounds: int,
-    before: Callable[[], object] = lambda: None,
+    before: Call = lambda: None,
 ) -> dict[str, Timing]:
     """Time so many calls in a row of each provider, `before()` ahead of each row, untimed."""
     times: dict[str, list[float]] = {name: [] for name in providers}

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from benchmarks import environment, options, vllm
-from benchmarks.check import Bound, check
+from benchmarks.check import check
 from benchmarks.host import Times, tight_and_swept
 from benchmarks.operands import Operands
 from benchmarks.process import run_processes
@@ -71,9 +71,7 @@ def statement(pattern: Pattern, operands: Operands) -> str:
 def refusal(pattern: Pattern, operands: Operands, merge: Merge) -> Record:
     """Why a provider is not timed, as fields of its record; empty where its answer is right."""
     try:
-        answer = operands.output, operands.output_lse
-        call = Bound(partial(pattern.call, merge, operands), lambda: answer)
-        reason = check(call, operands)
+        reason = check(partial(pattern.call, merge, operands), operands)
         return {"status": "wrong", "reason": reason} if reason else {}
     except Exception as error:  # whatever another project's code raises is its answer
         if merge is patched():
