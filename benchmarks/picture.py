@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from xml.sax.saxutils import escape
 
 from .results import Record, Results, ratio, time_of
-from .tables import headline, megabytes
+from .tables import headline, megabytes, microseconds
 
 BARS = {  # provider: title and colour
     "ours": ("merge_attn_states", "#2563eb"),
@@ -12,7 +12,7 @@ BARS = {  # provider: title and colour
     "compile": ("torch.compile", "#9ca3af"),
 }
 WIDTH, HEIGHT = 860, 400
-LEFT, RIGHT, TOP, BOTTOM = 46, 16, 84, 62
+LEFT, RIGHT, TOP, BOTTOM = 46, 16, 94, 62
 FONT = "font-family='system-ui, sans-serif'"
 DASHES = "stroke='#111827' stroke-width='1.5' stroke-dasharray='5 3'"
 
@@ -52,7 +52,7 @@ def _bars(record: Record, x: float, step: float, scale: float) -> Iterator[str]:
                 f"<rect x='{left:.1f}' y='{bottom - height:.1f}' width='{width - 2:.1f}' "
                 f"height='{height:.1f}' fill='{colour}'/>"
             )
-            us = f"{time_of(record, name):.3g}"
+            us = microseconds(time_of(record, name))
             yield _text(left + width / 2 - 1, bottom - height - 4, us, 10, "middle")
     yield _text(x + step / 2, bottom + 18, record["size"].replace("x", " x "), 13, "middle")
     yield _text(x + step / 2, bottom + 34, f"{megabytes(record['bytes'])} MB", 11, "middle")
