@@ -46,7 +46,7 @@ class Case:
     @property
     def input_dtype(self) -> torch.dtype:
         fp8 = self.kind == "FP8 inputs"
-        return torch.float8_e4m3fn if fp8 else getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return torch.float8_e4m3fn if fp8 else getattr(torch, self.dtype)
 
     @property
     def output_dtype(self) -> torch.dtype:

@@ -19,8 +19,6 @@ from .providers import Provider, prepare
 from .results import Record
 from .timing import Call, buffer_sets, time_cuda
 
-ALIGNMENT = 512  # bytes: where an allocation of its own would begin
-
 
 def measure(case: Case, providers: Sequence[Provider], device: torch.device, rounds: int) -> Record:
     """One case: microseconds, by provider."""
@@ -51,6 +49,6 @@ def limits(case: Case, sets: int, device: torch.device) -> dict[str, list[Call]]
 
 
 def _buffers(size: int, sets: int, device: torch.device) -> list[torch.Tensor]:
-    stride = -(-size // ALIGNMENT) * ALIGNMENT
+    stride = -(-size // 512) * 512  # where an allocation of its own would begin
     memory = torch.empty(sets, stride, dtype=torch.uint8, device=device)
     return list(memory.random_()[:, :size])

@@ -54,12 +54,7 @@ def sources(commit: str | None = None) -> dict[str, Any]:
     """The hashes of the source trees that are measured, their commit, and whether they are dirty.
 
     Dirty: they are not that commit's, or were not when the binary was built, or the binary is of
-    another commit's C++. Without git only the binary can tell.
-
-    Raises
-    ------
-    SystemExit
-        There is no git and no commit is handed in.
+    another commit's C++. Without git only the binary can tell, and `commit` must be handed in.
     """
     trees = {tree: tree_hash(ROOT / tree) for tree in TREES}
     head = git("rev-parse", "HEAD") or commit
@@ -68,8 +63,8 @@ def sources(commit: str | None = None) -> dict[str, Any]:
     built = merge_attn_states.build_info()["commit"]
     dirty = built.endswith("-dirty")
     for tree, here in trees.items():
-        for commit in (head, built)[: 1 + (tree != "python")]:
-            dirty |= git("rev-parse", "--verify", "--quiet", f"{commit}:{tree}") not in ("", here)
+        for of in (head, built)[: 1 + (tree != "python")]:
+            dirty |= git("rev-parse", "--verify", "--quiet", f"{of}:{tree}") not in ("", here)
     return {"trees": trees, "commit": head, "dirty": dirty}
 
 

@@ -21,7 +21,7 @@ from .cases import HOST_CASE
 from .check import check
 from .operands import make_operands
 from .results import Record
-from .timing import TimedCalls, Timing, time_host
+from .timing import Call, TimedCalls, Timing, time_host
 
 SWEPT_BYTES = 16 * 2**20
 LINE = 64
@@ -36,7 +36,7 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 Times = dict[str, dict[str, Timing]]  # regime: {provider: microseconds}
 
 
-def timed_calls(device: torch.device, missing: dict[str, str]) -> dict[str, TimedCalls]:
+def timed_calls(device: torch.device, missing: dict[str, str]) -> TimedCalls:
     """Timed loops of each provider's statement, each after its answer was checked."""
     (operands,) = make_operands(HOST_CASE, 1, device)
     names: dict[str, Any] = operands._asdict() | {
@@ -55,7 +55,7 @@ def timed_calls(device: torch.device, missing: dict[str, str]) -> dict[str, Time
         statements["vllm"] = f"vllm_op({', '.join(vllm.argument_names())})"
         if names["vllm_merge"]:
             statements["vllm_dispatcher"] = f"vllm_merge({POSITIONAL})"
-    timed: dict[str, TimedCalls] = {}
+    timed = {}
     for provider, statement in statements.items():
         if provider != "add" and (reason := check(partial(exec, statement, names), operands)):
             raise SystemExit(f"{provider}: {statement}: {reason}")
@@ -64,9 +64,9 @@ def timed_calls(device: torch.device, missing: dict[str, str]) -> dict[str, Time
     return timed
 
 
-def tight_and_swept(timed: dict[str, TimedCalls], device: torch.device, rounds: int) -> Times:
+def tight_and_swept(timed: TimedCalls, device: torch.device, rounds: int) -> Times:
     """Time calls in a tight loop, and one at a time after the sweep."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize: Call = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     memory, values = bytearray(SWEPT_BYTES), bytearray(SWEPT_BYTES // LINE)
 
     def sweep_idle() -> None:

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kThreads = 256;           // of the neighbours and of the empty kernel
 constexpr uint32_t kSourceMask = 4095;  // the producer's sources hold 4,096 packs and 4,096 LSEs
-constexpr uint32_t kShift = 77;         // so that the two parts differ
 
 // Writes both parts, [packs] each, and both LSEs, [lses] each, out of sources of 4,096.
 __global__ void produce(uint4* prefix, uint4* suffix, float* prefix_lse, float* suffix_lse,
@@ -18,7 +17,7 @@ __global__ void produce(uint4* prefix, uint4* suffix, float* prefix_lse, float* 
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < packs) {
     prefix[i] = source[i & kSourceMask];
-    suffix[i] = source[(i + kShift) & kSourceMask];
+    suffix[i] = source[(i + 77) & kSourceMask];  // another than the prefix's
   }
   if (i < lses) {
     prefix_lse[i] = prefix_source[i & kSourceMask];

@@ -21,8 +21,6 @@ from .providers import Provider, prepare
 from .results import Record
 from .timing import Call, time_cuda
 
-NEIGHBOURS = "neighbours"  # the two alone
-
 
 def measure(case: Case, providers: Sequence[Provider], device: torch.device, rounds: int) -> Record:
     """One case: microseconds added, by provider, and of the two neighbours alone."""
@@ -43,10 +41,10 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
 
     timed, refused = prepare(providers, [operands], check_produced)
     middles = {name: calls[0] for name, calls in timed.items()} | limits(case, operands)
-    middles[NEIGHBOURS] = lambda: None
+    middles["neighbours"] = lambda: None  # the two alone
     times = time_cuda({name: [between(one)] for name, one in middles.items()}, rounds)
-    alone = times.pop(NEIGHBOURS).median
-    us = {name: timing.median - alone for name, timing in times.items()} | {NEIGHBOURS: alone}
+    alone = times.pop("neighbours").median
+    us = {name: timing.median - alone for name, timing in times.items()} | {"neighbours": alone}
     kernel = merge_attn_states.selected_kernel(*operands)._asdict()
     return case.record() | kernel | {"us": us, "refused": refused}
 
@@ -71,7 +69,7 @@ def limits(case: Case, operands: Operands) -> dict[str, Call]:
     narrow = case.has_narrow_output
     packs = kernels.packs_moved(case.bytes(lse=0), narrow)
     memory = [whole(one) for one in (operands[1], operands[3], operands.output)]
-    plain = {
+    plain: dict[str, Call] = {
         f"plain, {name}": partial(kernels.plain, variant, memory, packs, narrow)
         for name, variant in kernels.BETWEEN_NEIGHBOURS.items()
     }
@@ -80,4 +78,4 @@ def limits(case: Case, operands: Operands) -> dict[str, Call]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's whole storage, as bytes."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())

@@ -72,13 +72,10 @@ class Results:
             if record["group"] == group and all(record.get(k) == v for k, v in fields.items())
         ]
 
-    def find(self, group: str, **fields: Any) -> Record | None:
-        return next(iter(self.select(group, **fields)), None)
-
     def contiguous(self, record: Record) -> Record | None:
         """The record of the same size with nothing special about it."""
         same = {field: record.get(field) for field in ("size", "dtype", "head_size")}
-        return self.find(record["group"], kind="contiguous", **same)
+        return next(iter(self.select(record["group"], kind="contiguous", **same)), None)
 
 
 def time_of(record: Record | None, provider: str) -> float | None:

@@ -6,7 +6,7 @@ from .cases import PLAIN
 from .results import Record, Results, ratio, time_of
 
 Row = Sequence[str]
-Table = tuple[Row, list[Row]]
+Table = tuple[Row, Sequence[Row]]
 AT_THE_LIMIT = "at the limit"
 HOST = {  # who is called on the host, in the order of the table
     "ours": "merge_attn_states",

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import torch
 
 Call = Callable[[], object]
-TimedCalls = Callable[[int], float]  # seconds that so many calls take
+TimedCalls = Mapping[str, Callable[[int], float]]  # by provider: seconds that so many calls take
 
-ROUNDS = 11
-WARM_UP_ROUNDS = 3  # bring the clocks up
-GRAPH_US = 2000.0  # a replay's own cost and the events' resolution vanish in it
-LEAD_CALLS = 16
+ROUNDS = 9
+WARM_UP_ROUNDS = 2  # bring the clocks up
+GRAPH_US, GRAPH_CALLS = (
+    1000.0,
+    12,
+)  # at least: a replay's own cost and the events' resolution vanish
+LEAD_CALLS = 4
 AHEAD_CYCLES = 100_000  # 50 us in which the GPU sleeps and the host gets ahead of it
 
 
@@ -73,7 +76,7 @@ class _Replays:
             end.record()
         end.synchronize()
         pass_us = 1e3 * start.elapsed_time(end) / passes
-        repeats = max(1, round(GRAPH_US / max(1.0, pass_us)))
+        repeats = max(-(-GRAPH_CALLS // len(calls)), round(GRAPH_US / pass_us))
         self.graph = self._capture(calls, repeats, self.lead.pool())
         self.calls = repeats * len(calls)
 
@@ -107,17 +110,14 @@ def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> 
 
 
 def time_host(
-    providers: dict[str, TimedCalls],
-    calls: dict[str, int],
-    rounds: int,
-    before: Call = lambda: None,
+    timed: TimedCalls, calls: dict[str, int], rounds: int, before: Call = lambda: None
 ) -> dict[str, Timing]:
     """Time so many calls in a row of each provider, `before()` ahead of each row, untimed."""
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for round_, names in _turns(list(providers), rounds):
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for round_, names in _turns(list(timed), rounds):
         for name in names:
             before()
-            seconds = providers[name](calls[name]) / calls[name]
+            seconds = timed[name](calls[name]) / calls[name]
             if round_ >= 0:
                 times[name].append(1e6 * seconds)
     return {name: summary(values) for name, values in times.items()}

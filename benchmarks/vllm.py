@@ -4,7 +4,6 @@ The op takes its arguments in another order than the Python function, and releas
 many there are: they are matched by the names in its schema.
 """
 
-import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
@@ -20,7 +19,6 @@ ORDER = ["output", "output_lse", "prefix_output", "prefix_lse", "suffix_output",
 ORDER += ["prefill_tokens_with_context", "output_scale"]  # from 0.26 to 0.33
 
 
-@functools.cache
 def load(op_library: str | None) -> str:
     """Register the op; why it cannot be had, empty where it can."""
     try:

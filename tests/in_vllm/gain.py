@@ -87,7 +87,7 @@ def time_host_here(merges: Merges, device: torch.device, quick: bool) -> dict[st
         operands = pattern.make(HOST_TOKENS, device)
         text = statement(pattern, operands)
         # The set-up reads the clock once: its code is then in the caches whatever was swept.
-        timed: dict[str, TimedCalls] = {
+        timed: TimedCalls = {
             provider: timeit.Timer(
                 text, "_timer()", globals=operands._asdict() | {"merge": merge}
             ).timeit

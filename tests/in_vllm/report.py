@@ -60,7 +60,7 @@ def section(machines: Sequence[Results]) -> str:
 def pair(results: Results, group: str, case: str, regime: str) -> list[str]:
     """Without and with the plugin, and the one over the other."""
     ours, theirs = (
-        results.find(group, case=case, regime=regime, provider=provider)
+        next(iter(results.select(group, case=case, regime=regime, provider=provider)), None)
         for provider in ("ours", "vllm")
     )
     if ours is None or theirs is None:
