@@ -209,8 +209,8 @@ def test_cold_buffers_exceed_twice_the_l2(bytes_a_set, monkeypatch):
 
 
 def test_everyone_is_first_in_turn():
-    turns = [names for _, names in timing._turns(["a", "b", "c"], 3)]
-    assert [names[0] for names in turns] == ["a", "b", "c"] * 2
+    turns = [names for round_, names in timing._turns(["a", "b", "c"], 3) if round_ >= 0]
+    assert [names[0] for names in turns] == ["a", "b", "c"]
     assert {tuple(sorted(names)) for names in turns} == {("a", "b", "c")}
 
 

@@ -222,8 +222,9 @@ def test_what_is_raised_without_a_kernel_names_the_build():
         for source in sources
         for text in re.findall(r"throw Unavailable\((.*?)\);", source.read_text(), re.DOTALL)
     ]
-    assert len(raised) == 3
-    assert all(plugin._OF_THE_BUILD in text for text in raised)
+    without_kernel = [text for text in raised if "MERGE_ATTN_STATES_CPU_KERNEL" not in text]
+    assert len(without_kernel) == 3
+    assert all(plugin._OF_THE_BUILD in text for text in without_kernel)
 
 
 def test_an_error_that_cuda_has_at_the_moment_is_of_one_call(vllm, log, monkeypatch):
