@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from vllm_standin import log, vllm  # noqa: F401
+from in_vllm.standin import log, vllm  # noqa: F401
 
 import merge_attn_states
 from merge_attn_states._library import fast_path
