@@ -38,7 +38,7 @@ def tree_hash(folder: Path) -> str:
 
     nothing = digest("tree", b"")  # git keeps no empty folder
     entries = []
-    for path in folder.iterdir():
+    for path in folder.glob("*"):  # none where the folder is none
         if any(path.match(pattern) for pattern in NO_SOURCES):
             continue
         name = path.name.encode()

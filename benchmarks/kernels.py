@@ -53,7 +53,8 @@ def _launch(name: str, *arguments: int | torch.Tensor) -> None:
 
 def produce(parts: Tensors, lses: Tensors, sources: Tensors) -> None:
     """Write both parts and both LSEs, out of small sources: of the parts, of each LSE."""
-    _launch("produce", *parts, *lses, *sources, parts[0].nbytes // PACK, lses[0].nbytes // 4)
+    packs = min(part.nbytes for part in parts) // PACK
+    _launch("produce", *parts, *lses, *sources, packs, min(lse.nbytes for lse in lses) // 4)
 
 
 def consume(output: torch.Tensor, sink: torch.Tensor) -> None:

@@ -15,7 +15,6 @@ import merge_attn_states
 
 from . import kernels
 from .cases import Case
-from .check import check
 from .operands import Operands, make_operands
 from .providers import Provider, prepare
 from .results import Record
@@ -25,11 +24,16 @@ from .timing import Call, time_cuda
 def measure(case: Case, providers: Sequence[Provider], device: torch.device, rounds: int) -> Record:
     """One case: microseconds added, by provider, and of the two neighbours alone."""
     (operands,) = make_operands(case, 1, device)
-    produce, consume = neighbours(operands)
+    neighbours(operands)[0]()  # so that answers are checked on what is timed
+    timed, refused = prepare(providers, [operands])
+    middles = {name: calls[0] for name, calls in timed.items()} | limits(case, operands)
+    kernel = merge_attn_states.selected_kernel(*operands)._asdict()
+    return case.record() | kernel | {"us": added(operands, middles, rounds), "refused": refused}
 
-    def check_produced(merge: Call, operands: Operands) -> str:
-        produce()
-        return check(merge, operands)
+
+def added(operands: Operands, middles: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Microseconds that each adds between its neighbours; "neighbours": what these take alone."""
+    produce, consume = neighbours(operands)
 
     def between(middle: Call) -> Call:
         def call() -> None:
@@ -39,14 +43,10 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
 
         return call
 
-    timed, refused = prepare(providers, [operands], check_produced)
-    middles = {name: calls[0] for name, calls in timed.items()} | limits(case, operands)
-    middles["neighbours"] = lambda: None  # the two alone
-    times = time_cuda({name: [between(one)] for name, one in middles.items()}, rounds)
+    sequences = {name: [between(middle)] for name, middle in middles.items()}
+    times = time_cuda(sequences | {"neighbours": [between(lambda: None)]}, rounds)
     alone = times.pop("neighbours").median
-    us = {name: timing.median - alone for name, timing in times.items()} | {"neighbours": alone}
-    kernel = merge_attn_states.selected_kernel(*operands)._asdict()
-    return case.record() | kernel | {"us": us, "refused": refused}
+    return {name: time.median - alone for name, time in times.items()} | {"neighbours": alone}
 
 
 def neighbours(operands: Operands) -> tuple[Call, Call]:

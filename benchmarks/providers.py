@@ -55,9 +55,7 @@ COMPILED = Provider("compile", _bind_compiled)
 
 
 def prepare(
-    providers: Sequence[Provider],
-    operands: Sequence[Operands],
-    check: Callable[[Call, Operands], str] = check,
+    providers: Sequence[Provider], operands: Sequence[Operands]
 ) -> tuple[dict[str, list[Call]], dict[str, str]]:
     """By provider its calls, one a set; or why there are none: who is wrong is not timed."""
     timed: dict[str, list[Call]] = {}

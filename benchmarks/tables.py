@@ -60,11 +60,11 @@ def of_limit(record: Record) -> str:
     return number(1 / value, 3) if value and record["group"] == "cold" else times(value)
 
 
-GPU = ("MB", "ours", "limit", "of the limit", "vLLM", "vLLM / ours", "ours / contiguous")
-NEIGHBOURS = ("empty kernel", "torch.compile", "eager", "neighbours alone")
+GPU = ("vLLM", "vLLM / ours", "ours / contiguous")
+NEIGHBOURS = (*GPU, "empty kernel", "torch.compile", "eager", "neighbours alone")
 HEADERS = {
-    "neighbours": ("us added", *GPU, *NEIGHBOURS),
-    "cold": ("us", *GPU, "the limit is"),
+    "neighbours": ("us added", "MB", "ours", "limit", "ours / limit", *NEIGHBOURS),
+    "cold": ("us", "MB", "ours", "limit", "of the limit", *GPU, "the limit is"),
     "cpu": ("us", "MB", "ours", "torch.ops", "torch.add's bytes", "eager", "eager / ours"),
 }
 HEADLINE_COLUMNS = 7  # of the neighbours'

@@ -2,7 +2,7 @@
 
 A call as each backend makes it (patterns.py), through the real dispatcher with and without the
 plugin, in turn in one process. Host: an eager call's microseconds, launch included, in a tight loop
-and swept, the best of three processes. Device: the kernel's, by CUDA graph replay, cold and warm.
+and swept, the best of three processes. Device: what the kernel adds between neighbours, and cold.
 Nobody whose answer is wrong is timed. vLLM must be importable; on a CPU the host's times are all
 there is, and the dispatcher's own branch for it runs.
 """
@@ -22,11 +22,12 @@ import torch
 from benchmarks import environment, options, vllm
 from benchmarks.check import check
 from benchmarks.host import Times, tight_and_swept
+from benchmarks.neighbours import added
 from benchmarks.operands import Operands
 from benchmarks.process import run_processes
 from benchmarks.results import Record, Results
 from benchmarks.run import PROCESSES
-from benchmarks.timing import ROUNDS, TimedCalls, buffer_sets, time_cuda
+from benchmarks.timing import ROUNDS, TimedCalls, Timing, buffer_sets, time_cuda
 from merge_attn_states.integrations import vllm as plugin
 
 from .dispatcher import Merge, patched, unpatched
@@ -116,7 +117,7 @@ def measure_host(merges: Merges, device: torch.device, quick: bool) -> Iterator[
 def measure_device(merges: Merges, device: torch.device, quick: bool) -> Iterator[Record]:
     for pattern in PATTERNS:
         for tokens in TOKENS[:1] if quick else TOKENS:
-            for regime in ("cold", "warm"):
+            for regime in ("neighbours", "cold"):
                 yield from time_device(merges, pattern, tokens, regime, device)
 
 
@@ -125,17 +126,21 @@ def time_device(
 ) -> Iterator[Record]:
     """A record for each provider; its status and the reason where its answer is wrong."""
     one = pattern.make(tokens, device)
-    touched = {id(t): t.numel() * t.element_size() for t in one if isinstance(t, torch.Tensor)}
-    sets = 1 if regime == "warm" else buffer_sets(sum(touched.values()), device)
-    operands = [one, *(pattern.make(tokens, device) for _ in range(sets - 1))]
     refusals = {provider: refusal(pattern, one, merge) for provider, merge in merges.items()}
-    timings = time_cuda(
-        {
-            provider: [partial(pattern.call, merge, each) for each in operands]
-            for provider, merge in merges.items()
-            if not refusals[provider]
-        }
-    )
+    right = {name: merge for name, merge in merges.items() if not refusals[name]}
+    if regime == "neighbours":
+        calls = {name: partial(pattern.call, merge, one) for name, merge in right.items()}
+        timings = {name: Timing(us, us, us) for name, us in added(one, calls, ROUNDS).items()}
+    else:
+        touched = {id(t): t.nbytes for t in one if isinstance(t, torch.Tensor)}
+        sets = buffer_sets(sum(touched.values()), device)
+        operands = [one, *(pattern.make(tokens, device) for _ in range(sets - 1))]
+        timings = time_cuda(
+            {
+                name: [partial(pattern.call, merge, each) for each in operands]
+                for name, merge in right.items()
+            }
+        )
     for provider, refused in refusals.items():
         record = {"group": "device", "case": f"{pattern.name}, {tokens} tokens", "regime": regime}
         record |= {"pattern": pattern.name, "tokens": tokens, "provider": provider}

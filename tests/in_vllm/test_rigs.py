@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_support import stand_in_kernels
 from support import assert_bits
 
 from benchmarks.environment import ROOT
@@ -61,6 +62,17 @@ def test_gain(vllm, tmp_path, capsys):
     assert "cascade  tight  vllm  Tensor-likes are not close!" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="of --quick"):
         records.load([file])
+
+
+def test_what_a_pattern_adds_between_neighbours(vllm, monkeypatch):
+    vllm()
+    stand_in_kernels(monkeypatch)
+    with gain.both() as merges:
+        for pattern in PATTERNS:
+            records = gain.time_device(merges, pattern, 5, "neighbours", CPU)
+            ours, theirs = sorted(records, key=lambda record: record["provider"])
+            assert ours["median_us"] == 1  # a call of the stand-in timer
+            assert theirs["status"] == "wrong"  # the stand-in fills its output with sevens
 
 
 def test_what_went_back_to_vllm_is_not_published_as_ours(vllm):
