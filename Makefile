@@ -26,16 +26,16 @@ help:  ## show this list
 demo: $(VENV)/extra-demo $(VENV)/built  ## merge attention states of a real model and of real shapes
 	$(venv_python) -m examples.demo $(DEMO)
 
-test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/extra-bench $(VENV)/built  ## run every test
+test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/built  ## run every test
 	$(venv_python) -m pytest $(PYTEST)
 
 test-torch: $(VENV)/built  ## run every test on another PyTorch, with the op library of .venv; RELEASE=2.15.0
 	@$(PYTHON) scripts/environment.py $(TORCH_VENV) --release $(RELEASE) \
-	  --extra test --extra demo --extra bench
+	  --extra test --extra demo
 	scripts/test_torch.sh $(abspath $(TORCH_VENV))/bin/python $(RELEASE) \
 	  python/merge_attn_states/libmerge_attn_states.so $(PYTEST)
 
-bench: $(VENV)/extra-bench $(VENV)/built  ## measure on this machine; BENCH="--only sweep --output FILE"
+bench: $(VENV)/built  ## measure on this machine; BENCH="--only cold --output FILE"
 	$(venv_python) -m benchmarks $(BENCH)
 
 build: $(VENV)/built  ## build in place and install the package into .venv as editable
@@ -69,7 +69,7 @@ test-vllm: $(VENV)/extra-test $(VENV)/built  ## test the plugin in the real vLLM
 
 vllm-engine:  ## run the whole vLLM 0.26.0 with the plugin on a GPU, with PYTHON's PyTorch 2.11
 	@scripts/build.sh $(PYTHON)
-	PYTHONPATH=python $(PYTHON) -m benchmarks.in_vllm.engine $(ENGINE)
+	PYTHONPATH=python:tests $(PYTHON) -m in_vllm.engine $(ENGINE)
 
 sanitize:  ## memcheck and racecheck on a GPU with PYTHON itself; SHARD=k/n: a part
 	scripts/sanitize_gpu.sh $(PYTHON)

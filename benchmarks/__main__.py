@@ -1,23 +1,16 @@
-"""`python -m benchmarks`: measure; `report`: publish; `targets`: judge; `compare`: two builds."""
+"""`python -m benchmarks`: measure; `compare`: op libraries; `report`: publish."""
 
-from __future__ import annotations
-
+import importlib
 import sys
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["report"]:
-        from .report import main as command
-    elif sys.argv[1:2] == ["targets"]:
-        from .targets import main as command
-    elif sys.argv[1:2] == ["compare"]:
-        from .compare import main as command
-    else:
-        from .run import main as measure
+def main(arguments: list[str]) -> int:
+    name = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else ""
+    command = importlib.import_module(f".{name or 'run'}", __package__)
+    return int(command.main(arguments[bool(name) :]))
 
-        return measure(sys.argv[1:])
-    return int(command(sys.argv[2:]))
 
+COMMANDS = ("compare", "report")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

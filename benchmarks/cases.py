@@ -1,18 +1,25 @@
-"""What is measured: cases in named groups.
+"""What is measured: the cases of each group.
 
-A group is a list of comparisons; a comparison is one or more cases of one shape that are timed in
-turn, on the same inputs, the first being what the others are compared with.
+A case is a shape, a dtype and one kind of operands (KINDS). `size` names the bfloat16 shape of head
+size 128 that has as many bytes, so that targets and tables can set one beside the other.
 """
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-FP8 = "float8_e4m3fn"
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", FP8: "e4m3"}
+PLAIN = "contiguous"
+NEIGHBOUR_KINDS = (  # docs/benchmarks.md describes them
+    *("padded heads", "heads first", "row-strided LSE", "tokens-first LSE", "onto prefix"),
+    *("onto suffix", "half context", "half context, onto suffix", "half empty", "FP8 output"),
+)
+COLD_KINDS = (
+    *("padded heads", "heads first", "half context", "half context, onto suffix"),
+    *("half context, output onto suffix", "half empty", "FP8 output"),
+)
+GENERIC_KINDS = ("FP8 inputs", "8-byte aligned")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -23,197 +30,115 @@ class Case:
     heads: int
     head_size: int
     dtype: str = "bfloat16"
-    regime: str = "cold"  # cold: the inputs come from DRAM; warm: they lie in L2
-    output_dtype: str = ""  # empty: the inputs'
-    layout: str = "contiguous"  # how the [N, H, D] operands lie in memory: operands.py
-    context_tokens: int | None = None  # prefill_tokens_with_context
-    in_place: bool = False  # output is suffix_output, output_lse is suffix_lse
-    lse_elsewhere: bool = False  # in place, but output_lse is memory of its own
-    empty_blocks: bool = False  # half of the prefix rows are empty, in blocks of 256 tokens
-    model: str = ""
+    kind: str = PLAIN
+    size: str = ""
 
-    @property
-    def shape(self) -> str:
-        return f"{self.tokens}x{self.heads}x{self.head_size}"
+    def __post_init__(self) -> None:
+        known = {PLAIN, *NEIGHBOUR_KINDS, *COLD_KINDS, *GENERIC_KINDS}
+        if self.kind not in known:
+            raise ValueError(f"kind: expected one of {known}, got {self.kind!r}")
 
     @property
     def name(self) -> str:
-        """All but the regime."""
-        special = [
-            self.layout if self.layout != "contiguous" else "",
-            f"{SHORT[self.output_dtype]} output" if self.output_dtype else "",
-            "half the tokens have context" if self.context_tokens is not None else "",
-            "in place" if self.in_place else "",
-            "output_lse elsewhere" if self.lse_elsewhere else "",
-            "half the prefix empty" if self.empty_blocks else "",
-        ]
-        return ", ".join([f"{self.shape} {SHORT[self.dtype]}", *filter(None, special)])
+        shape = f"{self.tokens}x{self.heads}x{self.head_size} {SHORT[self.dtype]}"
+        return shape if self.kind == PLAIN else f"{shape}, {self.kind}"
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+    def input_dtype(self) -> torch.dtype:
+        fp8 = self.kind == "FP8 inputs"
+        return torch.float8_e4m3fn if fp8 else getattr(torch, self.dtype)
 
     @property
-    def torch_output_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.output_dtype or self.dtype)
-        return dtype
+    def output_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.kind == "FP8 output" else self.input_dtype
 
     @property
-    def bytes(self) -> int:
-        """What must move: three [N, H, D] operands and three LSEs once each.
+    def has_narrow_output(self) -> bool:
+        return self.output_dtype.itemsize < self.input_dtype.itemsize
 
-        Rows past the context count need no prefix; in place nothing at all, or their LSE alone.
+    @property
+    def context_tokens(self) -> int:
+        return self.tokens // 2 if self.kind.startswith("half context") else self.tokens
+
+    def bytes(self, lse: int = 4) -> int:
+        """What must move: the three [N, H, D] operands and the three LSEs once each.
+
+        A row past the context count needs no prefix; onto the suffix it needs nothing, or its LSE.
+        `lse` is what an LSE counts: 0 leaves them out.
         """
-        inputs, output = self.torch_dtype.itemsize, self.torch_output_dtype.itemsize
-        part, merged = self.head_size * inputs + 4, self.head_size * output + 4
-        count = self.tokens if self.context_tokens is None else self.context_tokens
-        copied = part + merged
-        if self.in_place:
-            copied = 8 if self.lse_elsewhere else 0
+        part = self.head_size * self.input_dtype.itemsize + lse
+        merged = self.head_size * self.output_dtype.itemsize + lse
+        copied = {
+            "half context, onto suffix": 0,
+            "half context, output onto suffix": 2 * lse,
+        }.get(self.kind, part + merged)
+        count = self.context_tokens
         return self.heads * (count * (2 * part + merged) + (self.tokens - count) * copied)
 
-    @property
-    def footprint(self) -> int:
-        """How much memory that traffic touches: in place, a part and the output are one."""
-        return self.bytes * 2 // 3 if self.in_place else self.bytes
-
     def record(self) -> dict[str, Any]:
-        """The case as JSON fields, defaults left out."""
-        defaults = {field.name: field.default for field in fields(self)}
-        special = {k: v for k, v in asdict(self).items() if v != defaults[k]}
-        return {"case": self.name, "regime": self.regime, "bytes": self.bytes} | special
+        """The case as JSON fields."""
+        fields = {"case": self.name, "head_size": self.head_size, "dtype": self.dtype}
+        return fields | {"kind": self.kind, "size": self.size, "bytes": self.bytes()}
 
 
-Comparison = tuple[Case, ...]
+# Tokens and heads of each size: decode, and chunks of a prefill.
+SIZES = {"1x128": (1, 128)} | {f"{n}x16": (n, 16) for n in (16, 64, 256, 1024, 2048, 8192)}
+LAYOUT_SIZES = ("64x16", "256x16", "2048x16", "8192x16")
+
+
+def _same_bytes(size: str, head_size: int, itemsize: int = 2) -> tuple[int, int, int]:
+    """A shape with as many bytes as the size has in bfloat16 at head size 128."""
+    tokens, heads = SIZES[size]
+    if heads == 128 or (tokens * 256) % (head_size * itemsize):  # one token stays one token
+        return tokens, heads * 256 // (head_size * itemsize), head_size
+    return tokens * 256 // (head_size * itemsize), heads, head_size
+
+
+def _neighbours() -> list[Case]:
+    cases = [Case(*SIZES[size], 128, size=size) for size in SIZES]
+    cases += [replace(case, dtype="float16") for case in cases]
+    for size in SIZES:
+        cases += [Case(*_same_bytes(size, d), size=size) for d in (64, 512)]
+        cases.append(Case(*_same_bytes(size, 64, 4), "float32", size=size))
+    for size in LAYOUT_SIZES:
+        cases += [Case(*SIZES[size], 128, kind=kind, size=size) for kind in NEIGHBOUR_KINDS]
+    return cases
+
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 192, 256, 512, 576)
-TOKENS_AND_HEADS = ((1024, 16), (2048, 16), (4096, 32), (8192, 16))
-LEAST_SWEEP_BYTES = 12_000_000
-PAIRED_SHAPES = ((2048, 16, 128), (8192, 16, 128), (8192, 128, 128))
-WARM_BYTES = 40_000_000  # what still lies in the L2 of an H100 or H200 after the attention wrote it
-
-MODELS = (  # name, heads on one GPU, head size
-    ("DeepSeek-V3", 128, 128),
-    ("DeepSeek-V3, absorbed", 128, 512),
-    ("Kimi-K2", 64, 128),
-    ("Llama-3 8B", 32, 128),
-    ("Llama-3 405B, TP 8", 16, 128),
-    ("Llama-3 70B, TP 8", 8, 128),
-    ("gpt-oss-120b", 64, 64),
-    ("Gemma-3 12B", 16, 256),
-    ("Qwen3.5-397B", 32, 256),
-    ("Phi-3-mini", 32, 96),
-    ("Phi-2", 32, 80),
-)
-MODEL_TOKENS = (16, 128, 2048, 8192)  # decode, decode, and two sizes of a prefill's chunk
+UNEVEN_HEAD_SIZES = (100, 101)  # no whole packs of 16 bytes: the generic kernel
+LEAST_COLD_BYTES = 12_000_000
 
 
-def _sweep() -> list[Comparison]:
-    cases = [Case(n, h, d) for d in HEAD_SIZES for n, h in TOKENS_AND_HEADS]
-    cases += [Case(8192, 128, d) for d in HEAD_SIZES] + [Case(8192, 64, d) for d in (64, 128)]
-    cases += [Case(2048, 32, 64)]  # cold beside the one in `warm`
-    cases += [Case(n, h, 128, "float16") for n, h in ((1024, 16), (8192, 16), (8192, 128))]
-    cases += [Case(n, h, d, "float16") for n, h, d in ((2048, 32, 64), (4096, 32, 96))]
-    # float32 at the same bytes: half the tokens.
-    cases += [Case(n, h, 128, "float32") for n, h in ((512, 16), (4096, 16), (4096, 128))]
-    cases += [Case(n, h, d, "float32") for n, h, d in ((1024, 32, 64), (2048, 32, 96))]
-    return [(case,) for case in cases if case.bytes >= LEAST_SWEEP_BYTES]
+def _cold() -> list[Case]:
+    shapes = [(n, 16, d) for d in HEAD_SIZES for n in (2048, 8192)]
+    shapes += [(1024, 16, 128), (4096, 32, 128), (8192, 64, 64)]
+    shapes += [(8192, 128, d) for d in (64, 128, 512)]
+    cases = [Case(*shape, size="x".join(map(str, shape[:2]))) for shape in shapes]
+    cases += [Case(n, 16, 128, "float16") for n in (2048, 8192)]
+    cases += [Case(n, 16, 128, "float32") for n in (1024, 4096)]
+    for n, h in ((2048, 16), (8192, 16), (8192, 128)):
+        cases += [Case(n, h, 128, kind=kind, size=f"{n}x{h}") for kind in COLD_KINDS]
+    cases += [Case(8192, 32, d) for d in UNEVEN_HEAD_SIZES]
+    cases += [Case(8192, 32, 128, kind=kind) for kind in GENERIC_KINDS]
+    return [case for case in cases if case.bytes() >= LEAST_COLD_BYTES]
 
 
-def _warm() -> list[Comparison]:
-    shapes = [(1024, 16, 128), (2048, 16, 128), (2048, 32, 64), (1024, 16, 256), (512, 16, 512)]
-    shapes += [(2048, 16, 96), (1024, 16, 192)]  # 19 MB
-    cases = [Case(*shape) for shape in shapes] + [Case(2048, 16, 128, "float16")]
-    cases += [Case(1024, 16, 128, "float32"), Case(1024, 16, 96, "float32")]
-    return [(replace(case, regime="warm"),) for case in cases]
+def _cpu() -> list[Case]:
+    cases = []
+    for dtype in SHORT:
+        tokens, head_size = (1024, 64) if dtype == "float32" else (2048, 128)
+        large = Case(tokens, 64, 128, dtype, size="100 MB")
+        cases += [large, Case(1, 5, head_size, dtype, size="4 KB")]
+    return cases
 
 
-def _small() -> list[Comparison]:
-    shapes = [(1, 128, 128), (16, 16, 128), (64, 16, 128), (256, 16, 128)]
-    shapes += [(512, 16, 128)]  # joins the curve to `sweep` and `warm`
-    cases = [Case(*shape) for shape in shapes]
-    cases += [Case(n, 16, 128, "float16") for n in (64, 256)]
-    cases += [Case(n, 16, 128, "float32") for n in (32, 128)]
-    return [(replace(case, regime=regime),) for case in cases for regime in ("cold", "warm")]
+GROUPS: dict[str, list[Case]] = {"neighbours": _neighbours(), "cold": _cold(), "cpu": _cpu()}
+HOST_CASE = Case(4, 8, 128)
+GPU_GROUPS = ("host", "neighbours", "cold", "cpu")  # the host first: nothing else has run yet
+CPU_GROUPS = ("host", "cpu")
 
 
-def _models() -> list[Comparison]:
-    """Each in the regime that serving meets: warm while the parts fit into L2."""
-    cases = [Case(n, h, d, model=model) for model, h, d in MODELS for n in MODEL_TOKENS]
-    return [
-        (replace(case, regime="warm" if case.bytes <= WARM_BYTES else "cold"),) for case in cases
-    ]
-
-
-def _context() -> list[Comparison]:
-    return [
-        (
-            Case(n, h, d),
-            Case(n, h, d, context_tokens=n // 2),
-            Case(n, h, d, context_tokens=n // 2, in_place=True),
-            Case(n, h, d, context_tokens=n // 2, in_place=True, lse_elsewhere=True),
-        )
-        for n, h, d in PAIRED_SHAPES
-    ]
-
-
-def _empties() -> list[Comparison]:
-    return [(Case(*shape), Case(*shape, empty_blocks=True)) for shape in PAIRED_SHAPES]
-
-
-def _layouts() -> list[Comparison]:
-    cases = [
-        Case(8192, 32, 128, layout="heads first"),
-        Case(8192, 32, 128, layout="padded heads"),
-        Case(8192, 32, 128, output_dtype=FP8),
-        *(
-            Case(n, 16, 128, output_dtype=FP8, layout=layout, regime=regime)
-            for n in (256, 2048)
-            for layout in ("contiguous", "padded heads")
-            for regime in ("cold", "warm")
-        ),
-        # The generic kernel from here on.
-        Case(8192, 32, 100),
-        Case(8192, 32, 101),
-        Case(8192, 32, 128, layout="8-byte aligned"),
-        Case(8192, 32, 128, dtype=FP8),
-    ]
-    return [(case,) for case in cases]
-
-
-def _cpu() -> list[Comparison]:
-    large = {"float32": (1024, 64, 128), "bfloat16": (2048, 64, 128), "float16": (2048, 64, 128)}
-    small = {"float32": (1, 5, 64), "bfloat16": (1, 5, 128), "float16": (1, 5, 128)}
-    return [(Case(*shapes[d], d, "cpu"),) for shapes in (large, small) for d in shapes]
-
-
-GROUPS: dict[str, list[Comparison]] = {
-    "sweep": _sweep(),
-    "warm": _warm(),
-    "small": _small(),
-    "models": _models(),
-    "context": _context(),
-    "empties": _empties(),
-    "layouts": _layouts(),
-    "cpu": _cpu(),
-}
-HOST_CASE = Case(4, 8, 128, regime="tight")
-ALL_GROUPS = (*GROUPS, "host")
-
-# torch.compile takes seconds a shape, so it is measured on these alone.
-COMPILED = {
-    ("sweep", "8192x16x128 bf16"),
-    ("warm", "2048x16x128 bf16"),
-    ("small", "256x16x128 bf16"),
-}
-
-
-def quick(comparisons: list[Comparison]) -> list[Comparison]:
-    """The same kinds of cases in tiny shapes: shows that everything runs, measures nothing."""
-
-    def shrunk(case: Case) -> Case:
-        context = None if case.context_tokens is None else 4
-        return replace(case, tokens=8, heads=min(case.heads, 4), context_tokens=context)
-
-    return list(dict.fromkeys(tuple(shrunk(c) for c in comparison) for comparison in comparisons))
+def is_compared_with_pytorch(case: Case) -> bool:
+    """Whether PyTorch's own ways run too: each shape costs torch.compile seconds."""
+    return case.kind == PLAIN and case.dtype == "bfloat16" and case.head_size == 128

@@ -1,15 +1,13 @@
 """The tensors of a case, in as many sets as it takes to rotate through."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
 
 from .cases import Case
 
-PADDING = 64  # elements behind each head in "padded heads": 192 wide, 128 used
-EMPTY_BLOCK = 256  # tokens
+LSE_PADDING = 64  # of "row-strided LSE", in floats
+EMPTY_BLOCK = 256
 
 
 class Operands(NamedTuple):
@@ -26,49 +24,51 @@ class Operands(NamedTuple):
 
 
 def make_operands(case: Case, sets: int, device: torch.device) -> list[Operands]:
-    """Random sets of a comparison's first case."""
+    """Random operands, a tuple a set; where there is one set, every tensor has its own storage."""
+    with device:
+        parts = [_rows(case, case.input_dtype, sets, is_part=True) for _ in range(2)]
+        outputs = _rows(case, case.output_dtype, sets, is_part=False)
+        lses = [_lses(case, sets) for _ in range(3)]
+        scale = torch.tensor(0.5) if case.has_narrow_output else None
+        if case.kind == "half empty":
+            rows = torch.arange(case.tokens * case.heads).view(case.heads, case.tokens)
+            empty = rows // min(EMPTY_BLOCK, case.tokens // 2) % 2 == 1
+            lses[0].masked_fill_(empty, -torch.inf)
+    count = case.context_tokens if case.context_tokens < case.tokens else None
+    made = []
+    for output, prefix, suffix, *lse in zip(outputs, *parts, *lses, strict=True):
+        one = Operands(output, prefix, lse[0], suffix, lse[1], lse[2], count, scale)
+        if case.kind == "onto prefix":
+            one = one._replace(output=prefix, output_lse=lse[0])
+        elif case.kind.endswith("onto suffix"):
+            one = one._replace(output=suffix)
+            if "output onto" not in case.kind:
+                one = one._replace(output_lse=lse[1])
+        made.append(one)
+    return made
+
+
+def _rows(case: Case, dtype: torch.dtype, sets: int, is_part: bool) -> torch.Tensor:
+    """[sets, N, H, D] in one memory: thousands of small allocations would take seconds."""
     n, h, d = case.tokens, case.heads, case.head_size
-    inputs, output = case.torch_dtype, case.torch_output_dtype
 
-    def random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        if dtype.itemsize == 1:  # PyTorch draws no FP8
-            return torch.randn(shape, device=device, dtype=torch.bfloat16).to(dtype)
-        return torch.randn(shape, device=device, dtype=dtype)
+    def random(*shape: int) -> torch.Tensor:
+        drawn = torch.bfloat16 if dtype.itemsize == 1 else dtype  # PyTorch draws no FP8
+        return torch.randn(shape, dtype=drawn).to(dtype)
 
-    def rows(dtype: torch.dtype, padding: int = 0) -> list[torch.Tensor]:
-        """One memory for all sets: thousands of small allocations would take seconds."""
-        if case.layout == "heads first":
-            return list(random(dtype, sets, h, n, d).transpose(1, 2))
-        if case.layout == "8-byte aligned":
-            shift = 8 // dtype.itemsize
-            flat = random(dtype, sets, n * h * d + 2 * shift)
-            return [one[shift:-shift].view(n, h, d) for one in flat]
-        return list(random(dtype, sets, n, h, d + padding)[..., :d])
-
-    def lses(first_empty: int | None) -> list[torch.Tensor]:
-        values = 3 * torch.randn(sets, h, n, device=device)
-        if first_empty is not None:  # a few empty rows, never in both parts
-            values.view(sets, -1)[:, first_empty :: max(7, h * n // 8)] = -torch.inf
-        return list(values)
-
-    # As an MLA engine has them: the parts padded to the key's width, the output dense.
-    padding = PADDING if case.layout == "padded heads" else 0
-    scale = torch.tensor(0.5, device=device) if case.output_dtype else None
-    parts = (rows(inputs, padding), lses(1), rows(inputs, padding), lses(2))
-    every = zip(rows(output), *parts, lses(None), strict=True)
-    return [Operands(*tensors)._replace(output_scale=scale) for tensors in every]
+    if case.kind == "heads first":
+        return random(sets, h, n, d).transpose(1, 2)
+    if case.kind == "8-byte aligned":
+        shift = 8 // dtype.itemsize
+        return random(sets, n * h * d + 2 * shift)[:, shift:-shift].view(sets, n, h, d)
+    width = d * 3 // 2 if is_part and case.kind == "padded heads" else d
+    return random(sets, n, h, width)[..., :d]
 
 
-def vary(operands: Operands, case: Case) -> Operands:
-    """The same memory as another case of the comparison uses it."""
-    changed = operands._replace(prefill_tokens_with_context=case.context_tokens)
-    if case.in_place:
-        changed = changed._replace(output=operands.suffix_output)
-        if not case.lse_elsewhere:
-            changed = changed._replace(output_lse=operands.suffix_lse)
-    if case.empty_blocks:
-        block = min(EMPTY_BLOCK, max(1, case.tokens // 2))
-        tokens = torch.arange(case.tokens, device=operands.prefix_lse.device)
-        empty = (tokens // block % 2 == 1) & ~operands.suffix_lse.isinf()
-        changed = changed._replace(prefix_lse=operands.prefix_lse.masked_fill(empty, -torch.inf))
-    return changed
+def _lses(case: Case, sets: int) -> torch.Tensor:
+    """[sets, H, N]."""
+    n, h = case.tokens, case.heads
+    if case.kind == "tokens-first LSE":
+        return (3 * torch.randn(sets, n, h)).transpose(1, 2)
+    padding = LSE_PADDING if case.kind == "row-strided LSE" else 0
+    return (3 * torch.randn(sets, h, n + padding))[..., :n]

@@ -1,48 +1,90 @@
-"""Publishes results files: README's section, docs/benchmarks.md's, and the pictures beside it.
+"""Publishes results files: README's section, docs/benchmarks.md's, and the picture beside it.
 
 All of it follows from the files alone, so whether what is published is what they give can be
-checked: --check says what is not, and the test-suite asks the same.
+checked: --check says what is not, and the test suite asks the same.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
-from . import sections
-from .environment import ROOT, TREES, tree_hash
-from .picture_rows import ROWS, description
-from .pictures import FORMATS, save
+from . import picture
+from .environment import ROOT
 from .results import Results
+from .tables import group_table, headline, headline_table, markdown
+from .targets import targets_table
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks:begin -->\n", "<!-- benchmarks:end -->"
-SECTIONS: dict[str, Callable[[Sequence[Results]], str]] = {
-    "README.md": sections.readme,
-    "docs/benchmarks.md": sections.docs,
-}
-PICTURES = Path("docs", "benchmarks")
+NO_RESULTS = "No GPU has measured these sources yet: `python -m benchmarks` does."
+PICTURE = Path("docs", "benchmarks.svg")
 
 
-def load(paths: Sequence[Path]) -> list[Results]:
-    """Results files in the order of their names.
+def load(paths: Iterable[Path]) -> list[Results]:
+    """Results files in the order of their names, those of a GPU first."""
+    machines = [Results.load(path) for path in sorted(paths)]
+    return sorted(machines, key=lambda results: results.environment["gpu"] is None)
 
-    Raises
-    ------
-    SystemExit
-        One of them is empty, or of --quick, which measures nothing.
-    """
-    machines = []
-    for path in sorted(paths):
-        results = Results.load(path)
-        if results.environment.get("quick"):
-            raise SystemExit(f"{path} is of --quick, which measures nothing: not published")
-        if not results.runs:
-            raise SystemExit(f"{path} holds no runs")
-        machines.append(results)
-    return machines
+
+def readme(machines: Sequence[Results]) -> str:
+    """One table and one picture, of the first GPU."""
+    shown = next((results for results in machines if headline(results)), None)
+    if shown is None:
+        return f"{NO_RESULTS} [docs/benchmarks.md](docs/benchmarks.md) says how, and what of."
+    return "\n\n".join(
+        [
+            "Microseconds that a merge adds between a kernel that writes both parts and one that "
+            f"reads the output, on an {shown.gpu}, bfloat16, head size 128: the median of three "
+            "processes (least-most). The limit is a kernel that reads two buffers, writes one and "
+            "computes nothing.",
+            markdown(*headline_table(shown)),
+            f"![What a merge adds, as a multiple of the limit]({PICTURE})",
+            f"{origin(shown)}. [docs/benchmarks.md](docs/benchmarks.md) has the recipe, every "
+            "case, the host's time, the CPU, and the targets that were met and missed.",
+        ]
+    )
+
+
+def docs(machines: Sequence[Results]) -> str:
+    """Everything that was measured."""
+    paragraphs = [] if any(headline(results) for results in machines) else [NO_RESULTS]
+    for results in machines:
+        paragraphs += [f"### {results.gpu}", f"{origin(results)}.", *_machine(results)]
+    return "\n\n".join(paragraphs)
+
+
+def _machine(results: Results) -> Iterator[str]:
+    yield markdown(*targets_table(results)).replace("| missed |", "| **missed** |")
+    if results.select("host"):
+        yield markdown(*group_table(results, "host"))
+    for group in ("neighbours", "cold", "cpu"):
+        if records := results.select(group):
+            table = markdown(*group_table(results, group))
+            summary = f"{group}, {len(records)} cases"
+            yield f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"
+
+
+def origin(results: Results) -> str:
+    """Machine, versions, date and sources of a results file."""
+    environment, runs = results.environment, list(results.runs.values())
+    clocks = runs[-1]["clocks"]
+    at = f" (SM {clocks['clocks.sm']}, memory {clocks['clocks.mem']})" if clocks else ""
+    others = [
+        f"{name} {environment[key]}"
+        for key, name in (("driver", "driver"), ("torch", "PyTorch"), ("vllm", "vLLM"))
+        if environment[key]
+    ]
+    cpu = environment.get("cpu") or _joined(run["cpu"] for run in runs)
+    machine = f"{environment['gpu'] or cpu}{at}"
+    trees = ", ".join(f"{tree} {str(h)[:10]}" for tree, h in environment["trees"].items())
+    changed = ", with changes that are not committed" if environment["dirty"] else ""
+    commits = _joined(str(run["commit"])[:10] for run in runs)
+    dates = _joined(sorted(run["date"] for run in runs))
+    return f"{machine}, {', '.join(others)}; {dates}, commit {commits} ({trees}){changed}"
+
+
+def _joined(values: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(values))
 
 
 def replaced(text: str, section: str, name: str) -> str:
@@ -54,78 +96,26 @@ def replaced(text: str, section: str, name: str) -> str:
     return f"{before}{BEGIN}\n{section}\n\n{END}{after}"
 
 
-def publish(machines: Sequence[Results], root: Path) -> Iterator[Path]:
-    """Write sections and pictures under `root`; yields what was written."""
-    for name, section in SECTIONS.items():
-        path = root / name
-        path.write_text(replaced(path.read_text("utf-8"), section(machines), name), "utf-8")
-        yield path
-    folder = root / PICTURES
-    folder.mkdir(exist_ok=True)
-    for name, rows in ROWS.items():
-        if shown := list(rows(machines)):
-            yield from save(name, shown, folder)
-        else:
-            for suffix in FORMATS:
-                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
-
-
-def differences(machines: Sequence[Results], root: Path) -> Iterator[str]:
-    """What under `root` is not what these results give."""
-    for name, section in SECTIONS.items():
-        text = (root / name).read_text("utf-8")
-        if text != replaced(text, section(machines), name):
-            yield f"{name} is not what the results files give"
-    for name, rows in ROWS.items():
-        shown = list(rows(machines))
-        for suffix in FORMATS:
-            path = root / PICTURES / f"{name}.{suffix}"
-            if not shown:
-                if path.exists():
-                    yield f"{path.relative_to(root)} shows results that are not there"
-            elif not path.exists():
-                yield f"{path.relative_to(root)} is missing"
-            elif embedded(path) != description(shown):
-                yield f"{path.relative_to(root)} does not show what the results files give"
-
-
-def embedded(path: Path) -> str:
-    """The rows in a picture's metadata: what it was drawn from."""
-    if path.suffix == ".svg":
-        description_ = "{http://purl.org/dc/elements/1.1/}description"
-        return next(ElementTree.parse(path).iter(description_)).text or ""
-    data = path.read_bytes()
-    place = data.find(b"tEXtDescription\0")
-    length = int.from_bytes(data[place - 4 : place], "big")
-    return data[place + 4 : place + 4 + length].partition(b"\0")[2].decode("latin-1")
-
-
-def stale(results: Results) -> str:
-    """How the sources measured differ from those here; empty where they are the same."""
-    said = []
-    for tree in TREES:
-        here, there = tree_hash(ROOT / tree), results.environment["trees"][tree]
-        if here != there:
-            said.append(f"{tree} is {here[:10]} here, {there[:10]} was measured")
-    return "; ".join(said)
+def pages(machines: Sequence[Results], root: Path) -> Iterator[tuple[Path, str]]:
+    """What each published file should hold; an empty one should not be there."""
+    for name, section in (("README.md", readme), ("docs/benchmarks.md", docs)):
+        yield root / name, replaced((root / name).read_text("utf-8"), section(machines), name)
+    shown = next((results for results in machines if headline(results)), None)
+    yield root / PICTURE, picture.svg(shown) if shown else ""
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
-    parser.add_argument(
-        "files", type=Path, nargs="*", help="results, default benchmarks/results/*.json"
-    )
+    parser.add_argument("files", type=Path, nargs="*", help="default benchmarks/results/*.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 where it differs")
     options = parser.parse_args(arguments)
-    machines = load(options.files or list(RESULTS.glob("*.json")))
-    names = [results.gpu for results in machines]
-    if again := {name for name in names if names.count(name) > 1}:
-        raise SystemExit(f"benchmarks: more than one file is of {', '.join(again)}")
-    if options.check:
-        found = list(differences(machines, options.root))
-        print("\n".join(found) or "published as measured")
-        return int(bool(found))
-    for path in publish(machines, options.root):
-        print(path)
-    return 0
+    differs = False
+    for path, text in pages(load(options.files or RESULTS.glob("*.json")), options.root):
+        if text == (path.read_text("utf-8") if path.exists() else ""):
+            continue
+        differs = True
+        print(f"{path.name} is not what the results give" if options.check else path)
+        if not options.check:
+            path.write_text(text, "utf-8") if text else path.unlink()
+    return int(options.check and differs)

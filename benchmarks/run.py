@@ -1,171 +1,93 @@
-"""The command that measures: groups of cases, each merged into the results file when it is done."""
-
-from __future__ import annotations
+"""The command that measures: starts the processes, takes their medians, writes the results file."""
 
 import argparse
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import merge_attn_states
 
-from . import argument_types, environment, vllm
-from .cases import ALL_GROUPS, GROUPS, quick
-from .host import measure_host
-from .measure import Record, measure
-from .native import library
-from .progress import Progress
-from .providers import missing_providers, providers
-from .results import Results, case_title
-from .tables import print_groups
-from .timing import ROUNDS
+from . import environment, kernels, options
+from .process import medians, passed_on, run_processes
+from .results import Results
+from .tables import group_table, markdown
+from .targets import targets_table
 
-DESCRIPTION = """\
-Measures the merge against the memory's limit, against other implementations, and on the host.
-On a GPU the limit is the triad (triad.cu) over the same bytes in the same run; on the CPU it is
-torch.add(out=) of the same dtype. `python -m benchmarks report` publishes results files, and
-`python -m benchmarks targets FILE` compares one with what we ask of ourselves."""
+PROCESSES = 3
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
-    argument_types.add_device(made)
-    made.add_argument(
-        "--only",
-        nargs="+",
-        metavar="GROUP",
-        choices=ALL_GROUPS,
-        help=f"measure these groups: {', '.join(ALL_GROUPS)} (default: all; cpu and host on a CPU)",
-    )
-    argument_types.add_results(
-        made, "merge the groups into this JSON file; refused where GPU, versions or sources differ"
-    )
-    made.add_argument(
-        "--vllm-op-library",
-        type=argument_types.file,
-        metavar="PATH",
-        help="measure vLLM's compiled op alone: _C_stable_libtorch.abi3.so out of its wheel",
-    )
-    made.add_argument("--vllm-version", metavar="VERSION", help="of that library, for the record")
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    options.add_measuring(made)
+    options.add_results(made)
+    made.add_argument("--vllm-version", metavar="VERSION", help="of --vllm-op-library")
     made.add_argument("--dirty", action="store_true", help="record results of changed sources")
-    made.add_argument(
-        "--rounds", type=argument_types.positive, default=ROUNDS, help=f"timed, default {ROUNDS}"
-    )
-    made.add_argument("--quick", action="store_true", help="tiny shapes: does everything run?")
+    count = options.positive
+    made.add_argument("--processes", type=count, default=PROCESSES, help=f"default {PROCESSES}")
     return made
 
 
 def main(arguments: list[str]) -> int:
-    options = parser().parse_args(arguments)
-    if options.vllm_version and not options.vllm_op_library:
-        raise SystemExit("benchmarks: --vllm-version is of --vllm-op-library, which is not given")
-    device: torch.device = options.device
+    chosen = parser().parse_args(arguments)
+    if chosen.output and chosen.case:
+        raise SystemExit("benchmarks: --output takes whole groups, --case some of their cases")
+    groups = options.groups(chosen)
+    device: torch.device = chosen.device
     if device.type == "cuda":
-        prepare_gpu(device)
-    results, here, commit = open_results(options, device)
-    missing = missing_providers(device, options.vllm_op_library)
-    for provider, why in missing.items():
-        print(f"{provider} is not measured: {why}")
-
-    groups: Sequence[str] = options.only or (
-        ALL_GROUPS if device.type == "cuda" else ("cpu", "host")
-    )
-    with Progress().shown() as progress:
-        for group in groups:
-            begin = time.monotonic()
-            records = measure_group(group, device, missing, options, progress)
-            run = environment.circumstances(device, commit)
-            run |= {"seconds": round(time.monotonic() - begin), "missing": missing}
-            results.add(group, here, run, records)
-            if options.output:
-                results.save(options.output)
-    print_groups(results, groups)
-    return report_failures(results, groups)
-
-
-def prepare_gpu(device: torch.device) -> None:
-    if merge_attn_states.build_info()["cuda"] is None:
-        raise SystemExit("benchmarks: merge_attn_states was built without CUDA kernels")
-    torch.cuda.set_device(device.index or 0)
-    for name in ("triad", "bare_launch"):
-        library(name)
+        if merge_attn_states.build_info()["cuda"] is None:
+            raise SystemExit("benchmarks: merge_attn_states was built without CUDA kernels")
+        torch.cuda.set_device(device.index or 0)
+        kernels.library()
+    results, commit = open_results(chosen)
+    begin = time.monotonic()
+    answers = run_processes("benchmarks.process", passed_on(chosen), chosen.processes)
+    run = environment.circumstances(device, commit) | {
+        "processes": chosen.processes,
+        "seconds": round(time.monotonic() - begin),
+        "missing": answers[0]["missing"],
+    }
+    for group in groups:
+        results.add(group, run, medians([answer["groups"][group] for answer in answers]))
+        print(f"\n{group}\n{markdown(*group_table(results, group))}")
+    if chosen.output:
+        results.save(chosen.output)
+    print(f"\n{markdown(*targets_table(results))}\n{run}\n{results.environment}")
+    return report_failures(results)
 
 
-def current(
-    options: argparse.Namespace, device: torch.device, trees: dict[str, Any]
-) -> dict[str, Any]:
-    library, version = options.vllm_op_library, options.vllm_version
-    if device.type == "cuda" and library and vllm.load(library):
-        library = version = None  # it cannot be measured: missing_providers says why
-    return environment.identity(device, trees, version, library) | {"quick": options.quick}
-
-
-def open_results(
-    options: argparse.Namespace, device: torch.device
-) -> tuple[Results, dict[str, Any], str]:
-    """The file to merge into, or new results; this environment; the commit.
+def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
+    """The file to merge into, or new results; and the commit.
 
     Refuses before anything is measured.
     """
-    if options.output is None:
-        trees = dict.fromkeys((*environment.TREES, "commit")) | {"dirty": True}
-        here = current(options, device, trees)
-        return Results(here), here, trees["commit"]
-    trees = environment.source_trees(options.source_trees)
-    trees["dirty"] |= options.dirty
-    if trees["dirty"] and not options.dirty:
-        raise SystemExit(
-            "benchmarks: csrc or python has changes, or had when the binary was built; commit them "
-            "and build again, or say --dirty"
-        )
-    if why := environment.built_from_elsewhere(trees):
-        raise SystemExit(f"benchmarks: {why}")
-    here = current(options, device, trees)
-    if not options.output.exists():
-        return Results(here), here, trees["commit"]
-    results = Results.load(options.output)
-    if why := results.refuses(here, environment.machine()):
-        raise SystemExit(f"benchmarks: {options.output} holds other results: {why}")
-    return results, here, trees["commit"]
+    measured: dict[str, Any] = {"trees": {}, "commit": "", "dirty": True}
+    if chosen.output:
+        measured = environment.sources(chosen.commit)
+        measured["dirty"] |= chosen.dirty
+        if measured["dirty"] and not chosen.dirty:
+            raise SystemExit(
+                "benchmarks: csrc, include or python are not the commit's, or not what the binary "
+                "was built of: commit and build again, or say --dirty"
+            )
+    here = environment.identity(chosen.device, measured, chosen.vllm_version)
+    if chosen.output is None or not chosen.output.exists():
+        return Results(here), measured["commit"]
+    results = Results.load(chosen.output)
+    for key, there in results.environment.items():
+        if here.get(key) != there:
+            said = f"{key} is {here.get(key)!r} now and {there!r} in the file"
+            raise SystemExit(f"benchmarks: {chosen.output} holds other results: {said}")
+    return results, measured["commit"]
 
 
-def measure_group(
-    group: str,
-    device: torch.device,
-    missing: dict[str, str],
-    options: argparse.Namespace,
-    progress: Progress,
-) -> list[Record]:
-    records: list[Record] = []
-    if group == "host":
-        for _ in progress.follow(group, [group]):
-            records += measure_host(device, missing, options.vllm_op_library, options.quick)
-        return records
-    if group == "cpu":
-        device = torch.device("cpu")
-        missing = missing_providers(device, None) | {"compile": "not asked"}
-    elif device.type == "cpu":
-        missing = missing | {"compile": "not asked"}
-    comparisons = quick(GROUPS[group]) if options.quick else GROUPS[group]
-    asked = providers(missing)
-    most_sets = 3 if options.quick else None  # a tiny shape would take thousands
-    for comparison in progress.follow(group, comparisons):
-        records += measure(group, comparison, asked, device, options.rounds, most_sets)
-    return records
-
-
-def report_failures(results: Results, groups: Sequence[str]) -> int:
-    """Whether everyone who took a case gave the right answer; says who did not."""
+def report_failures(results: Results) -> int:
+    """Say whose answers were wrong; 1 where they were ours."""
     bad = [
-        record
-        for group in groups
-        for record in results.select(group, lambda r: r.get("status") in ("wrong", "failed"))
+        (provider, record["case"], why)
+        for record in results.records
+        for provider, why in record["refused"].items()
+        if not why.startswith("not supported")
     ]
-    for record in bad:
-        print(
-            f"{record['provider']} {record['status']}: {record['group']} {case_title(record)}: "
-            f"{record['reason']}"
-        )
-    return int(any(record["provider"].startswith("ours") for record in bad))
+    print("\n".join(map(": ".join, bad)))
+    return int(any(provider.startswith("ours") for provider, _, _ in bad))

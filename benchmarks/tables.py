@@ -1,24 +1,21 @@
-"""Results as tables: plain text for a terminal, Markdown for README and docs."""
+"""Results as Markdown tables, for a terminal, README and docs."""
 
-from __future__ import annotations
+from collections.abc import Iterable, Iterator, Sequence
 
-from collections.abc import Iterable, Sequence
-
-from .providers import TITLES
-from .results import Record, Results, case_title
+from .cases import PLAIN
+from .results import Record, Results, ratio, time_of
 
 Row = Sequence[str]
-
-
-def plain(header: Row, rows: Iterable[Row]) -> str:
-    """Columns as wide as they must be, the first to the left and the others to the right."""
-    table = [list(header), *map(list, rows)]
-    first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-    lines = []
-    for name, *cells in table:
-        padded = (cell.rjust(width) for cell, width in zip(cells, others, strict=True))
-        lines.append("  ".join([name.ljust(first), *padded]))
-    return "\n".join(lines)
+Table = tuple[Row, Sequence[Row]]
+AT_THE_LIMIT = "at the limit"
+HOST = {  # who is called on the host, in the order of the table
+    "ours": "merge_attn_states",
+    "ours_keyword": "merge_attn_states, by keyword",
+    "ours_ops": "torch.ops.merge_attn_states",
+    "add": "torch.add(out=)",
+    "vllm": "vLLM's op",
+    "vllm_dispatcher": "vLLM's op behind its dispatcher",
+}
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> str:
@@ -32,63 +29,83 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def microseconds(value: float | None) -> str:
     """Three digits are what a clock gives."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return number(value, 0 if (value or 0) >= 100 else 1 if (value or 0) >= 10 else 2)
 
 
 def megabytes(moved: int) -> str:
-    size = moved / 1e6
-    return f"{size:.0f}" if size >= 10 else f"{size:.1f}" if size >= 0.05 else f"{size:.3f}"
+    return microseconds(moved / 1e6) if moved > 5e4 else number(moved / 1e6, 3)
 
 
-OTHERS = ("vllm", "flashinfer", "compile", "eager")
-CASE_HEADER = ("case", "MB", "of limit", "vs vLLM", "us", "quartiles", "limit", *OTHERS)
+def times(value: float | None) -> str:
+    """How often one time goes into another: a loss is not rounded away."""
+    return f"{number(value, 3 if value and 0.995 <= value < 1.005 else 2)}{'x' if value else ''}"
 
 
-def case_row(results: Results, record: Record) -> list[str]:
-    """A case of ours: its time and spread, how it stands to the limit, and the others' times."""
-    others = [results.of(record, provider) or {} for provider in OTHERS]
-    row = [
-        case_title(record),
-        megabytes(record["bytes"]),
-        number(results.of_limit(record), 3),
-        number(results.speed_up(record, "vllm"), 3),
+def spread(record: Record, provider: str) -> str:
+    """Median over the processes, and what they lie between; or why there is none."""
+    if provider not in record["us"]:
+        return str(record["refused"].get(provider, "-")).partition(":")[0]
+    median, least, most = map(microseconds, record["us"][provider])
+    return median if least == most else f"{median} ({least}-{most})"
+
+
+def of_limit(record: Record) -> str:
+    """Between neighbours our time over the limit's, cold our bytes a second over its.
+
+    Where ours takes no longer, the limit can tell no more: nothing is shown above it.
+    """
+    value = ratio(record, "ours", "limit")
+    if value is not None and value <= 1:
+        return AT_THE_LIMIT
+    return number(1 / value, 3) if value and record["group"] == "cold" else times(value)
+
+
+GPU = ("vLLM", "vLLM / ours", "ours / contiguous")
+NEIGHBOURS = (*GPU, "empty kernel", "torch.compile", "eager", "neighbours alone")
+HEADERS = {
+    "neighbours": ("us added", "MB", "ours", "limit", "ours / limit", *NEIGHBOURS),
+    "cold": ("us", "MB", "ours", "limit", "of the limit", *GPU, "the limit is"),
+    "cpu": ("us", "MB", "ours", "torch.ops", "torch.add's bytes", "eager", "eager / ours"),
+}
+HEADLINE_COLUMNS = 7  # of the neighbours'
+
+
+def _row(results: Results, record: Record) -> Iterator[str]:
+    group = record["group"]
+    yield from (record["case"], megabytes(record["bytes"]), spread(record, "ours"))
+    if group == "cpu":
+        yield from (spread(record, provider) for provider in ("ours_ops", "add", "eager"))
+        yield times(ratio(record, "eager", "ours"))
+        return
+    yield from (spread(record, "limit"), of_limit(record))
+    yield from (spread(record, "vllm"), times(ratio(record, "vllm", "ours")))
+    base, ours = time_of(results.contiguous(record), "ours"), time_of(record, "ours")
+    yield times(ours / base) if ours and base and record["kind"] != PLAIN else "-"
+    if group == "cold":
+        yield record.get("limit", "-")
+    else:
+        others = ("empty", "compile", "eager", "neighbours")
+        yield from (microseconds(time_of(record, name)) for name in others)
+
+
+def headline(results: Results) -> list[Record]:
+    """Between neighbours in bfloat16, size for size: README's table and picture."""
+    return results.select("neighbours", kind=PLAIN, dtype="bfloat16", head_size=128)
+
+
+def headline_table(results: Results) -> Table:
+    rows = [list(_row(results, record))[:HEADLINE_COLUMNS] for record in headline(results)]
+    return HEADERS["neighbours"][:HEADLINE_COLUMNS], rows
+
+
+def group_table(results: Results, group: str) -> Table:
+    """Every case of a group; of the host a provider a row."""
+    records = results.select(group)
+    if group != "host":
+        return HEADERS[group], [list(_row(results, record)) for record in records]
+    rows = [
+        [title, *(spread(record, provider) for record in records)]
+        for provider, title in HOST.items()
+        if any(provider in record["us"] for record in records)
     ]
-    if "status" in record:
-        return [*row, record["status"], *["-"] * (2 + len(others))]
-    return [
-        *row,
-        microseconds(record["median_us"]),
-        f"{microseconds(record['low_us'])}-{microseconds(record['high_us'])}",
-        microseconds(results.us(results.limit(record))),
-        *(other.get("status") or microseconds(results.us(other)) for other in others),
-    ]
-
-
-def print_groups(results: Results, groups: Iterable[str]) -> None:
-    """What was measured, for people."""
-    print("\n".join(f"{key}: {value}" for key, value in results.environment.items()))
-    for group in groups:
-        print(f"\n{group}")
-        if group == "host":
-            print(plain(("us a call, 4x8x128", "tight", "swept"), host_rows(results)))
-        else:
-            rows = [case_row(results, record) for record in results.ours(group)]
-            print(plain(CASE_HEADER, rows))
-
-
-def host_times(results: Results, provider: str) -> list[str]:
-    """Its tight and swept microseconds; empty where it was not asked."""
-    found = {r["regime"]: r for r in results.select("host") if r["provider"] == provider}
-    return [
-        found[regime].get("status") or microseconds(results.us(found[regime]))
-        for regime in ("tight", "swept")
-        if regime in found
-    ]
-
-
-def host_rows(results: Results) -> list[list[str]]:
-    """A provider a row: tight and swept microseconds."""
-    rows = ([title, *host_times(results, provider)] for provider, title in TITLES.items())
-    return [row for row in rows if len(row) > 1]
+    return ["us a call at 4x8x128", *(record["case"] for record in records)], rows

@@ -1,67 +1,73 @@
-"""How a results file does against what we ask of ourselves (target_list.py).
+"""How results do against what we ask of ourselves (targets.json), met or missed.
 
-A target is met where its worst case meets it. Both are published, met or not.
+A target is a list of figures, one a case: the time of `of` over that of `over`, or less that of
+`less`, where "contiguous" is our own time of the same size with nothing special about it. Its
+bound, `at_most` or `at_least`, is a number or one for each size. It is met where every case meets
+it; a case that `noise_us` less of our time would bring to its bound is "within noise".
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Iterator
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from .results import Results, case_title
-from .tables import number, plain
-from .target_list import ANY_MACHINE, TARGETS
+from .results import Record, Results, time_of
+from .tables import AT_THE_LIMIT, Table, number
 
-
-class Outcome(NamedTuple):
-    """`measured` is the worst of the cases, `case` which one that is; None: not measured."""
-
-    text: str
-    asked: str
-    measured: float | None
-    case: str
-    met: bool | None
+Target = dict[str, Any]
+TARGETS: list[Target] = json.loads(Path(__file__).with_name("targets.json").read_text("utf-8"))
+VERDICTS = ("met", "within noise", "missed")
 
 
-def outcomes(results: Results) -> Iterator[Outcome]:
-    """Every target that is set for this machine; a case that failed misses its target."""
+def targets_table(results: Results) -> Table:
+    """Every target that is set for this machine, by its worst case; a bound a row."""
+    rows = []
     for target in TARGETS:
-        limit = target.limits.get(results.gpu, target.limits.get(ANY_MACHINE))
-        if limit is None:
+        sign, bounds = (1, target["at_most"]) if "at_most" in target else (-1, target["at_least"])
+        of_size = isinstance(bounds, dict)
+        for size, bound in bounds.items() if of_size else [("", bounds)]:
+            if results.gpu in target.get("gpus", [results.gpu]):
+                text = f"{target['text']}, {size}" if of_size else target["text"]
+                where = target["where"] | ({"size": [size]} if of_size else {})
+                worst = _worst(target, where, sign, bound, results)
+                rows.append([text, f"{'<=' if sign > 0 else '>='} {bound:g}", *worst])
+    return ("target", "asked", "measured", "", "worst case"), rows
+
+
+def _worst(
+    target: Target, where: dict[str, list[Any]], sign: int, bound: float, results: Results
+) -> tuple[str, str, str]:
+    """What was measured, the verdict and the case, of the worst case."""
+    judged = []
+    for record in results.select(target["group"]):
+        if any(record.get(field) not in values for field, values in where.items()):
             continue
-        values, failed = [], []
-        for record in results.select(target.group, target.chosen):
-            if record["provider"] in target.provider:
-                name, value = case_title(record), target.value(results, record)
-                if value is not None:
-                    values.append((value, name))
-                elif record.get("status") in ("wrong", "failed"):
-                    failed.append(f"{name}: {record['status']}")
-        worst, case = (min if target.at_least else max)(values, default=(None, "not measured"))
-        met = None if worst is None else worst >= limit if target.at_least else worst <= limit
-        if failed:
-            met, case = False, failed[0]
-        asked = f"{'>=' if target.at_least else '<='} {limit:g}"
-        yield Outcome(target.text, asked, worst, case, met)
+        if why := record["refused"].get("ours"):
+            return "-", "missed", f"{record['case']}: {why}"
+        for provider in target["of"] if isinstance(target["of"], list) else [target["of"]]:
+            value = _figure(target, record, provider, results, 0.0)
+            lenient = _figure(target, record, provider, results, target.get("noise_us", 0.0))
+            if value is not None and lenient is not None:
+                bad = (sign * (value - bound) > 0) + (sign * (lenient - bound) > 0)
+                who = "" if provider in ("ours", target["of"]) else f", {provider}"
+                passed = "limit" in (target["of"], target.get("over")) and sign * (value - 1) <= 0
+                shown = AT_THE_LIMIT if passed else number(value, 3)
+                judged.append((bad, sign * value, shown, record["case"] + who))
+    if not judged:
+        return "-", "-", "not measured"
+    bad, _, shown, case = max(judged)
+    return shown, VERDICTS[bad], case
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks targets", description=__doc__)
-    parser.add_argument("files", type=Path, nargs="+")
-    for path in parser.parse_args(arguments).files:
-        results = Results.load(path)
-        rows = [
-            (
-                outcome.text,
-                outcome.asked,
-                number(outcome.measured, 3),
-                {True: "met", False: "missed", None: "-"}[outcome.met],
-                outcome.case,
-            )
-            for outcome in outcomes(results)
-        ]
-        print(f"{path}: {results.environment['gpu'] or 'no GPU'}")
-        print(plain(("target", "asked", "measured", "", "worst case"), rows))
-    return 0
+def _figure(
+    target: Target, record: Record, provider: str, results: Results, noise_us: float
+) -> float | None:
+    """The figure, as it would be if our time were so many microseconds less."""
+    against = target.get("over") or target["less"]
+    time, base = time_of(record, provider), time_of(record, against)
+    if against == "contiguous":
+        base = time_of(results.contiguous(record), "ours")
+    if time is None or base is None:
+        return None
+    time -= noise_us if provider == "ours" else 0.0
+    base -= noise_us if against == "ours" else 0.0
+    return time / base if "over" in target else time - base

@@ -1,26 +1,28 @@
-"""The one timer of the benchmarks: microseconds a call, the providers in turn in one process.
+"""The one timer of the benchmarks: microseconds a call, everybody in turn in one process.
 
 GPU: each provider's calls are captured into a CUDA graph that walks over the sets of buffers
-(together more than twice the L2, so that every call finds its inputs in DRAM; one set: warm), and
-the graphs are replayed in turn. CPU and host: the same turns, by the monotonic clock.
+(together more than twice the L2, so that every call finds its inputs in DRAM; or one set), and the
+graphs are replayed in turn. CPU and host: the same turns, by the monotonic clock.
 """
 
-from __future__ import annotations
-
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 Call = Callable[[], object]
-TimedCalls = Callable[[int], float]  # seconds that so many calls take
+TimedCalls = Mapping[str, Callable[[int], float]]  # by provider: seconds that so many calls take
 
-ROUNDS = 15
-WARM_UP_ROUNDS = 3  # bring the clocks up
-GRAPH_US = 2000.0  # a replay's own cost and the events' resolution vanish in it
-LEAD_CALLS = 16
+ROUNDS = 9
+WARM_UP_ROUNDS = 2  # bring the clocks up
+GRAPH_US, GRAPH_CALLS = (
+    1000.0,
+    12,
+)  # at least: a replay's own cost and the events' resolution vanish
+LEAD_CALLS = 4
+AHEAD_CYCLES = 100_000  # 50 us in which the GPU sleeps and the host gets ahead of it
 
 
 class Timing(NamedTuple):
@@ -39,8 +41,8 @@ def summary(rounds: list[float]) -> Timing:
 
 
 def _turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
-    """Every round begins with another provider, so that none always follows the same one."""
-    for round_ in range(rounds):
+    """Rounds, those that warm up below 0, each beginning with another provider."""
+    for round_ in range(-WARM_UP_ROUNDS, rounds):
         first = round_ % max(1, len(names))
         yield round_, [*names[first:], *names[:first]]
 
@@ -51,9 +53,7 @@ def _events() -> list[torch.cuda.Event]:
 
 def buffer_sets(bytes_a_set: int, device: torch.device) -> int:
     """How many sets of buffers it takes to exceed twice the L2."""
-    if device.type == "cpu":
-        return 2
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    l2: int = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, -(-2 * l2 // bytes_a_set) + 1)
 
 
@@ -67,24 +67,18 @@ class _Replays:
     def __init__(self, calls: Sequence[Call]) -> None:
         for call in calls:  # whatever happens once: compilation, allocation
             call()
-        passes = 1
-        if self._eager_us(calls) < GRAPH_US / LEAD_CALLS:
-            passes = -(-LEAD_CALLS // len(calls))
+        passes = -(-LEAD_CALLS // len(calls))
         self.lead = self._capture(calls, passes, None)
-        self.lead.replay()
-        call_us = self._replay_us(self.lead) / (passes * len(calls))
-        repeats = max(1, -(-int(GRAPH_US) // max(1, int(call_us * len(calls)))))
+        start, end = _events()
+        for _ in range(2):  # the first uploads the graph
+            start.record()
+            self.lead.replay()
+            end.record()
+        end.synchronize()
+        pass_us = 1e3 * start.elapsed_time(end) / passes
+        repeats = max(-(-GRAPH_CALLS // len(calls)), round(GRAPH_US / pass_us))
         self.graph = self._capture(calls, repeats, self.lead.pool())
         self.calls = repeats * len(calls)
-
-    @staticmethod
-    def _eager_us(calls: Sequence[Call]) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for call in calls[:LEAD_CALLS]:
-            call()
-        torch.cuda.synchronize()
-        return 1e6 * (time.perf_counter() - begin) / len(calls[:LEAD_CALLS])
 
     @staticmethod
     def _capture(calls: Sequence[Call], repeats: int, pool: Any) -> torch.cuda.CUDAGraph:
@@ -95,25 +89,15 @@ class _Replays:
                     call()
         return graph
 
-    @staticmethod
-    def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
-        start, end = _events()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return 1e3 * float(start.elapsed_time(end))
-
 
 def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Timing]:
     """Time providers on the GPU, each given as one call for every set of buffers."""
     replays = {name: _Replays(calls) for name, calls in providers.items()}
     events = {name: [_events() for _ in range(rounds)] for name in providers}
-    for round_, names in _turns(list(providers), WARM_UP_ROUNDS + rounds):
-        # 50 us, in which the host gets ahead.
-        torch.cuda._sleep(100_000)  # type: ignore[no-untyped-call]
+    for round_, names in _turns(list(providers), rounds):
+        torch.cuda._sleep(AHEAD_CYCLES)  # type: ignore[no-untyped-call]
         for name in names:
-            start, end = events[name][max(0, round_ - WARM_UP_ROUNDS)]
+            start, end = events[name][max(0, round_)]
             replays[name].lead.replay()
             start.record()
             replays[name].graph.replay()
@@ -125,42 +109,24 @@ def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> 
     }
 
 
-def time_cpu(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Timing]:
-    """Time providers on the CPU, calls as for time_cuda; short ones are repeated for 0.1 ms."""
-
-    def passes(calls: Sequence[Call]) -> TimedCalls:
-        def timed(repeats: int) -> float:
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                for call in calls:
-                    call()
-            return (time.perf_counter() - begin) / len(calls)
-
-        return timed
-
-    timed = {name: passes(calls) for name, calls in providers.items()}
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    repeats = {}
-    for name, run in timed.items():
-        run(1)
-        repeats[name] = max(1, round(1e-4 / (run(1) * len(providers[name]))))
-    for round_, names in _turns(list(providers), WARM_UP_ROUNDS + rounds):
-        for name in names:
-            seconds = timed[name](repeats[name]) / repeats[name]
-            if round_ >= WARM_UP_ROUNDS:
-                times[name].append(1e6 * seconds)
-    return {name: summary(values) for name, values in times.items()}
-
-
 def time_host(
-    providers: dict[str, TimedCalls], calls: int, rounds: int, before: Callable[[], object]
+    timed: TimedCalls, calls: dict[str, int], rounds: int, before: Call = lambda: None
 ) -> dict[str, Timing]:
-    """Time what a call costs the host: `calls` in a row, `before()` ahead of each row, untimed."""
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    for round_, names in _turns(list(providers), WARM_UP_ROUNDS + rounds):
+    """Time so many calls in a row of each provider, `before()` ahead of each row, untimed."""
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for round_, names in _turns(list(timed), rounds):
         for name in names:
             before()
-            seconds = providers[name](calls) / calls
-            if round_ >= WARM_UP_ROUNDS:
+            seconds = timed[name](calls[name]) / calls[name]
+            if round_ >= 0:
                 times[name].append(1e6 * seconds)
     return {name: summary(values) for name, values in times.items()}
+
+
+def time_cpu(providers: Mapping[str, Call], rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time providers on the CPU; short calls are repeated for 0.1 ms."""
+    timed = {name: timeit.Timer(call).timeit for name, call in providers.items()}
+    for run in timed.values():
+        run(1)
+    counts = {name: max(1, round(1e-4 / run(1))) for name, run in timed.items()}
+    return time_host(timed, counts, rounds)

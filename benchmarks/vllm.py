@@ -4,12 +4,10 @@ The op takes its arguments in another order than the Python function, and releas
 many there are: they are matched by the names in its schema.
 """
 
-from __future__ import annotations
-
-import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,19 +15,10 @@ import torch
 from .operands import Operands
 
 DISPATCHER = "vllm.v1.attention.ops.merge_attn_states"
-ORDER_OF_TODAY = [  # 0.26 to 0.33
-    "output",
-    "output_lse",
-    "prefix_output",
-    "prefix_lse",
-    "suffix_output",
-    "suffix_lse",
-    "prefill_tokens_with_context",
-    "output_scale",
-]
+ORDER = ["output", "output_lse", "prefix_output", "prefix_lse", "suffix_output", "suffix_lse"]
+ORDER += ["prefill_tokens_with_context", "output_scale"]  # from 0.26 to 0.33
 
 
-@functools.cache
 def load(op_library: str | None) -> str:
     """Register the op; why it cannot be had, empty where it can."""
     try:
@@ -42,7 +31,7 @@ def load(op_library: str | None) -> str:
     if not hasattr(torch.ops._C, "merge_attn_states"):
         return "torch.ops._C.merge_attn_states is not registered"
     unknown = set(argument_names()) - set(Operands._fields)
-    return f"the op has unknown arguments: {', '.join(sorted(unknown))}" if unknown else ""
+    return f"the op has unknown arguments: {unknown}" if unknown else ""
 
 
 def argument_names() -> list[str]:
@@ -67,7 +56,7 @@ def arguments(operands: Operands) -> tuple[Any, ...]:
 def refuses(operands: Operands) -> str:
     """Why the op must not be given these: some of them would end in a dead CUDA context."""
     output, prefix, suffix = operands[0], operands.prefix_output, operands.suffix_output
-    heads, head_size = output.shape[1:]
+    _, heads, head_size = output.shape
     if prefix.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no {prefix.dtype} inputs"
     if head_size % (16 // prefix.element_size()):
@@ -80,42 +69,25 @@ def refuses(operands: Operands) -> str:
             return f"every row must be {pack}-byte aligned"
     if prefix.stride(1) != suffix.stride(1):
         return "both parts must have one head stride"
-    for name in ("prefill_tokens_with_context", "output_scale"):
-        if getattr(operands, name) is not None and name not in argument_names():
-            return f"this release has no {name}"
-    return ""
+    given = {name for name, value in operands._asdict().items() if value is not None}
+    absent = given - set(argument_names())
+    return f"this release has no {' and '.join(sorted(absent))}" if absent else ""
 
 
 def dispatcher() -> Callable[..., None] | None:
     """VLLM's own where the package is installed, else the same steps around an op of today."""
-    if version() is not None:
-        function: Callable[..., None] = importlib.import_module(DISPATCHER).merge_attn_states
-        return function
-    return merge_behind_checks if argument_names() == ORDER_OF_TODAY else None
+    if version() is None:
+        return merge_behind_checks if argument_names() == ORDER else None
+    function: Callable[..., None] = importlib.import_module(DISPATCHER).merge_attn_states
+    return function
 
 
-class _Platform:
-    """Stands for vLLM's: one method call to ask for the kind of device."""
-
-    def is_cuda(self) -> bool:
-        return True
-
-
-_platform = _Platform()
+_platform = SimpleNamespace(is_cuda=lambda: True)  # stands for vLLM's
 _KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def merge_behind_checks(
-    output: torch.Tensor,
-    prefix_output: torch.Tensor,
-    prefix_lse: torch.Tensor,
-    suffix_output: torch.Tensor,
-    suffix_lse: torch.Tensor,
-    output_lse: torch.Tensor | None = None,
-    prefill_tokens_with_context: int | None = None,
-    output_scale: torch.Tensor | None = None,
-) -> None:
-    """What vLLM's dispatcher does with a call that its kernel takes, step by step.
+def merge_behind_checks(output: torch.Tensor, *others: torch.Tensor) -> None:
+    """Do what vLLM's dispatcher does with a call that its kernel takes, step by step.
 
     Written after it: the platform, the dtype and the head size are asked for, the wrapper function
     is imported inside the function, and the wrapper looks the op up and calls it.
@@ -132,36 +104,10 @@ def merge_behind_checks(
         raise NotImplementedError("vLLM would go to its Triton kernel here")
     from benchmarks.vllm import call_op
 
-    call_op(
-        output,
-        prefix_output,
-        prefix_lse,
-        suffix_output,
-        suffix_lse,
-        output_lse,
-        prefill_tokens_with_context,
-        output_scale,
-    )
+    call_op(output, *others)
 
 
-def call_op(
-    output: torch.Tensor,
-    prefix_output: torch.Tensor,
-    prefix_lse: torch.Tensor,
-    suffix_output: torch.Tensor,
-    suffix_lse: torch.Tensor,
-    output_lse: torch.Tensor | None = None,
-    prefill_tokens_with_context: int | None = None,
-    output_scale: torch.Tensor | None = None,
-) -> None:
+def call_op(*operands: torch.Tensor | None) -> None:
     """Stand for `vllm._custom_ops.merge_attn_states`: positional, in the op's order."""
-    torch.ops._C.merge_attn_states(
-        output,
-        output_lse,
-        prefix_output,
-        prefix_lse,
-        suffix_output,
-        suffix_lse,
-        prefill_tokens_with_context,
-        output_scale,
-    )
+    output, prefix, prefix_lse, suffix, suffix_lse, lse = operands
+    torch.ops._C.merge_attn_states(output, lse, prefix, prefix_lse, suffix, suffix_lse, None, None)

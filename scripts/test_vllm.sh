@@ -1,11 +1,11 @@
 #!/bin/sh
 # Runs the plugin's tests in the real vLLM, a process for each release, with the interpreter $1:
 # on its GPU, or on the CPU, which 0.33.0 then takes for its platform.
-# benchmarks/in_vllm/packages.py fetches the releases.
+# tests/in_vllm/packages.py fetches the releases.
 set -eu
 cd "$(dirname "$0")/.."
 python=$1
-"$python" -m benchmarks.in_vllm.packages
+PYTHONPATH=tests "$python" -m in_vllm.packages
 "$python" -c "import merge_attn_states" 2> /dev/null || {
   scripts/build.sh "$python"
   export PYTHONPATH="python${PYTHONPATH:+:$PYTHONPATH}"
@@ -17,5 +17,5 @@ python=$1
 for release in 0.33.0 0.26.0; do
   echo "== vLLM $release"
   PYTHONPATH=".cache/vllm/$release:.cache/vllm/needs${PYTHONPATH:+:$PYTHONPATH}" \
-    "$python" -m pytest -p no:cacheprovider -q ${PYTEST:-} tests/test_vllm.py
+    "$python" -m pytest -p no:cacheprovider -q ${PYTEST:-} tests/in_vllm/test_vllm.py
 done

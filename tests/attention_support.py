@@ -41,9 +41,9 @@ def reference(query, key, value, mask=None, is_causal=False, scale=None):
         scores = scores if mask.dtype == torch.bool else scores + mask
     scores = scores.masked_fill(~seen, -INF)
     lse = scores.logsumexp(-1)
-    value = value[:, :, None]
-    weighted = scores.softmax(-1)[..., None] * value
-    weighted = torch.where(value.isinf(), value, weighted)  # whatever its weight
+    weights, value = scores.softmax(-1)[..., None], value[:, :, None]
+    weights = weights.masked_fill((weights == 0) & value.isinf(), 1.0)  # 0 times inf is inf here
+    weighted = weights * value
     output = weighted.masked_fill(~seen[..., None], 0.0).sum(-2)
     output = output.masked_fill(lse[..., None] == -INF, 0.0)
     return output, lse.masked_fill(lse == INF, NAN)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from in_vllm.standin import log, vllm  # noqa: F401
 from support import without_fast_path
-from vllm_standin import log, vllm  # noqa: F401
 
 import merge_attn_states
 from merge_attn_states._library import fast_path

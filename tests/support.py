@@ -177,6 +177,11 @@ def expected_kernel(call: Call) -> str:
         return "cpu"
     dtype = inputs[0].dtype
     pack = 16 // dtype.itemsize
+    lses = (call.prefix_lse, call.suffix_lse, call.output_lse)
+    keeps_lse = call.output_lse is None or call.output_lse is call.suffix_lse
+    keeps_all = output is call.suffix_output and keeps_lse and call.output_scale is None
+    if call.prefill_tokens_with_context == 0 and keeps_all:
+        return "generic"  # nothing to do
 
     def fits(tensor, alignment):
         steps = [s for s, size in zip(tensor.stride()[:2], tensor.shape, strict=False) if size > 1]
@@ -186,7 +191,6 @@ def expected_kernel(call: Call) -> str:
     def reach(tensor):  # of the last element, in elements
         return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
-    lses = (call.prefix_lse, call.suffix_lse, call.output_lse)
     vectorized = (
         dtype in (F32, F16, BF16)
         and output.shape[2] % pack == 0

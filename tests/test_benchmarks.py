@@ -1,173 +1,200 @@
-"""The benchmark runs, counts, merges and refuses as documented."""
+"""The benchmark runs, checks answers before it times them, and refuses as documented."""
 
-import json
-import re
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from benchmark_support import HANDED_IN, TREES, command, environment, synthetic
+from benchmark_support import TREES, environment_of, stand_in_kernels, synthetic
 
-from benchmarks import compare, host, report, run, timing
-from benchmarks import environment as environments
-from benchmarks.cases import GROUPS, HOST_CASE, Case
-from benchmarks.cases import quick as quick_cases
-from benchmarks.operands import make_operands, vary
-from benchmarks.results import KEY, Results
-from benchmarks.triad import triad_buffers
-from merge_attn_states import selected_kernel
+import merge_attn_states
+from benchmarks import check, cold, compare, environment, neighbours, run, timing, vllm
+from benchmarks.cases import GROUPS, Case, is_compared_with_pytorch
+from benchmarks.operands import Operands, make_operands
+from benchmarks.process import medians
+from benchmarks.providers import EAGER, OURS, VLLM, Provider, prepare
+from benchmarks.results import Results
 from merge_attn_states._library import OP_LIBRARY
+from merge_attn_states.reference import merge_attn_states_reference
 
 CPU = torch.device("cpu")
+SMALL = Case(8, 2, 16)
 
 
-@pytest.fixture
-def no_git(monkeypatch):
-    """As on a machine that got the sources without their history."""
-    monkeypatch.setattr(environments, "git", lambda *arguments: None)
+# Answers.
+
+WRONG = {
+    "output not written": lambda o: o.output.fill_(torch.nan),
+    "LSE not written": lambda o: o.output_lse.fill_(torch.nan),
+    "NaN in one row past the sample": lambda o: o.output[1].fill_(torch.nan),
+    "NaN in one LSE past the sample": lambda o: o.output_lse[0, 1].fill_(torch.nan),
+    "LSE of the maximum": lambda o: torch.maximum(o.prefix_lse, o.suffix_lse, out=o.output_lse),
+    "a row off by a percent": lambda o: o.output[0].mul_(1.01).add_(0.01),
+    "suffix alone": lambda o: o.output.copy_(o.suffix_output),
+}
 
 
-def quick(output, *arguments):
-    common = ["--quick", "--device", "cpu", "--rounds", "1", "--output", str(output), "--dirty"]
-    return run.main([*common, "--source-trees", HANDED_IN, *arguments])
+@pytest.mark.parametrize("how", WRONG)
+def test_a_wrong_answer_is_seen(how):
+    # More tokens than are compared: the second is only searched for NaN.
+    (operands,) = make_operands(Case(200, 2, 16, "float32"), 1, CPU)
+    right = OURS.bind(operands)
+
+    def call():
+        right()
+        WRONG[how](operands)
+
+    assert check.check(right, operands) == ""
+    assert check.check(call, operands) != ""
 
 
-def test_quick_run_in_pieces(no_git, tmp_path, capsys):
-    file = tmp_path / "results.json"
-    groups = ["small", "context", "empties", "layouts", "cpu", "host"]
-    assert quick(file, "--only", *groups) == 0
-    before = Results.load(file)
-    assert list(before.runs) == groups
-    assert {record["group"] for record in before.records} == set(groups)
-    for record in before.records:
-        if record["provider"].startswith("ours"):
-            assert record["low_us"] <= record["median_us"] <= record["high_us"]
-        assert record.get("status") in (None, "not supported")
-    in_place = {r["case"].partition(", ")[2] for r in before.select("context")}
-    assert {name.count("output_lse elsewhere") for name in in_place} == {0, 1}
-    assert "ours_keyword" in {record["provider"] for record in before.select("host")}
-    table = capsys.readouterr().out
-    assert "half the prefix empty cold" in table
-    assert "merge_attn_states, by keyword" in table
-
-    assert quick(file, "--only", "small") == 0  # replaces its group and leaves the others
-    after = Results.load(file)
-    others = [record for record in before.records if record["group"] != "small"]
-    assert [record for record in after.records if record["group"] != "small"] == others
-    assert len(after.select("small")) == len(before.select("small"))
-    assert after.select("small") != before.select("small")
-
-    with pytest.raises(SystemExit, match="--quick, which measures nothing"):
-        report.load([file])
+def test_an_answer_of_the_call_before_is_not_taken_for_this_ones():
+    (operands,) = make_operands(SMALL, 1, CPU)
+    OURS.bind(operands)()
+    assert check.check(lambda: None, operands) == "NaN in the output"
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        (
-            {"gpu": "NVIDIA H200"},
-            "gpu is 'NVIDIA H200' now and 'NVIDIA H100 80GB HBM3' in the file",
-        ),
-        ({"trees": {**TREES, "csrc": "0" * 40}}, "trees is"),
-        ({"torch": "2.12.0"}, "torch is"),
-        ({"driver": "575.00"}, "driver is"),
-        ({"vllm": "0.34.0"}, "vllm is '0.34.0' now and '0.33.0' in the file"),
-        ({"dirty": True}, "dirty is"),
-        ({"quick": True}, "quick is"),
-        ({"vllm": None, "flashinfer": None}, ""),  # a piece that was measured without them
-        ({}, ""),
-    ],
-)
-def test_merge_refusals(changed, said):
-    refusal = synthetic("H100").refuses(environment("H100", **changed), {})
-    assert refusal.startswith(said)
-    assert bool(refusal) == bool(said)
+@pytest.mark.parametrize("kind", ["onto prefix", "onto suffix", "half context, onto suffix"])
+def test_in_place_is_checked_too(kind):
+    (operands,) = make_operands(replace(SMALL, kind=kind), 1, CPU)
+    assert check.check(OURS.bind(operands), operands) == ""
+    (operands,) = make_operands(replace(SMALL, kind=kind), 1, CPU)
+    assert check.check(lambda: None, operands) != ""
 
 
-def test_groups_of_another_processor_are_refused(no_git, tmp_path, monkeypatch):
-    file = tmp_path / "results.json"
-    assert quick(file, "--only", "cpu") == 0
-    monkeypatch.setattr(environments, "cpu_name", lambda: "another processor")
-    with pytest.raises(SystemExit, match=r"cpu is 'another processor' now and .* in the file's"):
-        quick(file, "--only", "host")
+def test_who_is_wrong_or_raises_is_not_timed():
+    def raises(operands):
+        raise RuntimeError("no such kernel\nand more")
+
+    others = [Provider("wrong", lambda operands: operands.output.zero_), Provider("raises", raises)]
+    timed, refused = prepare([OURS, *others], make_operands(SMALL, 2, CPU))
+    assert set(timed) == {"ours"}
+    assert len(timed["ours"]) == 2
+    assert refused.pop("wrong").startswith("wrong: ")
+    assert refused == {"raises": "failed: RuntimeError: no such kernel"}
+    with pytest.raises(RuntimeError, match="no such kernel"):  # ours may not
+        prepare([Provider("ours", raises)], make_operands(SMALL, 1, CPU))
 
 
-def test_refusal_leaves_the_file(no_git, tmp_path):
-    file = tmp_path / "results.json"
-    synthetic("H100").save(file)
-    before = file.read_bytes()
-    with pytest.raises(SystemExit, match="holds other results: gpu is None now"):
-        quick(file, "--only", "small")
-    assert file.read_bytes() == before
+TODAY = """merge_attn_states(Tensor(a!) output, Tensor(b!)? output_lse, Tensor prefix_output,
+    Tensor prefix_lse, Tensor suffix_output, Tensor suffix_lse,
+    int? prefill_tokens_with_context, Tensor? output_scale=None) -> ()"""
+OLDER = """merge_attn_states(Tensor(a!) output, Tensor(b!)? output_lse, Tensor prefix_output,
+    Tensor prefix_lse, Tensor suffix_output, Tensor suffix_lse) -> ()"""
 
 
-def test_results_survive_the_file(tmp_path):
-    results = synthetic("H200")
-    results.save(tmp_path / "h200.json")
-    loaded = Results.load(tmp_path / "h200.json")
-    for name in ("environment", "runs", "records"):
-        assert getattr(loaded, name) == getattr(results, name)
-    text = (tmp_path / "h200.json").read_text()
-    (tmp_path / "h200.json").write_text(text.replace('"schema": 1', '"schema": 0'))
-    with pytest.raises(SystemExit, match="expected schema 1, got 0"):
-        Results.load(tmp_path / "h200.json")
+@pytest.mark.parametrize("schema", [TODAY, OLDER], ids=["today", "older"])
+def test_vllm_is_called_by_its_schema(schema):
+    if hasattr(torch.ops._C, "merge_attn_states"):
+        pytest.skip("vLLM's own op is registered in this process")
+
+    def op(output, output_lse, *parts):
+        merged, lse = merge_attn_states_reference(*parts)
+        output.copy_(merged)
+        output_lse.copy_(lse)
+
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define(schema)
+    library.impl("merge_attn_states", op, "CompositeExplicitAutograd")
+    try:
+        operands = Operands(*"abcdef", 7, "h")
+        names = vllm.argument_names()
+        assert vllm.arguments(operands) == tuple("afbcde") + (7, "h")[: len(names) - 6]
+        assert (vllm.dispatcher() is None) == (schema is OLDER)
+        assert prepare([VLLM], make_operands(SMALL, 1, CPU))[1] == {}
+        refused = {
+            case: prepare([VLLM], make_operands(case, 1, CPU))[1].get("vllm", "")
+            for case in (Case(8, 2, 20), Case(8, 2, 16, kind="half context"))
+        }
+        assert list(refused.values()) == [
+            "not supported: head size 20 is no multiple of 16 bytes",
+            "" if schema is TODAY
+            else "not supported: this release has no prefill_tokens_with_context",
+        ]  # fmt: skip
+    finally:
+        library._destroy()
+        vars(torch.ops._C).pop("merge_attn_states", None)  # the namespace remembers it
 
 
-def test_cases_that_must_be_there():
-    named = {group: {case.name for one in GROUPS[group] for case in one} for group in GROUPS}
-    shapes = "1024x16x128 2048x16x128 8192x16x128 8192x128x128 8192x64x64 2048x32x64 2048x16x96"
-    sweep = {f"{shape} bf16" for shape in f"{shapes} 1024x16x192 2048x16x576".split()}
-    sizes = (32, 48, 64, 80, 96, 112, 128, 192, 256, 512)
-    sweep |= {f"4096x32x{head_size} bf16" for head_size in sizes}
-    assert sweep <= named["sweep"]
-    assert {case.regime for one in GROUPS["sweep"] for case in one} == {"cold"}
-    assert {case.dtype for one in GROUPS["sweep"] for case in one} > {"float16", "float32"}
-    warm = "1024x16x128 2048x16x128 2048x32x64 1024x16x256 512x16x512 2048x16x96 1024x16x192"
-    assert {f"{shape} bf16" for shape in warm.split()} <= named["warm"]
-
-
-def test_every_record_has_a_key_of_its_own():
-    results = synthetic()
-    keys = [tuple(record[field] for field in KEY) for record in results.records]
-    assert len(set(keys)) == len(keys)
+# Cases and operands.
 
 
 @pytest.mark.parametrize(
-    ("case", "moved"),
+    ("kind", "moved"),
     [
         # [N, H, D] = 1024x16x128 has 2,097,152 elements and [H, N] 16,384.
-        (Case(1024, 16, 128), 3 * 2 * 2_097_152 + 3 * 4 * 16_384),
-        (Case(1024, 16, 128, "float32"), 3 * 4 * 2_097_152 + 3 * 4 * 16_384),
-        (Case(1024, 16, 128, output_dtype="float8_e4m3fn"), 5 * 2_097_152 + 3 * 4 * 16_384),
+        ("contiguous", 3 * 2 * 2_097_152 + 3 * 4 * 16_384),
+        ("onto suffix", 3 * 2 * 2_097_152 + 3 * 4 * 16_384),
+        ("FP8 output", 5 * 2_097_152 + 3 * 4 * 16_384),
         # Half of the tokens: three rows and LSEs each; the other half: two, none, the LSEs alone.
-        (Case(1024, 16, 128, context_tokens=512), 5 * 2_097_152 + 5 * 2 * 16_384),
-        (Case(1024, 16, 128, context_tokens=512, in_place=True), 3 * 2_097_152 + 3 * 2 * 16_384),
-        (
-            Case(1024, 16, 128, context_tokens=512, in_place=True, lse_elsewhere=True),
-            3 * 2_097_152 + 5 * 2 * 16_384,
-        ),
+        ("half context", 5 * 2_097_152 + 5 * 2 * 16_384),
+        ("half context, onto suffix", 3 * 2_097_152 + 3 * 2 * 16_384),
+        ("half context, output onto suffix", 3 * 2_097_152 + 5 * 2 * 16_384),
     ],
-    ids=lambda value: value.name if isinstance(value, Case) else "",
 )
-def test_bytes(case, moved):
-    assert case.bytes == moved
-    narrow = bool(case.output_dtype)
-    sets = triad_buffers(case.bytes, narrow, 3, CPU)
-    for buffers in sets:
-        assert abs(sum(buffer.numel() for buffer in buffers) - moved) <= 24
-    memory = [buffer.data_ptr() for buffers in sets for buffer in buffers]
-    assert len(set(memory)) == 9
+def test_bytes(kind, moved):
+    case = Case(1024, 16, 128, kind=kind)
+    assert case.bytes() == moved
+    assert case.bytes(lse=0) == moved - moved % 2_097_152
 
 
-def test_in_place_is_where_it_says():
-    case = Case(8, 2, 16, context_tokens=4, in_place=True)
-    shared = make_operands(replace(case, in_place=False, context_tokens=None), 1, CPU)[0]
-    inside, beside = vary(shared, case), vary(shared, replace(case, lse_elsewhere=True))
-    assert inside.output is beside.output is shared.suffix_output
-    assert inside.output_lse is shared.suffix_lse
-    assert beside.output_lse is shared.output_lse
-    assert inside.prefill_tokens_with_context == 4
+def test_kinds_are_what_they_say():
+    made = {kind: make_operands(Case(8, 4, 16, kind=kind), 1, CPU)[0] for kind in KINDS}
+    strides = {kind: one.prefix_output.stride() for kind, one in made.items()}
+    assert strides["contiguous"] == made["padded heads"].output.stride() == (64, 16, 1)
+    assert strides["padded heads"] == (96, 24, 1)
+    assert strides["heads first"] == made["heads first"].output.stride() == (16, 128, 1)
+    lse_strides = {kind: {one[i].stride() for i in (2, 4, 5)} for kind, one in made.items()}
+    assert lse_strides["contiguous"] == {(8, 1)}
+    assert lse_strides["row-strided LSE"] == {(72, 1)}
+    assert lse_strides["tokens-first LSE"] == {(1, 4)}
+    assert made["8-byte aligned"].prefix_output.data_ptr() % 16 == 8
+    assert made["onto prefix"].output is made["onto prefix"].prefix_output
+    elsewhere = made["half context, output onto suffix"]
+    assert elsewhere.output is elsewhere.suffix_output
+    assert elsewhere.output_lse is not elsewhere.suffix_lse
+    assert elsewhere.prefill_tokens_with_context == 4
+    assert made["half empty"].prefix_lse.isinf().sum() == 16
+    with pytest.raises(ValueError, match=r"kind: expected one of .* got 'nonsense'"):
+        Case(8, 4, 16, kind="nonsense")
+
+
+KINDS = {case.kind for cases in GROUPS.values() for case in cases}
+
+
+def test_a_size_is_as_many_bytes():
+    plain = {c.size: c.bytes(lse=0) for c in GROUPS["neighbours"] if is_compared_with_pytorch(c)}
+    assert len(plain) == 7
+    for case in GROUPS["neighbours"]:
+        if case.kind == "contiguous":
+            assert case.bytes(lse=0) == plain[case.size]
+
+
+# What is measured on a GPU, on kernels that stand in for kernels.cu.
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS - {"8-byte aligned", "FP8 inputs"}))
+def test_between_neighbours(kind, monkeypatch):
+    calls = stand_in_kernels(monkeypatch)
+    case = Case(8, 4, 128, kind=kind)
+    record = neighbours.measure(case, [OURS, EAGER] if kind == "contiguous" else [OURS], CPU, 1)
+    assert record["refused"] == {}
+    assert record["us"].pop("neighbours") == 2  # the producer and the consumer
+    assert set(record["us"].values()) == {1}  # what is added: a call of the stand-in timer
+    assert len(record["us"]) == (6 if kind == "contiguous" else 5)
+    memory = {len(parts[0]) for parts in calls["produce"]}
+    assert memory == {8 * 4 * 128 * (3 if kind == "padded heads" else 2)}
+    assert all(abs(moved - case.bytes(lse=0)) <= 24 for moved in calls["plain"])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_cold(kind, monkeypatch):
+    calls = stand_in_kernels(monkeypatch)
+    case = Case(8, 4, 128, kind=kind)
+    record = cold.measure(case, [OURS], CPU, 1)
+    assert record["refused"] == {}
+    assert len(record["us"]) == 13
+    assert all(abs(moved - case.bytes()) <= 24 for moved in calls["plain"])
 
 
 @pytest.mark.parametrize("bytes_a_set", [100_000, 26_000_000, 99_999_999, 800_000_000])
@@ -182,82 +209,146 @@ def test_cold_buffers_exceed_twice_the_l2(bytes_a_set, monkeypatch):
 
 
 def test_everyone_is_first_in_turn():
-    turns = [names for _, names in timing._turns(["a", "b", "c"], 6)]
-    assert [names[0] for names in turns] == ["a", "b", "c", "a", "b", "c"]
+    turns = [names for round_, names in timing._turns(["a", "b", "c"], 3) if round_ >= 0]
+    assert [names[0] for names in turns] == ["a", "b", "c"]
     assert {tuple(sorted(names)) for names in turns} == {("a", "b", "c")}
 
 
-def test_a_bare_launch_is_as_large_as_ours(cuda):
-    operands = make_operands(HOST_CASE, 1, torch.device(cuda))[0]
-    variant = selected_kernel(*operands[:6]).variant
-    tokens, heads, threads = map(int, re.findall(r"\d+", variant))
-    blocks = -(-HOST_CASE.tokens // tokens) * -(-HOST_CASE.heads // heads)
-    assert (blocks, threads) == (host.BLOCKS, host.THREADS)
+def test_medians_of_processes():
+    times = [{"ours": 5.0, "plain, a": 3.0, "plain, b": 2.0},
+             {"ours": 4.0, "plain, a": 1.0, "plain, b": 2.5},
+             {"ours": 4.5, "plain, a": 3.5, "plain, b": 2.0}]  # fmt: skip
+    (record,) = medians([[{"case": "x", "us": us, "refused": {}}] for us in times])
+    assert record["us"] == {"ours": [4.5, 4, 5], "limit": [2, 2, 2.5]}
+    assert record["limit"] == "b"
 
 
-def test_whose_answer_is_wrong_is_not_timed_on_the_host(monkeypatch):
-    assert set(host._timed_calls(CPU, {})) == {"ours", "ours_keyword", "ours_ops", "add"}
-    keyword = f"merge({host.KEYWORDS}, prefill_tokens_with_context=1)"
-    monkeypatch.setattr(host, "statements", lambda *_: {"ours_keyword": keyword})
-    with pytest.raises(SystemExit, match=r"^ours_keyword: merge.*not close"):
-        host._timed_calls(CPU, {})
+# The commands.
 
 
-def test_the_commands(tmp_path):
-    """As people call them, each in a process."""
-    status, said = command("--device", "cpu", "--only", "cpu", "--quick", "--rounds", "1")
-    assert status == 0, said
-    assert "8x4x64 fp32 cpu" in said
-    results = synthetic("H100")
-    results.environment["quick"] = True
-    results.save(tmp_path / "h100.json")
-    status, said = command("targets", str(tmp_path / "h100.json"))
-    assert "of the triad, cold, 12 MB and more" in said
-    status, said = command("report", str(tmp_path / "h100.json"))
-    assert status == 1
-    assert "is of --quick, which measures nothing" in said
+SMOKE = ["--device", "cpu", "--case", "1x5x", "--rounds", "1"]
 
 
-COMPARED = ["--only", "cpu", "--device", "cpu", "--quick", "--rounds", "1", "--turns", "1"]
+def test_the_command_measures(capfd):
+    assert run.main([*SMOKE, "--processes", "2"]) == 0
+    said = capfd.readouterr().out
+    assert "| merge_attn_states, by keyword |" in said
+    assert "| 1x5x128 fp16 | 0.004 |" in said
+    assert "| CPU, 4 KB: time of the formula in eager PyTorch over ours | >= 1 |" in said
 
 
-def test_two_op_libraries_side_by_side(capsys):
-    libraries = [str(OP_LIBRARY)] * 2
-    assert compare.main([*libraries, *COMPARED]) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split().count("limit") == 2
-    assert len(rows) == len(quick_cases(GROUPS["cpu"]))
-    assert rows[0].startswith("cpu: 8x4x128 fp32 cpu ")
-
-
-def test_one_op_library_is_not_compared(capsys):
-    with pytest.raises(SystemExit):
-        compare.main([str(OP_LIBRARY)])
-    assert "expected two op libraries or more" in capsys.readouterr().err
-
-
-def test_the_op_library_that_is_named_is_the_one_measured(tmp_path):
-    """A file that is none: its process fails."""
-    broken = tmp_path / "broken.so"
+def test_op_libraries_side_by_side(capfd, tmp_path):
+    assert compare.main([*SMOKE, "--turns", "1", str(OP_LIBRARY), str(OP_LIBRARY)]) == 0
+    said = capfd.readouterr().out
+    assert said.count("over the limit") == 2
+    assert "| 1x5x64 fp32 |" in said
+    broken = tmp_path / "broken.so"  # the library that is named is the one that is measured
     broken.write_text("no library")
-    status, said = command("compare", str(OP_LIBRARY), str(broken), *COMPARED)
-    assert status != 0
-    assert "cannot be loaded" in said
+    with pytest.raises(SystemExit, match=r"a process of benchmarks\.process failed"):
+        compare.main([*SMOKE, "--turns", "1", str(broken)])
+    assert "cannot be loaded" in capfd.readouterr().err
 
 
-def test_best_of_three_processes(monkeypatch):
-    medians = iter([(5.0, 7.5), (4.0, 7.0), (4.5, 6.5)])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--rounds", "0"], "expected 1 or more, got 0"),
+        (["--device", "meta"], "expected cpu or a CUDA device of this PyTorch's: meta"),
+        (["--device", "cuda:99"], "expected cpu or a CUDA device of this PyTorch's: cuda:99"),
+        (["--device", "cpu", "--only", "cold"], "cold: measured on a GPU only"),
+        (["--output", "x.json", "--case", "1x5"], "--output takes whole groups"),
+    ],
+)
+def test_a_wrong_option_is_said_at_once(arguments, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(arguments)
+    assert said in f"{capsys.readouterr().err}{caught.value}"
 
-    def process(command, **_):
-        ours, add = next(medians)
-        times = {"ours": (ours, ours - 1, ours + 1), "add": (add, add - 1, add + 1)}
-        return subprocess.CompletedProcess(command, 0, json.dumps({"tight": times, "swept": times}))
 
-    monkeypatch.setattr(subprocess, "run", process)
-    records = host.measure_host(CPU, {}, None, quick=False)
-    best = {(r["regime"], r["provider"]): r for r in records}
-    assert len(best) == 4
-    ours, add = best["tight", "ours"], best["swept", "add"]
-    assert (ours["median_us"], ours["low_us"], ours["high_us"]) == (4, 3, 5)
-    assert ours["processes"] == [5, 4, 4.5]
-    assert add["median_us"] == 6.5
+# Of which sources a result is.
+
+
+def test_a_tree_has_the_hash_that_git_gives_it(tmp_path):
+    """A folder sorts as if its name ended with a slash; what a build leaves counts for nothing."""
+    files = ["ab/x", "ab.c", "ab-c", "ab0", "deep/er/z", "k.so", "p/__pycache__/q"]
+    for index, name in enumerate(files):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(range(index)))
+    (tmp_path / "tree" / "without").mkdir()
+    (tmp_path / ".gitignore").write_text("*.so\n__pycache__\n")
+
+    def git(*arguments):
+        command = ["git", "-C", str(tmp_path), "-c", "core.autocrlf=false", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    whole = git("write-tree")
+    assert environment.tree_hash(tmp_path / "tree") == git("rev-parse", f"{whole}:tree")
+
+
+def sources_where(monkeypatch, committed, built="a" * 40):
+    """What the sources are said to be where git names these trees, by commit."""
+    info = merge_attn_states.build_info() | {"commit": built}
+    monkeypatch.setattr(merge_attn_states, "build_info", lambda: info)
+    here = {tree: environment.tree_hash(environment.ROOT / tree) for tree in environment.TREES}
+
+    def git(command, *arguments):
+        commit, _, tree = arguments[-1].partition(":")
+        if not tree:
+            return "h" * 40 if committed else ""
+        return {"same": here[tree], "other": "0" * 40, "unknown": ""}[committed[commit[0]]]
+
+    monkeypatch.setattr(environment, "git", git)
+    return environment.sources
+
+
+def test_changed_sources_are_seen(monkeypatch):
+    clean = sources_where(monkeypatch, {"h": "same", "a": "unknown"})()
+    assert (clean["commit"], clean["dirty"]) == ("h" * 40, False)
+    assert set(clean["trees"]) == {"csrc", "include", "python"}
+    assert sources_where(monkeypatch, {"h": "other", "a": "unknown"})()["dirty"]
+    assert sources_where(monkeypatch, {"h": "same", "a": "other"})()["dirty"]  # binary of others
+    dirty_binary = sources_where(monkeypatch, {"h": "same", "a": "same"}, "a" * 40 + "-dirty")
+    assert dirty_binary()["dirty"]
+    without_git = sources_where(monkeypatch, {})
+    with pytest.raises(SystemExit, match="--commit HASH"):
+        without_git()
+    monkeypatch.setattr(environment, "git", lambda *_: "")
+    assert environment.sources("c" * 40)["commit"] == "c" * 40
+
+
+def test_changed_sources_are_not_measured(monkeypatch, tmp_path):
+    changed = {"trees": TREES, "commit": "c" * 40, "dirty": True}
+    monkeypatch.setattr(environment, "sources", lambda commit: dict(changed))
+    options = run.parser().parse_args(["--device", "cpu", "--output", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit, match="commit and build again, or say --dirty"):
+        run.open_results(options)
+    options.dirty = True
+    assert run.open_results(options)[0].environment["dirty"]
+
+
+def test_results_of_another_machine_stay_as_they_are(monkeypatch, tmp_path):
+    file = tmp_path / "results.json"
+    synthetic().save(file)
+    clean = {"trees": TREES, "commit": "c" * 40, "dirty": False}
+    monkeypatch.setattr(environment, "sources", lambda commit: clean)
+    options = run.parser().parse_args(["--device", "cpu", "--output", str(file)])
+    with pytest.raises(SystemExit, match="holds other results: gpu is None now and 'NVIDIA H100"):
+        run.open_results(options)
+    same = environment_of("NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(environment, "identity", lambda *_: same)
+    results, _ = run.open_results(options)
+    others = [one for one in results.records if one["group"] != "cpu"]
+    results.add("cpu", {}, [{"case": "new", "us": {}, "refused": {}}])
+    assert [one["case"] for one in results.select("cpu")] == ["new"]
+    assert [one for one in results.records if one["group"] != "cpu"] == others
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 0}', '{"schema": 1, "runs": {}}'])
+def test_what_is_no_results_file_is_said(text, tmp_path):
+    file = tmp_path / "some.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match=r"some.json is no results file: \w+"):
+        Results.load(file)

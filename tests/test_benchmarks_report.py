@@ -1,92 +1,98 @@
-"""Targets, tables and pictures follow from the results, and what is published is what they give."""
+"""Targets and pages follow from the results, and what is published is what they give."""
 
 import shutil
+from xml.etree import ElementTree
 
 import pytest
-from benchmark_support import ROOT, TREES, environment, synthetic
+from benchmark_support import environment_of, spread, synthetic
 
-from benchmarks import report
-from benchmarks.cases import ALL_GROUPS
-from benchmarks.picture_rows import ROWS, description
-from benchmarks.pictures import save
+from benchmarks import environment, report, tables
+from benchmarks.environment import ROOT
 from benchmarks.results import Results
-from benchmarks.sections import NO_RESULTS
-from benchmarks.targets import outcomes
+from benchmarks.targets import TARGETS, targets_table
 
-PUBLISHED = sorted(report.RESULTS.glob("*.json"))
-EVERY_FILE = sorted(report.RESULTS.rglob("*.json"))
-
-
-# Targets.
+PUBLISHED = sorted(report.RESULTS.rglob("*.json"))
+OURS_64 = "between neighbours, added time over the limit's: bf16 and fp16, D = 128, 64x16"
+VLLM_64 = "between neighbours, vLLM's added time over ours: bf16 and fp16, D = 128, 64x16"
 
 
-def outcome_of(results, text):
-    return next(one for one in outcomes(results) if one.text == text)
+def outcome(results, text):
+    """What was asked and measured, the verdict and the worst case."""
+    return next(row[1:] for row in targets_table(results)[1] if row[0] == text)
 
 
-def scale(results, factor, **chosen):
-    found = [r for r in results.records if all(r.get(k) == v for k, v in chosen.items())]
+def put(results, provider, us, group="neighbours", **fields):
+    found = results.select(group, **fields)
     assert found
     for record in found:
-        for name in ("median_us", "low_us", "high_us"):
-            record[name] *= factor
-
-
-@pytest.mark.parametrize("gpu", ["H100", "H200"])
-def test_targets_met_and_missed(gpu):
-    results = synthetic(gpu)
-    asked = {one.text: one for one in outcomes(results)}
-    assert all(one.met is not None for one in asked.values())
-
-    warm = "vLLM's time over ours, warm, 25 MB (2048x16x128 bf16)"
-    scale(results, 0.5, group="warm", provider="ours", case="2048x16x128 bf16")
-    assert outcome_of(results, warm).met is True
-    scale(results, 3, group="warm", provider="ours", case="2048x16x128 bf16")
-    missed = outcome_of(results, warm)
-    assert missed.met is False
-    assert missed.case == "2048x16x128 bf16 warm"
-    assert missed.measured == pytest.approx(asked[warm].measured / 1.5)
-
-    # Where less is better, the largest is the worst; either way of calling counts.
-    bare = "eager call, us above a bare launch"
-    assert outcome_of(results, bare).asked == {"H100": "<= 1.5", "H200": "<= 1"}[gpu]
-    scale(results, 0.8, group="host", provider="ours")
-    keyword, floor = (
-        results.us(results.find("host", "4x8x128 bf16", "tight", provider))
-        for provider in ("ours_keyword", "bare_launch")
-    )
-    assert outcome_of(results, bare).measured == keyword - floor
-    scale(results, 2, group="host", provider="ours_keyword")
-    assert outcome_of(results, bare).met is False
+        record["us"][provider] = spread(us)
 
 
 def test_a_target_is_as_good_as_its_worst_case():
-    results = synthetic("H100")
-    text = "of the triad, cold, 12 MB and more"
-    for record in results.select("sweep", lambda r: r["provider"] == "ours"):
-        factor = results.of_limit(record) / 1.2
-        scale(results, factor, group="sweep", provider="ours", case=record["case"])
-    assert outcome_of(results, text).met is True
-    scale(results, 2, group="sweep", provider="ours", case="4096x32x80 bf16")
-    worst = outcome_of(results, text)
-    assert (worst.met, worst.case) == (False, "4096x32x80 bf16 cold")
-    assert worst.measured == pytest.approx(0.6)
-    record = results.find("sweep", "4096x32x80 bf16", "cold", "ours")
-    for name in ("median_us", "low_us", "high_us"):
-        del record[name]
-    record |= {"status": "wrong", "reason": "for the test"}
-    wrong = outcome_of(results, text)
-    assert (wrong.met, wrong.case) == (False, "4096x32x80 bf16 cold: wrong")
+    results = synthetic()
+    size = {"size": "64x16", "kind": "contiguous", "head_size": 128}
+    put(results, "limit", 2.0, **size)
+    put(results, "ours", 2.4, **size)
+    assert outcome(results, OURS_64)[:3] == ["<= 1.24", "1.200", "met"]
+    put(results, "ours", 2.52, dtype="float16", **size)  # 0.04 us above it
+    assert outcome(results, OURS_64)[1:] == ["1.260", "within noise", "64x16x128 fp16"]
+    put(results, "ours", 2.6, dtype="bfloat16", **size)
+    assert outcome(results, OURS_64)[1:] == ["1.300", "missed", "64x16x128 bf16"]
+    put(results, "ours", 1.9, **size)
+    assert outcome(results, OURS_64)[1:3] == [tables.AT_THE_LIMIT, "met"]
+
+    put(results, "ours", 2.0, **size)
+    put(results, "vllm", 2.36, **size)
+    assert outcome(results, VLLM_64)[:3] == [">= 1.18", "1.180", "met"]
+    put(results, "vllm", 2.32, dtype="float16", **size)  # 1.19 of 1.95
+    assert outcome(results, VLLM_64)[1:] == ["1.160", "within noise", "64x16x128 fp16"]
+    put(results, "vllm", 2.2, dtype="bfloat16", **size)
+    assert outcome(results, VLLM_64)[1:] == ["1.100", "missed", "64x16x128 bf16"]
 
 
-def test_what_was_not_measured_is_neither_met_nor_missed():
-    results = synthetic("H100")
-    results.add("layouts", results.environment, {}, [])
-    one = outcome_of(results, "generic, FP8 inputs")
-    assert (one.met, one.measured, one.case) == (None, None, "not measured")
-    assert [one.text for one in outcomes(Results(environment("Another GPU")))] == [
-        one.text for one in outcomes(results) if one.text.startswith("CPU")
-    ]
+def test_other_layouts_are_compared_with_the_contiguous_case():
+    results = synthetic()
+    above = "between neighbours, other layouts: us above contiguous, up to 3.2 MB, 64x16"
+    over = "between neighbours, other layouts: time over contiguous, above 3.2 MB, 2048x16"
+    bf16 = {"dtype": "bfloat16", "head_size": 128}
+    for size, contiguous, other in (("64x16", 2.0, 2.1), ("2048x16", 6.0, 6.1)):
+        put(results, "ours", other, size=size, **bf16)
+        put(results, "ours", contiguous, size=size, kind="contiguous", **bf16)
+    assert outcome(results, above)[1:3] == ["0.100", "met"]
+    assert outcome(results, over)[1:3] == ["1.017", "met"]
+    put(results, "ours", 6.5, size="2048x16", kind="row-strided LSE")
+    assert outcome(results, over)[1:] == ["1.083", "missed", "2048x16x128 bf16, row-strided LSE"]
+
+
+def test_on_the_host_either_way_of_calling_counts():
+    results = synthetic()
+    text = "eager call in inference mode, tight: time over torch.add(out=)"
+    put(results, "ours_keyword", 5.6, "host", mode="inference mode", regime="tight")
+    case = "inference mode, tight, ours_keyword"
+    assert outcome(results, text) == ["<= 0.78", "1.000", "missed", case]
+
+
+def test_a_wrong_answer_misses_and_what_was_not_measured_does_neither():
+    results = synthetic()
+    text = "cold, FP8 output: of the limit's bytes a second"
+    (record, *_) = results.select("cold", kind="FP8 output")
+    del record["us"]["ours"]
+    record["refused"]["ours"] = "wrong: NaN in the output"
+    said = "2048x16x128 bf16, FP8 output: wrong: NaN in the output"
+    assert outcome(results, text) == [">= 0.95", "-", "missed", said]
+    results.add("cold", {}, [])
+    assert outcome(results, text)[1:] == ["-", "-", "not measured"]
+    other = targets_table(Results(environment_of("Another GPU")))[1]
+    assert {row[0].partition(",")[0] for row in other} == {"CPU"}
+
+
+def test_every_target_is_about_something():
+    results = synthetic()
+    rows = {row[0]: row for row in targets_table(results)[1]}
+    assert len(rows) == sum(len(t.get("at_most", t.get("at_least")))
+                            if isinstance(t.get("at_most", t.get("at_least")), dict) else 1
+                            for t in TARGETS)  # fmt: skip
+    assert [row for row in rows.values() if row[3] == "-"] == []
 
 
 # What is published.
@@ -96,7 +102,7 @@ def test_what_was_not_measured_is_neither_met_nor_missed():
 def root(tmp_path):
     """README.md and docs/benchmarks.md, alone."""
     (tmp_path / "docs").mkdir()
-    for name in report.SECTIONS:
+    for name in ("README.md", "docs/benchmarks.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -106,91 +112,57 @@ def section(root, name):
 
 
 def test_report(root, capsys):
-    pytest.importorskip("matplotlib")
-    results = {gpu: synthetic(gpu) for gpu in ("H100", "H200")}
-    scale(results["H100"], 0.5, group="sweep", provider="vllm", case="8192x16x128 bf16")
-    files = [str(root / f"{gpu.lower()}.json") for gpu in results]
+    results = {"h100": synthetic(), "h200": synthetic("NVIDIA H200")}
+    size = {"size": "2048x16", "kind": "contiguous", "head_size": 128, "dtype": "bfloat16"}
+    put(results["h100"], "ours", 7.0, **size)
+    put(results["h100"], "limit", 8.0, **size)
+    put(results["h100"], "vllm", 6.0, **size)
+    files = [str(root / f"{name}.json") for name in results]
     for file, one in zip(files, results.values(), strict=True):
         one.save(root / file)
+        assert vars(Results.load(root / file)) == vars(one)
     there = ["--root", str(root)]
     assert report.main([*files, *there]) == 0
     assert report.main([*files, *there, "--check"]) == 0
 
     readme, docs = section(root, "README.md"), section(root, "docs/benchmarks.md")
-    assert "NVIDIA H200" in readme
-    assert "commit eeeeeeeeee (csrc cccccccccc, python dddddddddd)" in readme
-    loss = results["H100"].find("sweep", "8192x16x128 bf16", "cold", "ours")
-    speed_up = results["H100"].speed_up(loss, "vllm")
-    assert speed_up < 0.6
-    assert f"{speed_up:.2f}x | " in readme  # in its line, and by name among all cases
-    assert f"from {speed_up:.2f}x (8192x16x128 bf16 cold)" in readme
-    assert "| **missed** |" in docs
-    assert "measured with other sources" not in readme + docs
-    results["H200"].environment["trees"]["csrc"] = "f" * 40
-    for text in report.SECTIONS.values():
-        assert "\nH200: measured with other sources than H100.\n" in text([*results.values()])
-    results["H200"].environment["trees"]["csrc"] = TREES["csrc"]
-    assert docs.count("<details>") == 2 * (len(ALL_GROUPS) - 1)
-    for one in results.values():
-        assert all(record["case"] in docs for record in one.records)
+    line = "| 2048x16x128 bf16 | 25.6 | 7.00 (6.86-7.21) | 8.00 (7.84-8.24) | at the limit |"
+    assert f"{line} 6.00 (5.88-6.18) | 0.86x |" in readme  # nothing above it, and a loss is shown
+    assert line in docs
+    assert "NVIDIA H100 80GB HBM3 (SM 1980 MHz, memory 2619 MHz)" in readme
+    assert "commit ffffffffff (csrc cccccccccc, include dddddddddd, python eeeeeeeeee)" in readme
+    assert "H200" not in readme
+    assert "### H200" in docs
+    assert docs.count("<details>") == 6
+    assert all(one["case"] in docs for one in results["h100"].records)
+    assert "| not supported | - |" in docs  # what vLLM does not take
+    drawn = ElementTree.parse(root / report.PICTURE)
+    words = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"7.00", "6.00", "2048 x 16"} <= set(words)
 
-    for name in ROWS:
-        for suffix in ("svg", "png"):
-            path = root / "docs" / "benchmarks" / f"{name}.{suffix}"
-            assert report.embedded(path) == description(list(ROWS[name](list(results.values()))))
-    assert f"H100\tcold\t{speed_up:.3f}" in report.embedded(root / "docs" / "benchmarks/vllm.svg")
-
-    # Other results: everything is seen to differ, and a lost picture too.
-    scale(results["H200"], 1.5, provider="ours")
-    results["H200"].save(root / files[1])
-    (root / "docs" / "benchmarks" / "host.png").unlink()
+    # Other results: everything is seen to differ.
+    put(results["h100"], "ours", 9.0, **size)
+    results["h100"].save(root / files[0])
     capsys.readouterr()
     assert report.main([*files, *there, "--check"]) == 1
     said = capsys.readouterr().out
-    for name in ("README.md", "docs/benchmarks.md", "limit.svg", "limit.png", "vllm.svg"):
-        assert name in said
-    assert "host.png is missing" in said
-
+    assert [name in said for name in ("README.md", "benchmarks.md", "benchmarks.svg")] == [True] * 3
     # Without results nothing is left of them.
-    assert [*report.publish([], root)] == [root / name for name in report.SECTIONS]
-    assert section(root, "README.md").strip() == NO_RESULTS
-    assert list((root / "docs" / "benchmarks").iterdir()) == []
-    assert list(report.differences([], root)) == []
+    for path, text in report.pages([], root):
+        assert report.NO_RESULTS in text if path.suffix == ".md" else text == ""
 
 
-def test_report_of_one_unknown_gpu_measured_in_part(root):
+def test_report_of_an_unknown_gpu_measured_in_part(root):
     results = synthetic("Some GPU")
-    for group in ("sweep", "warm", "models", "cpu", "host"):
-        results.add(group, results.environment, results.runs[group], [])
+    for group in ("neighbours", "host", "cpu"):
+        results.add(group, {}, [])
         del results.runs[group]
-    text = report.SECTIONS["README.md"]([results])
-    assert "| 256x16x128 | cold | 3.2 |" in text
-    assert "8192x16x128 | cold" not in text
-    assert list(ROWS["host"]([results])) == []
-    docs = report.SECTIONS["docs/benchmarks.md"]([results])
-    assert "<details><summary>small" in docs
-    assert "](benchmarks/limit.svg)" in docs
-    assert "host.svg" not in docs  # nothing of it was measured
-
-
-def test_gpus_by_the_name_that_people_say():
-    named = {name: Results(environment(name)).gpu for name in ("NVIDIA GH200 480GB", "H200", None)}
-    assert named == {"NVIDIA GH200 480GB": "NVIDIA GH200 480GB", "H200": "H200", None: "CPU"}
-
-
-def test_pictures_are_the_same_each_time(tmp_path):
-    pytest.importorskip("matplotlib")
-    machines = [synthetic("H100")]
-    for name in ("limit", "host"):
-        rows = list(ROWS[name](machines))
-        first, again = tmp_path / "first", tmp_path / "again"
-        for folder in (first, again):
-            folder.mkdir(exist_ok=True)
-            save(name, rows, folder)
-        for suffix in ("svg", "png"):
-            written = [(folder / f"{name}.{suffix}").read_bytes() for folder in (first, again)]
-            assert written[0] == written[1]
-        assert b"<dc:date>" not in (first / f"{name}.svg").read_bytes()
+    readme, docs, drawn = (text for _, text in report.pages([results], root))
+    assert report.NO_RESULTS in readme
+    assert "### Some GPU" in docs
+    assert "<details><summary>cold" in docs
+    assert "<summary>neighbours" not in docs
+    assert drawn == ""
 
 
 def test_a_page_without_markers_is_refused():
@@ -201,23 +173,21 @@ def test_a_page_without_markers_is_refused():
 
 
 def test_published_is_what_the_results_give():
-    found = list(report.differences(report.load(PUBLISHED), ROOT))
-    assert found == [], "python -m benchmarks report"
+    assert report.main(["--check"]) == 0, "python -m benchmarks report"
 
 
-@pytest.mark.parametrize("path", EVERY_FILE or [None], ids=lambda path: path.name if path else "")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
 def test_published_results_are_of_this_checkout(path):
-    if path is None:
-        pytest.skip("no results are published")
-    if difference := report.stale(Results.load(path)):
+    results = Results.load(path)
+    assert not results.environment["dirty"]
+    if trees := environment.stale(results.environment):
         # No failure: figures may be older than the last change, but not unnoticed.
-        pytest.skip(f"{path.name} is of other sources: {difference}")
+        pytest.skip(f"{path.name} was measured with another {' and '.join(trees)}")
 
 
 def test_stale_results_are_noticed(monkeypatch):
-    here = {"csrc": "1" * 40, "python": TREES["python"]}
-    monkeypatch.setattr(report, "tree_hash", lambda folder: here[folder.name])
-    said = report.stale(synthetic("H100"))
-    assert said == "csrc is 1111111111 here, cccccccccc was measured"
-    here["csrc"] = TREES["csrc"]
-    assert report.stale(synthetic("H100")) == ""
+    here = {"csrc": "1" * 40, "include": "d" * 40, "python": "e" * 40}
+    monkeypatch.setattr(environment, "tree_hash", lambda folder: here[folder.name])
+    assert environment.stale(synthetic().environment) == ["csrc"]
+    here["csrc"] = "c" * 40
+    assert environment.stale(synthetic().environment) == []

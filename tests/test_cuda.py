@@ -1,7 +1,12 @@
 """Streams, graphs and devices: what only a GPU shows."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ENTRIES
 from support import BF16, F32, assert_within, blank, check, cloned, compare, half_ulp, make_call
 
 from merge_attn_states import merge_attn_states as merge
@@ -103,6 +108,77 @@ def test_another_device_than_the_current_one(head_size, cuda, entry):
         pytest.skip("one CUDA device")
     check(make_call((17, 3, head_size), BF16, f"{cuda}:1"), entry)
     assert torch.cuda.current_device() == 0
+
+
+# Device 1 alone is used, by a thread whose own current device is 0. Prints what the runtime and
+# PyTorch take for current and whether device 0 has a context, before the call and behind it.
+ON_DEVICE_1 = """
+import ctypes, json, sys, threading
+import torch
+from conftest import ENTRIES
+from support import BF16, cloned, compare, make_call
+
+driver = ctypes.CDLL("libcuda.so.1")
+
+def runtime():  # PyTorch's own: another copy of it may have another current device
+    with open("/proc/self/maps") as maps:
+        paths = {line.split()[-1] for line in maps if "libcudart.so" in line}
+    return ctypes.CDLL(paths.pop()) if paths else None
+
+def state():
+    flags, active, device = ctypes.c_uint(), ctypes.c_int(), ctypes.c_int(-1)
+    assert driver.cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(active)) == 0
+    current = torch.cuda.current_device()
+    if (library := runtime()) is not None:
+        assert library.cudaGetDevice(ctypes.byref(device)) == 0
+    else:
+        device.value = current
+    return {"current": current, "of the runtime": device.value, "context": bool(active.value)}
+
+torch.cuda.set_device(1)
+call = make_call((17, 3, int(sys.argv[2])), BF16, "cuda:1")
+inputs = cloned(call)
+torch.cuda.synchronize(1)
+states, failures = [], []
+
+def work():
+    try:
+        states.append(state())
+        ENTRIES[sys.argv[1]](*call)
+        states.append(state())
+    except BaseException as error:
+        failures.append(repr(error))
+
+thread = threading.Thread(target=work)
+thread.start(), thread.join()
+assert not failures, failures
+torch.cuda.synchronize(1)
+compare(inputs, call.output, call.output_lse)
+print(json.dumps(states))
+"""
+
+
+@pytest.mark.parametrize("way", ENTRIES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_a_thread_whose_device_has_no_context_keeps_it_so(head_size, way, cuda, child_environment):
+    """A context takes hundreds of megabytes of a GPU that nobody uses, and a device that stays
+    current is where the thread's next tensor goes.
+    """
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    ran = subprocess.run(
+        [sys.executable, "-c", ON_DEVICE_1, way, str(head_size)],
+        env=child_environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    before, after = json.loads(ran.stdout.splitlines()[-1])
+    if before["context"]:
+        pytest.skip("PyTorch itself made a context on the device that is not used")
+    assert before == {"current": 0, "of the runtime": 0, "context": False}
+    assert after == before
 
 
 @pytest.mark.parametrize("tokens", [65_535, 65_536, 200_000])  # a grid's y and z limit, and past it

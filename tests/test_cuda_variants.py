@@ -26,7 +26,7 @@ VARIANTS = {
     (2001, 11, 16): "128 tokens in a block of 256 threads, by rows",
     (2001, 11, 8): "256 tokens in a block of 256 threads, by rows",  # a pack a row
     (101, 5, 2400): "1 tokens in a block of 320 threads, by rows",  # wider than a block should be
-    (31, 5, 4096): "1 heads in a block of 512 threads, by rows",  # as wide as a block may be
+    (31, 5, 4096): "1 tokens in a block of 512 threads, by rows",  # as wide as a block may be
     MIDDLE: "16 tokens in a block of 256 threads, by tiles",
     MIDDLE_ODD: "10 tokens in a block of 256 threads, by tiles",
     (20011, 15, 8): "256 tokens in a block of 256 threads, by tiles",

@@ -9,9 +9,7 @@ from support import BF16, F32, F64, INF
 transformers = pytest.importorskip("transformers", reason="the extra [demo] is not installed")
 
 from merge_attn_states.integrations import _split_attention, pytorch  # noqa: E402
-from merge_attn_states.integrations.transformers import (  # noqa: E402
-    register,
-)
+from merge_attn_states.integrations.transformers import register  # noqa: E402
 
 TINY = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4}

@@ -10,12 +10,12 @@ from support import BF16, F32, F64, Call, compiler, half_ulp, run_command
 from merge_attn_states import merge_attn_states as merge
 
 ROOT = Path(__file__).resolve().parent.parent
-CLOSENESS = 4.5e-8  # beyond the last rounding: csrc/log_sum_exp.h
+CLOSENESS = 4.5e-8  # beyond the last rounding: csrc/core/log_sum_exp.h
 ROWS, HEADS = 8192, 16
 SPREADS = [(0, 1), (0, 40), (3, 1), (33, 1), (-200, 5), (1000, 3)]  # mean, standard deviation
 
 SOURCE = """
-#include "log_sum_exp.h"
+#include "core/log_sum_exp.h"
 extern "C" void log_sum_exps(const float* larger, const float* smaller, const float* e, float* lse,
                              long count) {
   for (long i = 0; i < count; ++i) {
@@ -65,7 +65,7 @@ def test_formula(mean, deviation, ulps, log_sum_exps):
         e = torch.nextafter(e, torch.full_like(e, torch.inf if ulps > 0 else 0.0))
     e = e.clamp(max=1)
     lse = log_sum_exps(larger, smaller, e)
-    real = e > 0  # what lse.h leaves to it
+    real = e > 0  # what state.h leaves to it
     assert_next_to_exact(lse[real], torch.stack([larger[real], smaller[real]]))
 
 

@@ -25,20 +25,19 @@ malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 """
 
 # The C entry on D = 16 with exact allocations; `missing` elements of the prefix are not there. The
-# extent is not told (memory_bytes = 0), so that only the sanitizer can see the kernel read past it.
+# structs end before their optional fields, so where the memory ends is not told, and only the
+# sanitizer can see the kernel read past it.
 MERGE = """
 class Tensor(ctypes.Structure):
     _fields_ = [
-        ("data", ctypes.c_void_p), ("sizes", ctypes.c_void_p), ("strides", ctypes.c_void_p),
-        ("rank", ctypes.c_int32), ("dtype", ctypes.c_uint32), ("device_type", ctypes.c_int32),
-        ("device_index", ctypes.c_int32), ("memory", ctypes.c_void_p),
-        ("memory_bytes", ctypes.c_int64),
+        ("struct_size", ctypes.c_size_t), ("data", ctypes.c_void_p), ("sizes", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p), ("rank", ctypes.c_int32), ("dtype", ctypes.c_uint32),
+        ("device_type", ctypes.c_int32), ("device_index", ctypes.c_int32),
     ]
 
 class Args(ctypes.Structure):
     _fields_ = [
-        ("version", ctypes.c_int32), ("has_count", ctypes.c_int32), ("count", ctypes.c_int64),
-        *((name, ctypes.POINTER(Tensor)) for name in (
+        ("struct_size", ctypes.c_size_t), *((name, ctypes.POINTER(Tensor)) for name in (
             "output", "prefix_output", "prefix_lse", "suffix_output", "suffix_lse", "output_lse",
             "output_scale")),
         ("stream", ctypes.c_void_p),
@@ -52,12 +51,14 @@ def operand(*sizes, missing=0):
     data = malloc(bytes)
     ctypes.memset(data, 0, bytes)
     keep = (ctypes.c_int64 * 3)(*sizes), (ctypes.c_int64 * 3)(16, 16, 1)
-    tensor = Tensor(data, *map(ctypes.addressof, keep), len(sizes), 2 | 32 << 8 | 1 << 16, 1, 0)
+    tensor = Tensor(ctypes.sizeof(Tensor), data, *map(ctypes.addressof, keep), len(sizes),
+                    2 | 32 << 8 | 1 << 16, 1, 0)
     tensor.keep = keep
     return ctypes.pointer(tensor)
 
-args = Args(version=1, output=operand(1, 1, 16), prefix_output=operand(1, 1, 16, missing=missing),
-            prefix_lse=operand(1, 1), suffix_output=operand(1, 1, 16), suffix_lse=operand(1, 1))
+args = Args(ctypes.sizeof(Args), output=operand(1, 1, 16), prefix_lse=operand(1, 1),
+            prefix_output=operand(1, 1, 16, missing=missing), suffix_output=operand(1, 1, 16),
+            suffix_lse=operand(1, 1))
 message = ctypes.create_string_buffer(500)
 status = library.merge_attn_states_merge(ctypes.byref(args), message, 500)
 assert status == 0, message.value

@@ -9,13 +9,14 @@ import torch
 
 from merge_attn_states._library import OP_LIBRARY
 
-VERSION, CUDA, FLOAT32 = 1, 2, 2 | 32 << 8 | 1 << 16
+CUDA, FLOAT32 = 2, 2 | 32 << 8 | 1 << 16
 
 
 class Tensor(ctypes.Structure):
-    """merge_attn_states_tensor of include/merge_attn_states.h."""
+    """merge_attn_states_tensor of include/merge_attn_states.h without its optional fields."""
 
     _fields_ = (
+        ("struct_size", ctypes.c_size_t),
         ("data", ctypes.c_void_p),
         ("sizes", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
@@ -23,18 +24,14 @@ class Tensor(ctypes.Structure):
         ("dtype", ctypes.c_uint32),
         ("device_type", ctypes.c_int32),
         ("device_index", ctypes.c_int32),
-        ("memory", ctypes.c_void_p),
-        ("memory_bytes", ctypes.c_int64),
     )
 
 
 class Args(ctypes.Structure):
-    """merge_attn_states_args."""
+    """merge_attn_states_args without its optional fields."""
 
     _fields_ = (
-        ("version", ctypes.c_int32),
-        ("has_prefill_tokens_with_context", ctypes.c_int32),
-        ("prefill_tokens_with_context", ctypes.c_int64),
+        ("struct_size", ctypes.c_size_t),
         *((name, ctypes.POINTER(Tensor)) for name in "opPsSlc"),
         ("stream", ctypes.c_void_p),
     )
@@ -44,7 +41,8 @@ def view(tensor: torch.Tensor, strides: tuple[int, ...] | None = None) -> Tensor
     """`tensor` as the C entry sees it, with strides of one's own."""
     array = ctypes.c_int64 * tensor.dim()
     sizes, strides = array(*tensor.shape), array(*(strides or tensor.stride()))
-    return Tensor(tensor.data_ptr(), sizes, strides, tensor.dim(), FLOAT32, CUDA, 0, None, 0)
+    size = ctypes.sizeof(Tensor)
+    return Tensor(size, tensor.data_ptr(), sizes, strides, tensor.dim(), FLOAT32, CUDA, 0)
 
 
 def main() -> None:
@@ -54,7 +52,7 @@ def main() -> None:
     prefix = view(rows[1], (2**14, 32, 1))  # tokens 64 KB apart in a tensor of 1 KB
     prefix_lse, suffix_lse = view(lses[0]), view(lses[1])
     operands = (output, prefix, prefix_lse, suffix, suffix_lse)
-    args = Args(VERSION, 0, 0, *(ctypes.pointer(x) for x in operands), None, None, None)
+    args = Args(ctypes.sizeof(Args), *(ctypes.pointer(x) for x in operands), None, None, None)
     entry = ctypes.CDLL(str(OP_LIBRARY)).merge_attn_states_merge
     message = ctypes.create_string_buffer(1024)
     status = entry(ctypes.byref(args), message, ctypes.c_size_t(len(message)))

@@ -113,7 +113,7 @@ def cuda_flash(
     if is_causal:
         # What is not finite in a row's own value and those before it: 0, +-inf or NaN.
         missing = (value - clean).cumsum(2)[:, :, key.shape[2] - query.shape[2] :]
-        output += missing.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        torch.unflatten(output, 1, (key.shape[1], -1)).add_(missing[:, :, None])
     return output, lse
 
 
@@ -137,11 +137,12 @@ def matmul(
         if mask is not None:
             part = mask if mask.shape[2] == 1 else mask[:, :, rows]
             scores = scores if part.dtype == torch.bool else scores + part
-            scores = scores.masked_fill(~_seen(part), -torch.inf)  # NaN + -inf would be NaN
+            seen = _seen(part)
+            scores = scores.masked_fill(~seen, -torch.inf)  # NaN + -inf would be NaN
         part_lse = scores.logsumexp(-1)
         weighted = scores.softmax(-1) @ wide_value
         if marks is not None:
-            plus, minus = (_sum_of_seen(_seen(part), marks) > 0).chunk(2, -1)
+            plus, minus = (_sum_of_seen(seen, marks) > 0).chunk(2, -1)
             weighted += torch.where(plus, torch.inf, 0.0) - torch.where(minus, torch.inf, 0.0)
         # softmax gives NaN to a row without a key; an infinite score has no softmax.
         weighted.masked_fill_(part_lse[..., None] == -torch.inf, 0.0)

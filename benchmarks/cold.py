@@ -1,0 +1,54 @@
+"""Cold and large: the inputs come from DRAM, which binds everybody.
+
+CUDA graph replays that rotate through sets of buffers, together more than twice the L2, everybody
+in turn in one process. The limit is the best of the plain kernels over as many bytes: 128 to 1,024
+threads, one or two packs a thread, with or without a dependent launch.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+import merge_attn_states
+
+from . import kernels
+from .cases import Case
+from .operands import make_operands
+from .providers import Provider, prepare
+from .results import Record
+from .timing import Call, buffer_sets, time_cuda
+
+
+def measure(case: Case, providers: Sequence[Provider], device: torch.device, rounds: int) -> Record:
+    """One case: microseconds, by provider."""
+    sets = buffer_sets(case.bytes() * 2 // 3, device)  # in place, a part and the output are one
+    operands = make_operands(case, sets, device)
+    timed, refused = prepare(providers, operands)
+    timed |= limits(case, sets, device)
+    us = {name: timing.median for name, timing in time_cuda(timed, rounds).items()}
+    kernel = merge_attn_states.selected_kernel(*operands[0])._asdict()
+    return case.record() | kernel | {"us": us, "refused": refused}
+
+
+def limits(case: Case, sets: int, device: torch.device) -> dict[str, list[Call]]:
+    """The plain kernels over as many bytes, to within a pack, the LSEs counted."""
+    narrow = case.has_narrow_output
+    packs = kernels.packs_moved(case.bytes(), narrow)
+    size = packs * kernels.PACK
+    buffers = [_buffers(bytes_, sets, device) for bytes_ in (size, size, size // (1 + narrow))]
+    has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
+    return {
+        f"plain, {name}": [
+            partial(kernels.plain, variant, memory, packs, narrow)
+            for memory in zip(*buffers, strict=True)
+        ]
+        for name, variant in kernels.COLD.items()
+        if has_dependent or not variant[2]
+    }
+
+
+def _buffers(size: int, sets: int, device: torch.device) -> list[torch.Tensor]:
+    stride = -(-size // 512) * 512  # where an allocation of its own would begin
+    memory = torch.empty(sets, stride, dtype=torch.uint8, device=device)
+    return list(memory.random_()[:, :size])

@@ -1,0 +1,110 @@
+"""One process of a run: measures groups and prints their records as JSON, its last line.
+
+Processes differ by more than rounds do (where memory lies, which rhythm launches fall into), so a
+run starts several and publishes their medians.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cold, cpu, host, neighbours, options, vllm
+from .cases import GROUPS, is_compared_with_pytorch
+from .providers import COMPILED, EAGER, OURS, VLLM
+from .results import Record
+
+
+def run_processes(
+    module: str, arguments: Sequence[str], count: int, first_on_path: Path | None = None
+) -> list[Any]:
+    """What a module prints as its last line, in JSON, from processes one after the other."""
+    paths = filter(None, [str(first_on_path or ""), *sys.path])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    answers = []
+    for _ in range(count):
+        ran = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            stdout=subprocess.PIPE, text=True, check=False, env=environment,
+        )  # fmt: skip
+        if ran.returncode:
+            raise SystemExit(f"benchmarks: a process of {module} failed")
+        answers.append(json.loads(ran.stdout.splitlines()[-1]))
+    return answers
+
+
+def medians(processes: Sequence[Sequence[Record]]) -> list[Record]:
+    """One record a case: of each provider's microseconds [median, least, most] over processes.
+
+    Of the plain kernels only the best is kept, as "limit".
+    """
+    merged = []
+    for records in zip(*processes, strict=True):
+        us: dict[str, list[float]] = {}
+        for name in records[0]["us"]:
+            values = [record["us"][name] for record in records if name in record["us"]]
+            us[name] = [round(f(values), 3) for f in (statistics.median, min, max)]
+        plain = {name: us.pop(name) for name in [*us] if name.startswith("plain, ")}
+        made = dict(records[0])
+        if plain:
+            best = min(plain, key=lambda name: plain[name][0])
+            us["limit"] = plain[best]
+            made["limit"] = best.removeprefix("plain, ")
+        refused = {name: why for record in records for name, why in record["refused"].items()}
+        merged.append(made | {"us": us, "refused": refused})
+    return merged
+
+
+def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str]) -> list[Record]:
+    """Measure one group in this process."""
+    device, rounds = chosen.device, chosen.rounds
+    if group == "host":
+        return host.measure(device, missing, rounds)
+    cases = [case for case in GROUPS[group] if chosen.case in case.name]
+    if group == "cpu":
+        return [cpu.measure(case, rounds) for case in cases]
+    who = [OURS] if "vllm" in missing else [OURS, VLLM]
+    if group == "cold":
+        return [cold.measure(case, who, device, rounds) for case in cases]
+    everyone = who if chosen.only_ours else [*who, COMPILED, EAGER]
+    asked = [everyone if is_compared_with_pytorch(case) else who for case in cases]
+    return [neighbours.measure(*one, device, rounds) for one in zip(cases, asked, strict=True)]
+
+
+def passed_on(chosen: argparse.Namespace) -> list[str]:
+    """The options of a process that measures."""
+    given = ["--device", str(chosen.device), "--rounds", str(chosen.rounds), "--case", chosen.case]
+    given += ["--only", *options.groups(chosen)]
+    given += ["--vllm-op-library", chosen.vllm_op_library] if chosen.vllm_op_library else []
+    return given
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    options.add_measuring(parser)
+    parser.add_argument("--only-ours", action="store_true", help="and the limit")
+    chosen = parser.parse_args(arguments)
+    if chosen.device.type == "cuda":
+        torch.cuda.set_device(chosen.device.index or 0)
+    missing = {"vllm": "measured on a GPU only"}
+    if chosen.device.type == "cuda" and not chosen.only_ours:
+        why = vllm.load(chosen.vllm_op_library)
+        missing = {"vllm": why} if why else {}
+    measured = {}
+    for group in options.groups(chosen):
+        begin = time.monotonic()
+        measured[group] = measure_group(group, chosen, missing)
+        print(f"{group}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+    print(json.dumps({"missing": missing, "groups": measured}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
