@@ -82,8 +82,8 @@ bool bind_count(PyObject* count, merge_attn_states_args& args) {
 }
 
 // The arguments as the C entry has them; false where torch.ops has to answer.
-bool describe(const Arguments& bound, ThreadState state,
-              std::array<TensorView, kNumOperands>& views, merge_attn_states_args& args) {
+bool fill(merge_attn_states_args& args, std::array<TensorView, kNumOperands>& views,
+          const Arguments& bound, ThreadState state) {
   for (const bool written : {true, false}) {  // see stable_tensor.h
     for (int i = 0; i < kNumOperands; ++i) {
       const OperandSpec& spec = kOperands[i];
@@ -126,8 +126,7 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
   if (state == ThreadState::kWatched) Py_RETURN_FALSE;
   std::array<TensorView, kNumOperands> views;
   merge_attn_states_args args{.struct_size = sizeof(args)};
-  if (!describe(bound, state, views, args)) Py_RETURN_FALSE;
-  if (!find_stream(args)) Py_RETURN_FALSE;
+  if (!fill(args, views, bound, state) || !find_stream(args)) Py_RETURN_FALSE;
 
   char message[1024];
   merge_attn_states_status status;

@@ -78,10 +78,11 @@ def _autograd(op: Op) -> Callable[..., None]:
 
     In inference mode PyTorch does not call it.
     """
+    names = [argument.name for argument in op._schema.arguments]
     positions = written(op)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-        _refuse_derivatives(op, args)
+        _refuse_derivatives(names, args)
         op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         # Under no_grad too: what was saved for backward before is overwritten all the same. Unlike
         # torch.autograd.graph.increment_version it passes inference tensors by.
@@ -90,11 +91,13 @@ def _autograd(op: Op) -> Callable[..., None]:
     return kernel
 
 
-def _refuse_derivatives(op: Op, args: Args) -> None:
+def _refuse_derivatives(names: list[str], args: Args) -> None:
     grad_mode, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not grad_mode and not dual:
         return
-    for name, operand in named_tensors(op, args):
+    for name, operand in zip(names, args, strict=False):  # defaults are left out
+        if not isinstance(operand, torch.Tensor):
+            continue
         if grad_mode and operand.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that does not require grad, since the merge writes in "
