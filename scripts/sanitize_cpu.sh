@@ -14,5 +14,6 @@ export LD_PRELOAD ASAN_OPTIONS=detect_leaks=0
 export PYTHONPATH=build/sanitize
 # --capture=sys: a report ends the process and is written past Python, where pytest would swallow it.
 exec "$python" -m pytest -p no:cacheprovider --capture=sys -k "not cuda" \
-  tests/test_layout.py tests/test_aliasing.py tests/test_errors.py tests/test_sanitizer.py \
-  tests/test_unusual_tensors.py tests/test_fast_path_aside.py
+  tests/test_layout.py tests/test_large.py tests/test_aliasing.py tests/test_overlap.py \
+  tests/test_errors.py tests/test_sanitizer.py tests/test_unusual_tensors.py \
+  tests/test_fast_path_aside.py
