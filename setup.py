@@ -41,9 +41,9 @@ from cuda_toolkit import choose_toolkit, note, refuse  # noqa: E402  pip's sys.p
 
 OWN_HEADERS = [str(ROOT / "include"), str(ROOT / "csrc")]
 OP_LIBRARY = "libmerge_attn_states.so"
-# Of _C; every other source is the op library's.
 SERIAL = "csrc/cpu/parallel_serial.cpp"  # threads of a build without PyTorch
-MODULE_SOURCES = ["csrc/torch/eager.cpp", "csrc/torch/running_torch.cpp"]
+MODULE_ONLY = [f"csrc/torch/{name}.cpp" for name in ("eager", "python_tensor", "thread_state")]
+MODULE_SOURCES = [*MODULE_ONLY, "csrc/torch/stable_tensor.cpp"]  # the last one is in both
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the same release in its own form
 
@@ -169,7 +169,7 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
         defines = [f'-DMERGE_ATTN_STATES_BUILD_{key}="{text}"' for key, text in built.items()]
         defines.append(STABLE_ABI)
         for folder in ("csrc", "csrc/core", "csrc/cpu", "csrc/torch"):
-            ext.sources += op_sources(f"{folder}/*.cpp", *MODULE_SOURCES, SERIAL)
+            ext.sources += op_sources(f"{folder}/*.cpp", *MODULE_ONLY, SERIAL)
         ext.include_dirs += [*OWN_HEADERS, str(generated), *cpp_extension.include_paths()]
         ext.library_dirs += cpp_extension.library_paths()
         ext.libraries += ["torch_cpu"]
@@ -200,10 +200,11 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
     def configure_module(self, ext: Extension, op_library_folder: Path) -> None:
         import pybind11
 
-        # PyTorch's headers serve for ATen/dlpack.h alone.
+        # Of PyTorch's headers, ATen/dlpack.h and the stable C functions.
         ext.sources += MODULE_SOURCES
         ext.include_dirs += [*OWN_HEADERS, pybind11.get_include(), *cpp_extension.include_paths()]
-        ext.library_dirs += [str(op_library_folder)]
+        ext.library_dirs += [str(op_library_folder), *cpp_extension.library_paths()]
+        ext.libraries += ["torch_cpu"]
         ext.extra_compile_args = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitizing() else RELEASE_FLAGS)]
         ext.extra_link_args += [f"-l:{OP_LIBRARY}", "-Wl,-rpath,$ORIGIN", "-Wl,--exclude-libs,ALL"]
         ext.extra_link_args += SANITIZE if sanitizing() else []

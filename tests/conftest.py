@@ -3,12 +3,17 @@
 import fcntl
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from in_vllm.standin import log, vllm  # noqa: F401
+from support import without_fast_path
 
 import merge_attn_states
 from merge_attn_states._library import fast_path
@@ -45,13 +50,6 @@ def cuda():
     return "cuda"
 
 
-def without_fast_path(*args, **kwargs):
-    """The Python function as it is where the fast path is missing or steps aside."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_attn_states.ops, "_fast", None)
-        return merge_attn_states.merge_attn_states(*args, **kwargs)
-
-
 ENTRIES = {
     "python": merge_attn_states.merge_attn_states,
     "python without the fast path": without_fast_path,
@@ -63,6 +61,42 @@ ENTRIES = {
 def entry(request):
     """Every way in takes the same arguments and gives the same results and the same errors."""
     return ENTRIES[request.param]
+
+
+class Way(NamedTuple):
+    """One way into the op, eager or compiled."""
+
+    merge: Callable[..., None]
+    backend: str | None = None  # of torch.compile
+
+    @property
+    def refusal(self) -> type[Exception]:
+        """The type of what a Python kernel refuses: compiling wraps it and keeps its sentence."""
+        return RuntimeError if self.backend else ValueError
+
+    def run(self, step):
+        """The step as this way runs it: as it is, or in one graph."""
+        if self.backend is None:
+            return step
+        torch._dynamo.reset()
+        return torch.compile(step, backend=self.backend, fullgraph=True)
+
+
+WAYS = {name: Way(entry) for name, entry in ENTRIES.items()} | {
+    f"{name}, {backend}": Way(ENTRIES[name], backend)
+    for name in ("python", "torch.ops")
+    for backend in ("eager", "aot_eager", "inductor")
+}
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    """Every way in, the compiled ones too; nothing that was compiled before hides a change."""
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield WAYS[request.param]
 
 
 @pytest.fixture

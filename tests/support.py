@@ -31,9 +31,29 @@ WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ROWS = ("output", "prefix_output", "suffix_output")  # [N, H, D]
 LSES = ("prefix_lse", "suffix_lse", "output_lse")  # [H, N]
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+# From 2.14 on the fast path has the bounds of a tensor's memory, and leaves an input lazy.
+OLDER_THAN_2_14 = TORCH < (2, 14)
 # What an operator makes of a C++ std::invalid_argument, which is a ValueError up to PyTorch 2.14.
-NEWER_THAN_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) > (2, 14)
-OPERATOR_ERROR = RuntimeError if NEWER_THAN_2_14 else ValueError
+OPERATOR_ERROR = RuntimeError if TORCH > (2, 14) else ValueError
+
+
+def refusal_of(way) -> type[Exception]:
+    """The type of a refusal that C++ makes: the Python function has one on every PyTorch."""
+    return OPERATOR_ERROR if way is torch.ops.merge_attn_states.merge_attn_states else ValueError
+
+
+def without_fast_path(*args, **kwargs):
+    """The Python function as it is where the fast path is missing or steps aside."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge_attn_states.ops, "_fast", None)
+        return merge_attn_states.merge_attn_states(*args, **kwargs)
+
+
+def needs_bounds(way) -> None:
+    """Skip where the way does not know how large the memory of an operand is."""
+    if OLDER_THAN_2_14 and way is merge_attn_states.merge_attn_states:
+        pytest.skip("before PyTorch 2.14 the fast path does not know the size of a storage")
 
 
 class Call(NamedTuple):

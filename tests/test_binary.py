@@ -98,14 +98,17 @@ def test_a_cpu_pytorch_has_loaded_cuda_kernels():
 
 
 @needs_binutils
-def test_python_module_knows_no_torch():
+def test_python_module_knows_pytorch_by_its_stable_c_functions_alone():
+    """No mangled name and no variable of PyTorch's: those change from release to release."""
     module = pytest.importorskip("merge_attn_states._C", reason="_C is not built for this CPython")
     path = Path(module.__file__)
     needed = {name for name in needed_libraries(path) if not SYSTEM_LIBRARIES.fullmatch(name)}
-    assert needed == {OP_LIBRARY.name}
+    assert needed - {"libc10.so"} == {OP_LIBRARY.name, "libtorch_cpu.so"}
     assert re.search(r"\(R(UN)?PATH\).*\[\$ORIGIN\]", output_of("readelf", "-d", path))
     undefined = dynamic_symbols(path, "undefined")
-    assert not [name for name in undefined if re.search(r"torch|c10|aten", name)]
+    of_torch = {name for name in undefined if re.search(r"torch|c10|aten|at::", name)}
+    assert "torch_get_const_data_ptr" in of_torch
+    assert not [name for name in of_torch if not re.fullmatch(r"(aoti_)?torch_[a-z0-9_]+", name)]
 
 
 @pytest.mark.skipif(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import F32, OPERATOR_ERROR, assert_bits, blank, check, make_call
+from support import F32, assert_bits, blank, check, make_call
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from merge_attn_states import merge_attn_states as merge
@@ -99,8 +99,36 @@ def test_ten_context_counts_compile_once(device):
     assert counter.frame_count == 1
 
 
-def test_a_refusal_keeps_its_text_when_compiled(device):
-    call = make_call((4, 2, 16), F32, device)
-    with pytest.raises(OPERATOR_ERROR, match=r"prefix_lse: expected shape \[2, 4\]"):
-        compiled(lambda *args: merge(*args))(*call._replace(prefix_lse=call.prefix_lse.T))
-    assert call.output.isnan().all()
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_the_graph_is_the_op_alone(context):
+    """In grad mode a merge is copied, so that what autograd saves is nobody else's."""
+    targets = []
+
+    def backend(graph, _):
+        targets.append([node.target for node in graph.graph.nodes if node.op.startswith("call")])
+        return graph
+
+    step = compiled(lambda *args: merge(*args), backend)
+    with context():
+        check(make_call((4, 2, 16), F32, count=2), step)
+    assert targets == [[OP.default]]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("way", [merge, OP], ids=["python", "torch.ops"])
+def test_export(way, context, strict):
+    class Step(torch.nn.Module):
+        def forward(self, *args):
+            way(*args)
+            return args[0] + 1
+
+    call, expected = (make_call((4, 2, 16), F32, empty=False) for _ in range(2))
+    merge(*expected)
+    with context():
+        exported = torch.export.export(Step(), call[:6], strict=strict)
+        assert OP.default in [node.target for node in exported.graph.nodes]
+        result = exported.module()(*call[:6])
+    assert_bits(call.output, expected.output)
+    assert_bits(call.output_lse, expected.output_lse)
+    assert_bits(result, expected.output + 1)

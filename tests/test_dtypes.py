@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from support import BF16, E4M3, E5M2, F16, F32, F64, FP8, WORDS, blank, check, make_call
+from support import BF16, E4M3, E5M2, F16, F32, F64, FP8, WORDS, blank, check, make_call, refusal_of
 
 WIDE = (F32, F16, BF16)
 
@@ -33,7 +33,7 @@ def test_dtype_table(input_dtype, output_dtype, scaled, device, entry):
         converts = {output_dtype in FP8, input_dtype in FP8} == {True, False}
         fits = output_dtype == input_dtype or (converts and F64 not in (input_dtype, output_dtype))
         named = "output_scale" if fits else "output"  # one is missing, or one too many
-        with pytest.raises(ValueError, match=rf"^{named}: expected "):
+        with pytest.raises(refusal_of(entry), match=rf"^{named}: expected "):
             entry(*call)
         word = WORDS[output_dtype.itemsize]
         assert (call.output.view(word) == -1).all()
@@ -46,11 +46,11 @@ def test_other_dtypes_are_refused(dtype, device, entry):
     """The fnuz kinds too: their bits mean other numbers."""
     call = make_call((5, 2, 64), F32, device)
     other = [torch.zeros((5, 2, 64), dtype=dtype, device=device) for _ in range(3)]
-    with pytest.raises(ValueError, match=r"^prefix_output: expected float32, .* got "):
+    with pytest.raises(refusal_of(entry), match=r"^prefix_output: expected float32, .* got "):
         entry(*call._replace(output=other[0], prefix_output=other[1], suffix_output=other[2]))
 
 
 def test_two_fp8_dtypes_do_not_mix(device, entry):
     call = make_call((5, 2, 64), E4M3, device)
-    with pytest.raises(ValueError, match=r"^suffix_output: expected float8_e4m3fn"):
+    with pytest.raises(refusal_of(entry), match=r"^suffix_output: expected float8_e4m3fn"):
         entry(*call._replace(suffix_output=blank((5, 2, 64), E5M2, device)))

@@ -8,6 +8,7 @@ from support import (
     F32,
     F64,
     LSES,
+    OPERATOR_ERROR,
     ROWS,
     Call,
     assert_bits,
@@ -15,6 +16,7 @@ from support import (
     check,
     make_call,
     place,
+    refusal_of,
 )
 
 import merge_attn_states
@@ -130,7 +132,7 @@ def test_refused(changes, message, way, device):
         moved = {"output": blank((N, 1, D), F32, device).expand(N, H, D)}
     call = make_call((N, H, D), F32, device)._replace(**moved)
     before = [tensor.clone() for tensor in written(call)]
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the whole text is compared below
+    with pytest.raises(refusal_of(run)) as error:
         run(*call)
     assert str(error.value) == message
     for tensor, old in zip(written(call), before, strict=True):
@@ -155,7 +157,7 @@ def test_refused_overlap(names, message, device, entry):
         own = getattr(call, name)
         views[name] = memory[i : i + own.numel()].view(own.shape)
     before = memory.clone()
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the whole text is compared below
+    with pytest.raises(refusal_of(entry)) as error:
         entry(*call._replace(**views))
     assert str(error.value) == message
     assert torch.equal(memory, before)
@@ -163,7 +165,7 @@ def test_refused_overlap(names, message, device, entry):
 
 def test_bad_input_is_refused_without_tokens_too(device, entry):
     call = make_call((0, H, D), F32, device)
-    with pytest.raises(ValueError, match=r"^prefix_lse: expected shape \[2, 0\]"):
+    with pytest.raises(refusal_of(entry), match=r"^prefix_lse: expected shape \[2, 0\]"):
         entry(*call._replace(prefix_lse=call.prefix_lse.new_zeros(0, H)))
 
 
@@ -190,7 +192,7 @@ def test_a_required_tensor_left_out(name, device):
     call = make_call((N, H, D), F32, device)._replace(**{name: None})
     with pytest.raises(TypeError, match=rf"^{name}: "):
         merge(*call)
-    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor, got none$"):
+    with pytest.raises(OPERATOR_ERROR, match=rf"^{name}: expected a tensor, got none$"):
         torch.ops.merge_attn_states.merge_attn_states(*call)  # an undefined tensor
 
 

@@ -1,5 +1,8 @@
 """The op as a citizen of PyTorch: schema, fakes, tracing, autograd, threads."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -218,3 +221,24 @@ def test_threads_do_not_meet(device):
     for i, call in enumerate(calls):
         alone = check(make_call((37 + i, 3, 64 + i), BF16, device, seed=i))
         assert torch.equal(bits(call.output), bits(alone.output))
+
+
+def test_pytorch_imports_the_package_while_it_is_imported_itself(tmp_path, child_environment):
+    """A device backend of another package may need this one; a thread here would wait for ever."""
+    (tmp_path / "backend.py").write_text(
+        "import merge_attn_states\nloaded = lambda: print(merge_attn_states.__version__)\n"
+    )
+    metadata = tmp_path / "backend-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: backend\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nbackend = backend:loaded\n")
+    path = os.pathsep.join([str(tmp_path), child_environment["PYTHONPATH"]])
+    ran = subprocess.run(
+        [sys.executable, "-c", "import torch"],
+        env=child_environment | {"PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert ran.stdout == f"{merge_attn_states.__version__}\n"

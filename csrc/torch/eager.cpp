@@ -1,55 +1,57 @@
-// Python's side: the eager fast path, a plain torch.Tensor to a TensorView and on to the op
-// library's C entry. No Torch header but DLPack's; decides nothing but which way a call takes.
+// Python's side: the eager fast path, a call with plain tensors in a plain state of PyTorch, handed
+// to the op library's C entry. Decides nothing but which way a call takes.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <array>
-#include <cstring>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
-#include "../core/tensor_view.h"
-#include "running_torch.h"
+#include "arguments.h"
+#include "python_tensor.h"
+#include "stable_tensor.h"
+#include "thread_state.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using merge_attn_states::RunningTorch;
-using merge_attn_states::set_memory;
-using merge_attn_states::TensorHandle;
-using merge_attn_states::TensorView;
+using namespace merge_attn_states;
 
-RunningTorch running_torch;
+std::string why_not;  // empty: there is a fast path
+ThreadQuestions thread_questions;
+PythonTensors python_tensors;
 
-// The schema's order.
-enum Argument {
-  kOutput,
-  kPrefixOutput,
-  kPrefixLse,
-  kSuffixOutput,
-  kSuffixLse,
-  kOutputLse,
-  kCount,
-  kOutputScale,
-  kArguments
-};
-constexpr Argument kFirstOptional = kOutputLse;
+void find() {
+  const char* const wanted = std::getenv("MERGE_ATTN_STATES_FAST_PATH");
+  if (wanted != nullptr && std::string_view(wanted) == "0") {
+    why_not = "MERGE_ATTN_STATES_FAST_PATH=0";
+    return;
+  }
+  std::string lacks = thread_questions.find();
+  if (lacks.empty()) lacks = python_tensors.find();
+  if (!lacks.empty()) why_not = "this PyTorch has no " + lacks;
+}
 
-using Arguments = std::array<PyObject*, kArguments>;
+using Arguments = std::array<PyObject*, kNumArguments>;  // in the schema's order
+
+constexpr int kFirstOptional = kOutputLse;
+static_assert(kOperands[kFirstOptional].optional && !kOperands[kFirstOptional - 1].optional);
 
 Arguments argument_names() {
-  return {PyUnicode_InternFromString("output"),
-          PyUnicode_InternFromString("prefix_output"),
-          PyUnicode_InternFromString("prefix_lse"),
-          PyUnicode_InternFromString("suffix_output"),
-          PyUnicode_InternFromString("suffix_lse"),
-          PyUnicode_InternFromString("output_lse"),
-          PyUnicode_InternFromString("prefill_tokens_with_context"),
-          PyUnicode_InternFromString("output_scale")};
+  Arguments names;
+  names[kCountPosition] = PyUnicode_InternFromString(kCountName);
+  for (int i = 0; i < kNumOperands; ++i) {
+    names[position(i)] = PyUnicode_InternFromString(kOperands[i].name);
+  }
+  return names;
 }
 
 // False for what the signature does not take.
 bool bind(PyObject* const* given, Py_ssize_t positional, PyObject* keywords, Arguments& bound) {
-  if (positional > kArguments) return false;
+  if (positional > kNumArguments) return false;
   bound.fill(nullptr);
   std::copy(given, given + positional, bound.begin());
   const Py_ssize_t named = keywords != nullptr ? PyTuple_GET_SIZE(keywords) : 0;
@@ -64,111 +66,89 @@ bool bind(PyObject* const* given, Py_ssize_t positional, PyObject* keywords, Arg
       argument = given[positional + k];
     }
   }
-  for (int i = kFirstOptional; i < kArguments; ++i) {
+  for (int i = kFirstOptional; i < kNumArguments; ++i) {
     if (bound[i] == nullptr) bound[i] = Py_None;
   }
   return std::find(bound.begin(), bound.end(), nullptr) == bound.end();
 }
 
-// False where torch.ops has to answer: what is more than memory with strides, or less.
-bool describe(PyObject* object, bool grad_mode, TensorView& view) {
-  if (!running_torch.is_plain_tensor(object)) return false;
-  const TensorHandle tensor = running_torch.handle(object);
-  if (running_torch.is_neg(tensor) || (grad_mode && running_torch.requires_grad(tensor))) {
-    return false;
-  }
-  DLTensor described;
-  if (!running_torch.describe(object, &described)) return false;
-  // Another backend, or a dtype that is not merged: PyTorch has more of them than DLPack has names.
-  constexpr uint32_t kMerged =
-      1u << kDLFloat | 1u << kDLBfloat | 1u << kDLFloat8_e4m3fn | 1u << kDLFloat8_e5m2;
-  if (described.device.device_type > kDLCUDA || described.dtype.code > kDLFloat8_e5m2 ||
-      (kMerged >> described.dtype.code & 1) == 0) {
-    return false;
-  }
-  static_assert(sizeof(described.dtype) == sizeof(view.dtype));
-  std::memcpy(&view.dtype, &described.dtype, sizeof(view.dtype));
-  view.struct_size = sizeof(view);
-  view.data = described.data;
-  view.sizes = described.shape;
-  view.strides = described.strides;
-  view.rank = described.ndim;
-  view.device_type = described.device.device_type;
-  view.device_index = described.device.device_id;
-  int64_t offset, memory_bytes;
-  if (!running_torch.storage_size(tensor, &memory_bytes) ||
-      !running_torch.storage_offset(tensor, &offset)) {
-    return false;
-  }
-  if (set_memory(view, offset * (described.dtype.bits / 8), memory_bytes)) return true;
-  return std::count(described.shape, described.shape + described.ndim, 0) > 0;
+bool bind_count(PyObject* count, merge_attn_states_args& args) {
+  if (count == Py_None) return true;
+  if (!PyLong_CheckExact(count)) return false;
+  int overflow = 0;
+  args.has_prefill_tokens_with_context = 1;
+  args.prefill_tokens_with_context = PyLong_AsLongLongAndOverflow(count, &overflow);
+  return overflow == 0;
 }
 
-// An op registered from C++ does not tell autograd of its write, and neither does this call: a
-// tensor saved for backward and then overwritten would give a silently wrong gradient.
-void raise_version(PyObject* written) {
-  try {
-    running_torch.raise_version(running_torch.handle(written));
-  } catch (...) {  // an inference tensor has no version
+// The arguments as the C entry has them; false where torch.ops has to answer.
+bool describe(const Arguments& bound, ThreadState state,
+              std::array<TensorView, kNumOperands>& views, merge_attn_states_args& args) {
+  for (const bool written : {true, false}) {  // see stable_tensor.h
+    for (int i = 0; i < kNumOperands; ++i) {
+      const OperandSpec& spec = kOperands[i];
+      PyObject* const object = bound[position(i)];
+      if (spec.written != written || (spec.optional && object == Py_None)) continue;
+      const bool grad_mode = state == ThreadState::kGrad;
+      if (!python_tensors.describe(object, written, grad_mode, views[i])) return false;
+      args.*spec.place = &views[i];
+    }
   }
+  return bind_count(bound[kCountPosition], args);
+}
+
+// False where this PyTorch has no CUDA streams; torch.ops says so.
+bool find_stream(merge_attn_states_args& args) {
+  try {
+    args.stream = current_stream(*args.output);
+    return true;
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+}
+
+bool raise_versions(const Arguments& bound, const merge_attn_states_args& args) {
+  std::array<PyObject*, kNumOperands> written;
+  Py_ssize_t count = 0;
+  for (int i = 0; i < kNumOperands; ++i) {
+    const bool given = args.*kOperands[i].place != nullptr;
+    if (kOperands[i].written && given) written[count++] = bound[position(i)];
+  }
+  return python_tensors.raise_versions(written.data(), count);
 }
 
 // True where it merged; False where it stepped aside and nothing happened; or the op's error.
 PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t positional,
                                  PyObject* keywords) {
   Arguments bound;
-  if (!running_torch.ready() || running_torch.is_watched() ||
-      !bind(given, positional, keywords, bound)) {
-    Py_RETURN_FALSE;
-  }
-  std::array<TensorView, kArguments> views;
+  if (!why_not.empty() || !bind(given, positional, keywords, bound)) Py_RETURN_FALSE;
+  const ThreadState state = thread_questions.ask();
+  if (state == ThreadState::kWatched) Py_RETURN_FALSE;
+  std::array<TensorView, kNumOperands> views;
   merge_attn_states_args args{.struct_size = sizeof(args)};
-  const std::array<const TensorView**, kArguments> targets = {
-      &args.output,     &args.prefix_output, &args.prefix_lse, &args.suffix_output,
-      &args.suffix_lse, &args.output_lse,    nullptr,          &args.output_scale};
-  try {
-    const bool grad_mode = running_torch.grad_mode();
-    for (int i = 0; i < kArguments; ++i) {
-      if (i == kCount || (bound[i] == Py_None && i >= kFirstOptional)) continue;
-      if (!describe(bound[i], grad_mode, views[i])) Py_RETURN_FALSE;
-      *targets[i] = &views[i];
-    }
-  } catch (...) {  // a layout that DLPack has no words for
-    Py_RETURN_FALSE;
-  }
-  if (bound[kCount] != Py_None) {
-    int overflow = 0;
-    if (!PyLong_CheckExact(bound[kCount])) Py_RETURN_FALSE;
-    args.has_prefill_tokens_with_context = 1;
-    args.prefill_tokens_with_context = PyLong_AsLongLongAndOverflow(bound[kCount], &overflow);
-    if (overflow != 0) Py_RETURN_FALSE;
-  }
-  if (args.output->device_type == MERGE_ATTN_STATES_CUDA &&
-      running_torch.current_stream({kDLCUDA, args.output->device_index}, &args.stream) != 0) {
-    PyErr_Clear();
-    Py_RETURN_FALSE;
-  }
+  if (!describe(bound, state, views, args)) Py_RETURN_FALSE;
+  if (!find_stream(args)) Py_RETURN_FALSE;
 
   char message[1024];
   merge_attn_states_status status;
-  // 0.07 us, but a launch waits where the stream's queue is full, and what it waits for may want
-  // the lock: a host function of Python's in that stream.
+  // A launch waits where the stream's queue is full, and what it waits for may want the lock: a
+  // host function of Python's in that stream.
   Py_BEGIN_ALLOW_THREADS;
   status = merge_attn_states_merge(&args, message, sizeof(message));
   Py_END_ALLOW_THREADS;
-  if (status != MERGE_ATTN_STATES_OK) {
-    const bool invalid = status == MERGE_ATTN_STATES_INVALID_ARGUMENT;
-    PyErr_SetString(invalid ? PyExc_ValueError : PyExc_RuntimeError, message);
-    return nullptr;
+  if (status == MERGE_ATTN_STATES_OK) {
+    // Under no_grad too: what was saved for backward before is overwritten all the same.
+    if (state != ThreadState::kInference && !raise_versions(bound, args)) return nullptr;
+    Py_RETURN_TRUE;
   }
-  if (!running_torch.inference_mode()) {
-    raise_version(bound[kOutput]);
-    if (args.output_lse != nullptr) raise_version(bound[kOutputLse]);
-  }
-  Py_RETURN_TRUE;
+  if (status == MERGE_ATTN_STATES_UNAVAILABLE) Py_RETURN_FALSE;  // nothing was written
+  PyErr_SetString(
+      status == MERGE_ATTN_STATES_INVALID_ARGUMENT ? PyExc_ValueError : PyExc_RuntimeError,
+      message);
+  return nullptr;
 }
 
-// Not by pybind11, whose own dispatcher takes 0.2 us for eight arguments and 0.9 us by keyword.
+// Not by pybind11, whose own dispatcher takes several times as long for eight arguments.
 PyMethodDef fast_calls[] = {
     {"merge_attn_states",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(merge_attn_states_fast)),
@@ -180,8 +160,8 @@ PyMethodDef fast_calls[] = {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  running_torch.find();
+  find();
   if (PyModule_AddFunctions(module.ptr(), fast_calls) != 0) throw py::error_already_set();
-  module.def("why_no_fast_path", [] { return running_torch.why_not(); });
+  module.def("why_no_fast_path", [] { return why_not; });
   module.def("build_info", &merge_attn_states_build_info);
 }

@@ -55,12 +55,18 @@ def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str
     yield _line("cpu kernel", f"yes, {cpu}")
     no_cuda = _why_no_cuda(cuda, architectures)
     yield _line("cuda kernels", no_cuda or "yes")
-    fast, why = fast_path()
-    yield _line("eager fast path", "yes" if fast else f"no: {why}; calls go through torch.ops")
+    yield _line("eager fast path", _fast_path())
     found = importlib.util.find_spec("transformers") is not None
     hint = "no: pip install 'merge-attn-states[transformers]' brings it"
     yield _line("transformers", "yes" if found else hint)
     yield _line("vllm", _why_not_in_vllm() or (no_cuda if _device_count() else "") or _in_vllm())
+
+
+def _fast_path() -> str:
+    path, remark = fast_path()
+    if path is None:
+        return f"no: {remark}; calls go through torch.ops"
+    return f"yes, {remark}" if remark else "yes"
 
 
 def _why_not_in_vllm() -> str:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 OLDEST_TORCH = (2, 11)
+NEWEST_TRIED_TORCH = (2, 15)
 OP_LIBRARY = Path(__file__).with_name("libmerge_attn_states.so")
 
 _NO_TORCH = (
@@ -22,9 +23,14 @@ _NO_TORCH = (
 )
 
 
-def _check_torch_version(version: str) -> None:
+def _release(version: str) -> tuple[int, int]:
+    """Return major and minor of a version of PyTorch; (0, 0) where it has none."""
     release = re.match(r"(\d+)\.(\d+)", version)
-    if release is None or (int(release[1]), int(release[2])) < OLDEST_TORCH:
+    return (int(release[1]), int(release[2])) if release else (0, 0)
+
+
+def _check_torch_version(version: str) -> None:
+    if _release(version) < OLDEST_TORCH:
         raise ImportError(
             f"merge_attn_states needs PyTorch 2.11 or newer, and this is {version}: upgrade torch."
         )
@@ -77,16 +83,25 @@ def load_python_module() -> tuple[ModuleType | None, str]:
 
 
 def fast_path() -> tuple[Callable[..., bool] | None, str]:
-    """Return the call that merges without PyTorch's dispatcher, or None and why there is none.
+    """Return the call that merges without PyTorch's dispatcher, and what is to be known of it.
 
-    It takes the op's arguments and returns True where it merged them. Where it returns False,
-    nothing was written, and the call has to go through torch.ops.
+    It takes the op's arguments and returns whether it merged; where it did not, nothing happened
+    and torch.ops has to do it. It is None where there is none, with the reason.
     """
     module, why = load_python_module()
     if module is None:
         return None, why
     why = module.why_no_fast_path()
-    return (None, why) if why else (module.merge_attn_states, "")
+    return (None, why) if why else (module.merge_attn_states, _why_untried())
+
+
+def _why_untried() -> str:
+    import torch
+
+    if _release(torch.__version__) <= NEWEST_TRIED_TORCH:
+        return ""
+    newest = ".".join(map(str, NEWEST_TRIED_TORCH))
+    return f"not tried on this PyTorch, which is newer than {newest}"
 
 
 def build_info() -> dict[str, Any]:
@@ -96,7 +111,7 @@ def build_info() -> dict[str, Any]:
     -------
     dict
         version, commit, torch, compiler, cuda (toolkit version or None), architectures (list of
-        str), cpu (the instruction set chosen on this machine) and c_version.
+        str) and cpu (the instruction set chosen on this machine).
     """
     import torch
 

@@ -1,24 +1,28 @@
 """The operation as typed, documented Python functions.
 
-An eager call with plain tensors goes straight to the kernels (csrc/module.cpp); every other one,
-each that a tracer, a mode or a transform has to see among them, through
+An eager call with plain tensors goes straight to the kernels (csrc/torch/eager.cpp); every other
+one, each that a tracer, a mode or a transform has to see among them, through
 `torch.ops.merge_attn_states`. The arguments themselves are checked in one place for both, in C++
-(csrc/merge_args.cpp). Here stands only what C++ cannot see: that an argument is a tensor at all,
-that a count is a plain integer, and what autograd has to know of a write.
+(csrc/core/validate.cpp). Here stands only what C++ cannot see: that an argument is a tensor at all
+and that a count is a plain integer; and which exception a refusal is.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
+from . import _kernels
 from ._library import fast_path
 
 __all__ = ["SelectedKernel", "merge_attn_states", "selected_kernel"]
 
 _op = torch.ops.merge_attn_states
+_OPERANDS = _kernels.operands(_op.merge_attn_states.default)
+_WRITTEN = _kernels.written(_op.merge_attn_states.default)
+_COUNT = "prefill_tokens_with_context"
 _fast, _ = fast_path()  # None where there is none
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
@@ -52,8 +56,8 @@ def merge_attn_states(
     ----------
     output : torch.Tensor
         [num_tokens, num_heads, head_size], written. The inputs' dtype; or float8_e4m3fn or
-        float8_e5m2 of float32, float16 or bfloat16 inputs, with `output_scale`. May be exactly
-        `prefix_output` or `suffix_output`.
+        float8_e5m2 of float32, float16 or bfloat16 inputs, with `output_scale`; or float32,
+        float16 or bfloat16 of FP8 inputs. May be exactly `prefix_output` or `suffix_output`.
     prefix_output, suffix_output : torch.Tensor
         [num_tokens, num_heads, head_size], both float32, float16, bfloat16, float64,
         float8_e4m3fn or float8_e5m2.
@@ -65,8 +69,9 @@ def merge_attn_states(
     prefill_tokens_with_context : int, optional
         Tokens from this one on have no prefix: they take the suffix as it is. None: all have one.
     output_scale : torch.Tensor, optional
-        One float32: an FP8 output stores saturate(value / output_scale). None means 1 for FP8
-        inputs and is refused for others.
+        One float32: an FP8 output stores saturate(value / output_scale). None means 1 for an FP8
+        output of FP8 inputs and is refused for one of others; a scale is refused for every other
+        output.
 
     Raises
     ------
@@ -74,10 +79,19 @@ def merge_attn_states(
         An operand is no tensor, or the count no integer (a bool and a tensor are none).
     ValueError
         An operand has the wrong rank, shape, dtype or device, the count is out of range, an output
-        overlaps another operand partially or itself, or an operand requires grad under grad mode.
-        The message names the argument, what was expected and what came; nothing is written.
+        overlaps another operand partially or itself, or an operand requires grad under grad mode
+        or has a forward-mode tangent. The message names the argument, what was expected and what
+        came; nothing is written.
+    UnavailableError
+        This build or machine has no kernel for the device.
     RuntimeError
-        This build or machine has no kernel for the device, or CUDA refused the launch.
+        CUDA refused the launch. In compiled or traced code each of these is what PyTorch makes of
+        it, a ValueError or a RuntimeError whose message contains the sentence.
+
+    Notes
+    -----
+    The merge writes in place and has no gradient, but autograd sees the write: backward through a
+    tensor that was saved and then overwritten is PyTorch's own error.
 
     Examples
     --------
@@ -105,19 +119,12 @@ def merge_attn_states(
         )
     ):
         return
-    tensors = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
-    count = _check((*tensors, output_scale), prefill_tokens_with_context)
-    _refuse_grad((*tensors, output_scale))
-    if not torch.compiler.is_compiling():  # a compiled graph resolves the bit by itself
-        _refuse_negative_bit(output, output_lse)
-    _op.merge_attn_states(*tensors, count, output_scale)
-    # An op registered from C++ does not tell autograd of its write: a tensor saved for backward and
-    # then overwritten would give a silently wrong gradient (2.11 and 2.13). A compiled graph is
-    # functionalised and needs none of this.
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        for written in (output, output_lse):
-            if written is not None and not written.is_inference():
-                torch.autograd.graph.increment_version(written)
+    operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
+    args = _checked((*operands, output_scale), prefill_tokens_with_context)
+    if torch.compiler.is_compiling():
+        _merge_compiled(args)
+    else:
+        _kernels.call(_op.merge_attn_states.default, args, _op.check.default)
 
 
 def selected_kernel(
@@ -150,92 +157,77 @@ prefill_tokens_with_context, output_scale
     TypeError, ValueError, RuntimeError
         As for `merge_attn_states`.
     """
-    tensors = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
-    count = _check((*tensors, output_scale), prefill_tokens_with_context)
-    return SelectedKernel(*_op.selected_kernel(*tensors, count, output_scale))
+    operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
+    args = _checked((*operands, output_scale), prefill_tokens_with_context)
+    return SelectedKernel(*_kernels.call(_op.selected_kernel.default, args, _op.check.default))
 
 
-_Operands = tuple[torch.Tensor | None, ...]
-_NAMES = (
-    "output",
-    "prefix_output",
-    "prefix_lse",
-    "suffix_output",
-    "suffix_lse",
-    "output_lse",
-    "output_scale",
-)
-_OPTIONAL = ("output_lse", "output_scale")
-
-
-def _check(operands: _Operands, count: SupportsIndex | None) -> int | torch.SymInt | None:
-    """Refuse what is no tensor and return the count as an int (a SymInt while compiling)."""
-    for name, operand in zip(_NAMES, operands, strict=True):
-        if not isinstance(operand, torch.Tensor) and not (operand is None and name in _OPTIONAL):
-            expected = "a torch.Tensor or None" if name in _OPTIONAL else "a torch.Tensor"
+def _checked(
+    operands: tuple[torch.Tensor | None, ...], count: SupportsIndex | None
+) -> _kernels.Args:
+    """Refuse what is no tensor or no count, and return the operator's arguments."""
+    for (name, optional), operand in zip(_OPERANDS.items(), operands, strict=True):
+        if not isinstance(operand, torch.Tensor) and not (operand is None and optional):
+            expected = "a torch.Tensor or None" if optional else "a torch.Tensor"
             raise TypeError(f"{name}: expected {expected}, got {type(operand).__name__}")
+    *others, output_scale = operands
+    return (*others, _checked_count(count, operands[0]), output_scale)
+
+
+def _checked_count(
+    count: SupportsIndex | None, output: torch.Tensor | None
+) -> int | torch.SymInt | None:
+    """Return the count as an int (a SymInt while compiling)."""
     if count is None or isinstance(count, torch.SymInt):
         return count
     if type(count) is not int:
         # A tensor has __index__, but reading it would synchronise; a bool is a mistake.
         if isinstance(count, (bool, torch.Tensor)) or not hasattr(count, "__index__"):
-            raise TypeError(
-                f"prefill_tokens_with_context: expected an int or None, got {type(count).__name__}"
-            )
+            raise TypeError(f"{_COUNT}: expected an int or None, got {type(count).__name__}")
         count = operator.index(count)
     # Too long for the operator's schema to carry to C++, where a count is checked. Compiled code
     # has none so long, and a comparison here would tie its graph to the count.
     if not torch.compiler.is_compiling() and not -(2**63) <= count < 2**63:
-        num_tokens = operands[0].shape[0] if operands[0] is not None else 0
+        num_tokens = output.shape[0] if output is not None else 0
         raise ValueError(
-            f"prefill_tokens_with_context: expected a count in [0, {num_tokens}] = "
-            f"[0, num_tokens], got {count}"
+            f"{_COUNT}: expected a count in [0, {num_tokens}] = [0, num_tokens], got {count}"
         )
     return count
 
 
-def _refuse_grad(operands: _Operands) -> None:
-    if not torch.is_grad_enabled():
+def _merge_compiled(args: _kernels.Args) -> None:
+    """Merge inside a graph.
+
+    In grad mode, into fresh tensors: what autograd saves of a graph may be the memory that Inductor
+    lets the operator write, and the next merge into the same output would change it unseen.
+    """
+    op = _op.merge_attn_states.default
+    written = [(i, args[i]) for i in _WRITTEN if args[i] is not None]
+    # One that requires grad is for the operator to refuse.
+    if not torch.is_grad_enabled() or any(tensor.requires_grad for _, tensor in written):
+        op(*args)
         return
-    for name, operand in zip(_NAMES, operands, strict=True):
-        if operand is not None and operand.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that does not require grad, since the merge writes in "
-                "place and has no gradient; call it under torch.no_grad() or on detached tensors"
-            )
+    fresh = list(args)
+    for i, tensor in written:
+        fresh[i] = torch.empty_like(tensor)
+    op(*fresh)
+    for i, tensor in written:
+        tensor.copy_(fresh[i])
 
 
-def _refuse_negative_bit(*written: torch.Tensor | None) -> None:
-    for name, operand in zip(("output", "output_lse"), written, strict=True):
-        if operand is not None and operand.is_neg():
-            raise ValueError(
-                f"{name}: expected a tensor that can be written in place, got one with the "
-                "negative bit; call resolve_neg() first"
-            )
+_kernels.register(_op.merge_attn_states.default)
 
 
 @torch.library.register_fake("merge_attn_states::merge_attn_states")  # type: ignore[untyped-decorator]
-def _fake(
-    output: torch.Tensor,
-    prefix_output: torch.Tensor,
-    prefix_lse: torch.Tensor,
-    suffix_output: torch.Tensor,
-    suffix_lse: torch.Tensor,
-    output_lse: torch.Tensor | None = None,
-    prefill_tokens_with_context: int | None = None,
-    output_scale: torch.Tensor | None = None,
-) -> None:
+def _fake(*args: Any) -> None:
     """Refuse in a trace what can be seen without memory: ranks and devices.
 
     Without it, a CPU output with a meta prefix returns silently and does nothing.
     """
-    operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
-    for name, operand, rank in zip(
-        _NAMES, (*operands, output_scale), (3, 3, 2, 3, 2, 2, None), strict=True
-    ):
-        if operand is None:
-            continue
-        if rank is not None and operand.dim() != rank:
+    output = args[0]
+    for name, operand in _kernels.named_tensors(_op.merge_attn_states.default, args):
+        rank = 2 if name.endswith("lse") else 3
+        if name != "output_scale" and operand.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions, got {operand.dim()}")
         if operand.device != output.device:
             raise ValueError(

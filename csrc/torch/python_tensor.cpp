@@ -1,0 +1,131 @@
+#include "python_tensor.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "python_attribute.h"
+#include "stable_tensor.h"
+
+namespace merge_attn_states {
+namespace {
+
+// Another backend, or a dtype that is not merged: the dispatcher knows both by their names.
+bool may_be_merged(const TensorView& view) {
+  if (view.device_type != MERGE_ATTN_STATES_CPU && view.device_type != MERGE_ATTN_STATES_CUDA) {
+    return false;
+  }
+  switch (view.dtype) {
+    case MERGE_ATTN_STATES_FLOAT16:
+    case MERGE_ATTN_STATES_FLOAT32:
+    case MERGE_ATTN_STATES_FLOAT64:
+    case MERGE_ATTN_STATES_BFLOAT16:
+    case MERGE_ATTN_STATES_FLOAT8_E4M3FN:
+    case MERGE_ATTN_STATES_FLOAT8_E5M2:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Without elements a tensor needs no memory.
+bool has_what_it_needs(const TensorView& view) {
+  return view.data != nullptr || std::count(view.sizes, view.sizes + view.rank, 0) > 0;
+}
+
+// A view that PyTorch reads with the other sign is every second float of complex memory, so that
+// none of its strides is 1; asking every tensor would cost as much as all else.
+bool may_be_negative(const TensorView& view) {
+  for (int i = 0; i < view.rank; ++i) {
+    if (view.sizes[i] > 1 && view.strides[i] == 1) return false;
+  }
+  return true;
+}
+
+bool is_true(PyObject* answer) {
+  const bool result = answer != Py_False;  // an error counts as yes
+  if (answer == nullptr) PyErr_Clear();
+  Py_XDECREF(answer);
+  return result;
+}
+
+}  // namespace
+
+std::string PythonTensors::find() {
+  PyObject* const tensor = attribute("torch", "Tensor");
+  if (tensor == nullptr) return "torch.Tensor";
+  type_ = reinterpret_cast<PyTypeObject*>(tensor);
+  is_neg_ = attribute("torch", "is_neg");
+  if (is_neg_ == nullptr) return "torch.is_neg";
+  increment_version_ = attribute("torch._C", "_increment_version");
+  if (increment_version_ == nullptr) return "torch._C._increment_version";
+  requires_grad_name_ = PyUnicode_InternFromString("requires_grad");
+
+  void* const libtorch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (libtorch != nullptr) {
+    handle_of_ =
+        reinterpret_cast<decltype(handle_of_)>(dlsym(libtorch, "torch_tensor_from_pyobject"));
+  }
+  if (handle_of_ != nullptr) return "";
+  PyObject* const capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+  const auto* const api = static_cast<const DLPackExchangeAPI*>(
+      capsule != nullptr ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr);
+  PyErr_Clear();
+  if (api == nullptr) return "torch.Tensor.__dlpack_c_exchange_api__";
+  if (api->header.version.major != DLPACK_MAJOR_VERSION ||
+      api->dltensor_from_py_object_no_sync == nullptr) {
+    return "version " + std::to_string(DLPACK_MAJOR_VERSION) + " of the DLPack C exchange API";
+  }
+  dlpack_of_ = api->dltensor_from_py_object_no_sync;
+  return "";
+}
+
+bool PythonTensors::describe(PyObject* object, bool written, bool grad_mode,
+                             TensorView& view) const {
+  if (Py_TYPE(object) != type_) return false;
+  if (grad_mode && is_true(PyObject_GetAttr(object, requires_grad_name_))) return false;
+  const bool described = handle_of_ != nullptr ? describe_by_handle(object, written, view)
+                                               : describe_by_dlpack(object, view);
+  return described && may_be_merged(view) && has_what_it_needs(view) &&
+         !(may_be_negative(view) && is_true(PyObject_CallOneArg(is_neg_, object)));
+}
+
+bool PythonTensors::describe_by_handle(PyObject* object, bool written, TensorView& view) const {
+  void* handle = nullptr;
+  if (handle_of_(object, &handle) != 0) return false;
+  const auto tensor = static_cast<AtenTensorHandle>(handle);
+  const bool described = merge_attn_states::describe(tensor, written, view);
+  aoti_torch_delete_tensor_object(tensor);
+  return described;
+}
+
+bool PythonTensors::describe_by_dlpack(PyObject* object, TensorView& view) const {
+  DLTensor tensor;
+  if (dlpack_of_(object, &tensor) != 0) {
+    PyErr_Clear();  // a layout or a dtype that DLPack has no words for
+    return false;
+  }
+  static_assert(sizeof(tensor.dtype) == sizeof(view.dtype));
+  view = {.struct_size = sizeof(view),
+          .data = tensor.data,
+          .sizes = tensor.shape,
+          .strides = tensor.strides,
+          .rank = tensor.ndim,
+          .device_type = tensor.device.device_type,
+          .device_index = tensor.device.device_id};
+  std::memcpy(&view.dtype, &tensor.dtype, sizeof(view.dtype));
+  return true;
+}
+
+bool PythonTensors::raise_versions(PyObject* const* written, Py_ssize_t count) const {
+  PyObject* const tensors = PyTuple_New(count);
+  if (tensors == nullptr) return false;
+  for (Py_ssize_t i = 0; i < count; ++i) PyTuple_SET_ITEM(tensors, i, Py_NewRef(written[i]));
+  PyObject* const done = PyObject_CallOneArg(increment_version_, tensors);
+  Py_DECREF(tensors);
+  Py_XDECREF(done);
+  return done != nullptr;
+}
+
+}  // namespace merge_attn_states

@@ -1,0 +1,49 @@
+// What PyTorch answers about the thread that calls, by functions that it offers to Python: whether
+// something stands between a call and its kernel that has to see it, and what autograd wants.
+// Knows nothing of a tensor or of the operation.
+#pragma once
+
+#include <Python.h>
+
+#include <array>
+#include <string>
+
+namespace merge_attn_states {
+
+enum class ThreadState {
+  kWatched,    // a mode, a trace or a transform has to see the call
+  kInference,  // nothing is recorded, and no version counter raised
+  kNoGrad,
+  kGrad,  // an operand may require grad
+};
+
+class ThreadQuestions {
+ public:
+  // Empty, or the function that this PyTorch lacks. Called once, and creates nothing of PyTorch's:
+  // whoever imports the module may be inside any mode.
+  std::string find();
+
+  // Needs the interpreter's lock, and leaves no Python error behind.
+  ThreadState ask() const;
+
+ private:
+  enum Function {
+    kDispatchModes,
+    kFunctionModes,
+    kTracing,
+    kTransforms,
+    kInferenceMode,
+    kGradMode,
+    kNumFunctions
+  };
+
+  // Whether the answer is false, 0 or None, as it is where nothing is going on; an error is not.
+  bool is_quiet(Function function) const;
+  bool has_dual_level() const;
+
+  std::array<PyObject*, kNumFunctions> functions_{};
+  PyObject* forward_ad_ = nullptr;  // the module, which keeps its level as a global
+  PyObject* level_name_ = nullptr;
+};
+
+}  // namespace merge_attn_states

@@ -1,0 +1,129 @@
+"""What stands around an operator that writes in place: how it is called, what PyTorch asks of it.
+
+The kernels for autograd and for the negative bit are registered from Python: PyTorch's stable C++
+ABI neither dispatches below a key nor knows requires_grad or a version counter. Everything goes by
+the operator's schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from ._errors import UnavailableError
+
+__all__ = ["Args", "Op", "call", "named_tensors", "operands", "register", "written"]
+
+Args = tuple[Any, ...]  # an operator's, in its order
+Op = torch._ops.OpOverload[..., Any]
+
+_library = torch.library.Library("merge_attn_states", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def operands(op: Op) -> dict[str, bool]:
+    """Return the names of the operator's tensors, in its order, and whether each is optional."""
+    types = {argument.name: str(argument.type) for argument in op._schema.arguments}
+    return {name: kind.startswith("Optional") for name, kind in types.items() if "Tensor" in kind}
+
+
+def written(op: Op) -> list[int]:
+    """Return the positions of the arguments that the operator writes."""
+    aliases = [argument.alias_info for argument in op._schema.arguments]
+    return [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
+
+
+def named_tensors(op: Op, args: Args) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what was given of the operator's tensors; the dispatcher leaves defaults out."""
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if isinstance(value, torch.Tensor):
+            yield argument.name, value
+
+
+def call(op: Op, args: Args, check: Op) -> Any:
+    """Run the operator; what it refuses is a ValueError on every PyTorch.
+
+    A std::invalid_argument of an operator is a RuntimeError from PyTorch 2.15 on, so `check` is
+    asked what is wrong with the same arguments: a status and a sentence.
+    """
+    try:
+        return op(*args)
+    except RuntimeError:
+        refusal = _refusal(check, args)
+        if refusal is None:
+            raise
+        raise refusal from None
+
+
+def _refusal(check: Op, args: Args) -> Exception | None:
+    """Say what is wrong with the arguments; None where it is not for the C entry to say."""
+    try:
+        status, sentence = check(*args)
+    except RuntimeError:  # an operand that no kernel gets to see
+        return None
+    # enum merge_attn_states_status in include/merge_attn_states.h
+    return {1: ValueError(sentence), 2: UnavailableError(sentence)}.get(status)
+
+
+def register(op: Op) -> None:
+    """Let autograd and the negative bit see what `op` writes."""
+    for key, kernel in (("Autograd", _autograd(op)), ("Negative", _negative(op))):
+        _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+def _autograd(op: Op) -> Callable[..., None]:
+    """Make the kernel that refuses a derivative and tells autograd of the write.
+
+    In inference mode PyTorch does not call it.
+    """
+    positions = written(op)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        _refuse_derivatives(op, args)
+        op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        # Under no_grad too: what was saved for backward before is overwritten all the same. Unlike
+        # torch.autograd.graph.increment_version it passes inference tensors by.
+        torch._C._increment_version([args[i] for i in _given(positions, args)])
+
+    return kernel
+
+
+def _refuse_derivatives(op: Op, args: Args) -> None:
+    grad_mode, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not grad_mode and not dual:
+        return
+    for name, operand in named_tensors(op, args):
+        if grad_mode and operand.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that does not require grad, since the merge writes in "
+                "place and has no gradient; call it under torch.no_grad() or on detached tensors"
+            )
+        if dual and forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"{name}: expected a tensor without a forward-mode tangent, since the merge writes "
+                "in place and has no gradient; call it on unpack_dual(...).primal"
+            )
+
+
+def _negative(op: Op) -> Callable[..., None]:
+    """Make the kernel that reads an input with its sign and refuses an output that has one."""
+    positions = written(op)
+    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.Negative)
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+        for i in _given(positions, args):
+            if args[i].is_neg():
+                raise ValueError(
+                    f"{op._schema.arguments[i].name}: expected a tensor that can be written in "
+                    "place, got one with the negative bit; call resolve_neg() first"
+                )
+        resolved = (x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in args)
+        op.redispatch(keyset & below, *resolved)
+
+    return kernel
+
+
+def _given(positions: list[int], args: Args) -> list[int]:
+    return [i for i in positions if i < len(args) and args[i] is not None]
