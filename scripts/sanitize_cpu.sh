@@ -15,5 +15,6 @@ export PYTHONPATH=build/sanitize
 # --capture=sys: a sanitizer writes to the process's stderr and ends it, and pytest's usual capture
 # of that file would lose the report.
 exec "$python" -m pytest -p no:cacheprovider --capture=sys -k "not cuda" \
-  tests/test_layout.py tests/test_aliasing.py tests/test_errors.py tests/test_sanitizer.py \
-  tests/test_unusual_tensors.py tests/test_fast_path_aside.py
+  tests/test_layout.py tests/test_large.py tests/test_aliasing.py tests/test_overlap.py \
+  tests/test_errors.py tests/test_sanitizer.py tests/test_unusual_tensors.py \
+  tests/test_fast_path_aside.py

@@ -37,6 +37,7 @@ for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
   for shard in ${SHARD:-$(seq -s ' ' -f '%g/12' 12)}; do
     echo "== compute-sanitizer --tool $tool, part $shard"
     SHARD=$shard check "$tool" -m pytest -p shard -p no:cacheprovider -k cuda \
-      tests/test_aliasing.py tests/test_layout.py tests/test_cuda_variants.py
+      tests/test_aliasing.py tests/test_overlap.py tests/test_layout.py tests/test_large.py \
+      tests/test_cuda_variants.py
   done
 done

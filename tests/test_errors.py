@@ -68,7 +68,7 @@ REFUSED = [
      f"suffix_lse: expected shape [2, 4] = {LSE_AXES}, got [2, 5]"),
     ({"output_lse": zeros(N, H)},
      f"output_lse: expected shape [2, 4] = {LSE_AXES}, got [4, 2]"),
-    # Dtype; the whole table is in test_fp8.py.
+    # Dtype; the whole table is in test_dtypes.py.
     ({"prefix_output": zeros(N, H, D, dtype=torch.int32)},
      f"prefix_output: expected {TABLE}, got int32"),
     ({"suffix_output": zeros(N, H, D, dtype=BF16)},
@@ -103,7 +103,7 @@ REFUSED = [
     ({"prefill_tokens_with_context": 2**62},
      "prefill_tokens_with_context: expected a count in [0, 4] = [0, num_tokens], "
      f"got {2**62}"),
-    # Memory; every kind of overlap is in test_aliasing.py.
+    # Memory; every kind of overlap is in test_overlap.py.
     ({"output": zeros(N, 1, D).expand(N, H, D)},
      "output: expected memory of its own for each element, got sizes [4, 2, 64] with strides "
      "[64, 0, 1] that overlap themselves"),

@@ -32,6 +32,11 @@ struct MergeCall {
   bool copies_bytes() const { return input_dtype == output_dtype && rule.output_scale == nullptr; }
   // In place on the suffix, what lies past the context count is already what it becomes.
   bool keeps_suffix_rows() const { return output_is_suffix && copies_bytes(); }
+  MergeCall up_to_context() const {
+    MergeCall call = *this;
+    call.geometry.num_tokens = rule.num_tokens_with_context;
+    return call;
+  }
   bool keeps_suffix_lses() const { return merged.lse.data == nullptr || output_lse_is_suffix; }
 };
 

@@ -11,8 +11,8 @@ struct RowRule {
   const float* output_scale;        // one element on the device; null: no scale
 };
 
-// `prefix_lse` means nothing where the row has no prefix. Without a branch: a GPU's thread is sooner
-// through both than through the jump.
+// `prefix_lse` means nothing where the row has no prefix. Without a branch: a GPU's thread is
+// sooner through both than through the jump.
 template <class Acc>
 MERGE_ATTN_STATES_HOST_DEVICE auto weigh(bool has_prefix, Acc prefix_lse, Acc suffix_lse) {
   auto row = merge_lse<ScalarMath<Acc>>(prefix_lse, suffix_lse);

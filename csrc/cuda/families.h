@@ -11,13 +11,15 @@ namespace merge_attn_states::cuda {
 
 inline constexpr int64_t kMaxGridX = 2147483647;  // blocks of one launch
 
-// pair.cu. A tile is `rows` rows along one axis, tokens or heads, at one place of the other axis.
+// pair.cu. A tile is a run of rows along one axis, the inner one, at one place of the outer one.
 struct PairShape {
-  bool tokens_inside;   // a tile is a run of tokens of one head; else of heads of one token
+  bool tokens_inside;   // tokens are the inner axis; else heads
   bool weighs_by_tile;  // one thread a row weighs, through shared memory; else every thread does
+  bool inner_first;     // consecutive blocks walk along the inner axis
   int rows;             // of a tile
   int threads;          // of its block: 16 bytes of a row each
-  int64_t blocks;
+  int64_t inner_tiles;
+  int64_t outer_tiles;
 };
 
 // Nothing where rows do not consist of aligned packs of 16 bytes, or are out of 32 bits' reach. The
@@ -33,5 +35,8 @@ struct GenericShape {
 
 GenericShape generic_shape(const MergeCall& call);
 void launch_generic(const MergeCall& call, const GenericShape& shape);
+
+// further_lses.cu. Copies the LSEs of the tokens without context.
+void launch_further_lses(const MergeCall& call);
 
 }  // namespace merge_attn_states::cuda

@@ -104,6 +104,12 @@ Device device_of(int index) {
   return device;
 }
 
+// In place on the suffix the kernels end with the context, and what lies behind it has a kernel of
+// its own.
+MergeCall for_kernels(const MergeCall& call) {
+  return call.keeps_suffix_rows() ? call.up_to_context() : call;
+}
+
 bool wants_dependent_launch(const MergeCall& call) {
   static const bool of_all_calls = [] {
     const char* wish = std::getenv("MERGE_ATTN_STATES_PDL");
@@ -142,14 +148,15 @@ void check(cudaError_t status, int device) {
   throw CudaError("cuda:" + std::to_string(device) + ": " + what);
 }
 
-Selection choose(const MergeCall& call) {
+Selection choose(const MergeCall& given) {
+  const MergeCall call = for_kernels(given);
   if (call.nothing_to_do()) return selection("generic", "nothing to do");
   const DeviceGuard guard(call.device_index);
   char variant[sizeof(Selection::variant)];
   if (const auto shape = pair_shape(call, device_of(call.device_index).capability)) {
-    std::snprintf(variant, sizeof(variant), "%d %s in a block of %d threads, %s", shape->rows,
+    std::snprintf(variant, sizeof(variant), "%d %s in a block of %d threads, by %s", shape->rows,
                   shape->tokens_inside ? "tokens" : "heads", shape->threads,
-                  shape->weighs_by_tile ? "by tiles" : "by rows");
+                  shape->weighs_by_tile ? "tiles" : "rows");
     return selection("vectorized", variant);
   }
   const GenericShape shape = generic_shape(call);
@@ -161,8 +168,11 @@ Selection choose(const MergeCall& call) {
 void run(const MergeCall& given) {
   const DeviceGuard guard(given.device_index);
   const Device device = device_of(given.device_index);
-  MergeCall call = given;
-  call.dependent_launch = device.has_dependent_launch && wants_dependent_launch(given);
+  MergeCall whole = given;
+  whole.dependent_launch = device.has_dependent_launch && wants_dependent_launch(given);
+  const MergeCall call = for_kernels(whole);
+  if (call.geometry.num_tokens < whole.geometry.num_tokens) launch_further_lses(whole);
+  if (call.nothing_to_do()) return;
   if (const auto shape = pair_shape(call, device.capability)) {
     launch_pair(call, *shape);
   } else {

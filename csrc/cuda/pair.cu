@@ -43,13 +43,13 @@ struct Layout {
 };
 
 struct Tiles {
-  FastDivision outer;  // blocks walk along the outer axis first
+  FastDivision across;  // tiles along the axis that blocks walk first
+  bool inner_first;     // which one that is
   uint32_t num_inner;
-  uint32_t rows;
+  uint32_t rows;  // of a tile
   uint32_t packs_per_row;
   uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
   Axes2 with_context;   // rows from there on copy the suffix
-  Axes2 with_packs;     // of merge_tiles: rows from there on are in place already
 };
 
 constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
@@ -75,16 +75,14 @@ struct Row {
   bool merges;  // else it copies the suffix
 
   __device__ Row(const Tiles& tiles, uint32_t of_tile) {
-    const uint32_t tile = tiles.outer.quotient(blockIdx.x);
-    outer = blockIdx.x - tile * tiles.outer.divisor;
-    inner = tile * tiles.rows + of_tile;
+    const uint32_t slow = tiles.across.quotient(blockIdx.x);
+    const uint32_t fast = blockIdx.x - slow * tiles.across.divisor;
+    inner = (tiles.inner_first ? fast : slow) * tiles.rows + of_tile;
+    outer = tiles.inner_first ? slow : fast;
     exists = of_tile < tiles.rows && inner < tiles.num_inner;
-    merges = lies_within(tiles.with_context);
+    merges = inner < tiles.with_context.inner && outer < tiles.with_context.outer;
   }
 
-  __device__ bool lies_within(const Axes2& sizes) const {
-    return inner < sizes.inner && outer < sizes.outer;
-  }
   __device__ uint32_t offset(const Axes2& strides) const {
     return inner * strides.inner + outer * strides.outer;
   }
@@ -180,20 +178,19 @@ __global__ void __launch_bounds__(kMaxThreads)
   __shared__ Weights<float> weights[kMaxThreads];
   const Place place(call.tiles);
   const Row row(call.tiles, place.row_of_tile), weighed(call.tiles, threadIdx.x);
-  const bool has_pack = row.exists && row.lies_within(call.tiles.with_packs);
   wait_for_previous();
 
   LsePair lses;
   PackPair<In> packs;
   if (weighed.exists) lses = load_lses(call, weighed);
-  if (has_pack) packs = load_packs<In>(call, row, place);
+  if (row.exists) packs = load_packs<In>(call, row, place);
   MergedLse<ScalarMath<float>, float> merged;
   if (weighed.exists) {
     merged = weigh(weighed.merges, lses.prefix, lses.suffix);
     weights[threadIdx.x] = merged.weights;
   }
   __syncthreads();
-  if (has_pack) store_merged<In, Out>(call, row, place, weights[place.row_of_tile], packs);
+  if (row.exists) store_merged<In, Out>(call, row, place, weights[place.row_of_tile], packs);
   // After the packs: in front of the barrier its logarithm would keep every thread waiting.
   if (weighed.exists) store_lse(call, weighed, merged.lse());
 }
@@ -206,25 +203,26 @@ PairCall<kAlike> pair_call(const MergeCall& call, const PairShape& shape) {
                                : Axes2{u32(of_heads), u32(of_tokens)};
   };
   const auto& [num_tokens, num_heads, head_size] = call.geometry;
+  const int64_t with_context = call.rule.num_tokens_with_context;
   const int64_t elements = 16 / size_of(call.input_dtype), packs = head_size / elements;
-  const Axes2 sizes = axes(num_tokens, num_heads);
-  const Axes2 with_context = axes(call.rule.num_tokens_with_context, num_heads);
   const auto& [prefix, suffix] = call.parts;
-  PairCall<kAlike> result{.prefix = prefix.output.data,
-                          .suffix = suffix.output.data,
-                          .merged = call.merged.output.data,
-                          .prefix_lse = static_cast<const float*>(prefix.lse.data),
-                          .suffix_lse = static_cast<const float*>(suffix.lse.data),
-                          .merged_lse = static_cast<float*>(call.merged.lse.data),
-                          .layout = {},
-                          .tiles = {.outer = FastDivision(sizes.outer),
-                                    .num_inner = sizes.inner,
-                                    .rows = u32(shape.rows),
-                                    .packs_per_row = u32(packs),
-                                    .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
-                                    .with_context = with_context,
-                                    .with_packs = call.keeps_suffix_rows() ? with_context : sizes},
-                          .output_scale = call.rule.output_scale};
+  PairCall<kAlike> result{
+      .prefix = prefix.output.data,
+      .suffix = suffix.output.data,
+      .merged = call.merged.output.data,
+      .prefix_lse = static_cast<const float*>(prefix.lse.data),
+      .suffix_lse = static_cast<const float*>(suffix.lse.data),
+      .merged_lse = static_cast<float*>(call.merged.lse.data),
+      .layout = {},
+      .tiles = {.across =
+                    FastDivision(u32(shape.inner_first ? shape.inner_tiles : shape.outer_tiles)),
+                .inner_first = shape.inner_first,
+                .num_inner = axes(num_tokens, num_heads).inner,
+                .rows = u32(shape.rows),
+                .packs_per_row = u32(packs),
+                .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
+                .with_context = axes(with_context, num_heads)},
+      .output_scale = call.rule.output_scale};
   const State* sides[] = {&prefix, &suffix, &call.merged};
   for (int side = 0; side < Layout<kAlike>::kSides; ++side) {
     const auto& [rows, lses] = *sides[side];
@@ -247,7 +245,7 @@ bool are_alike(const MergeCall& call) {
 
 template <bool kAlike>
 void launch_with_layout(const MergeCall& call, const PairShape& shape) {
-  const Grid grid{.blocks = shape.blocks, .threads = shape.threads};
+  const Grid grid{.blocks = shape.inner_tiles * shape.outer_tiles, .threads = shape.threads};
   dispatch_dtypes(call.input_dtype, call.output_dtype, [&](auto in, auto out) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;

@@ -57,16 +57,7 @@ bool replaces_an_lse(const MergeCall& call) {
          (merged == call.parts.prefix.lse.data || merged == call.parts.suffix.lse.data);
 }
 
-bool has_rows_without_context(const MergeCall& call) {
-  return call.rule.num_tokens_with_context < call.geometry.num_tokens;
-}
-
-int64_t num_tiles(const MergeCall& call, const PairShape& shape) {
-  const auto& [num_tokens, num_heads, head_size] = call.geometry;
-  const int64_t inner = shape.tokens_inside ? num_tokens : num_heads;
-  const int64_t outer = shape.tokens_inside ? num_heads : num_tokens;
-  return ((inner - 1) / shape.rows + 1) * outer;
-}
+int64_t tiles(int64_t rows, int64_t of_tile) { return (rows - 1) / of_tile + 1; }
 
 }  // namespace
 
@@ -80,25 +71,31 @@ std::optional<PairShape> pair_shape(const MergeCall& call, int capability) {
     return std::nullopt;
   }
   const Tuning& tuning = tuning_of(capability);
-  const Geometry& geometry = call.geometry;
-  const int64_t packs = geometry.num_rows() * packs_a_row;  // fits: operands have 32-bit offsets
-  // Without a barrier all reads of an LSE that is replaced must be one warp's; and only tiles can
-  // leave rows where they are.
-  const bool needs_tiles = (replaces_an_lse(call) && 32 % packs_a_row != 0) ||
-                           (call.keeps_suffix_rows() && has_rows_without_context(call));
-  PairShape shape{.weighs_by_tile = packs > tuning.rows_packs || needs_tiles};
-  const int wanted = !shape.weighs_by_tile       ? tuning.rows_threads
-                     : packs < tuning.dram_packs ? tuning.tiles_threads
-                                                 : tuning.dram_threads;
-  shape.rows = static_cast<int>(std::max<int64_t>(1, wanted / packs_a_row));
-  shape.threads = static_cast<int>((shape.rows * packs_a_row + 31) / 32 * 32);
+  const auto& [num_tokens, num_heads, head_size] = call.geometry;
+  const int64_t packs = num_tokens * num_heads * packs_a_row;  // fits: so do all offsets
+  PairShape shape{};
+  // Without a barrier all reads of an LSE that is replaced must be one warp's.
+  shape.weighs_by_tile =
+      packs > tuning.rows_packs || (replaces_an_lse(call) && 32 % packs_a_row != 0);
+  const int threads = !shape.weighs_by_tile       ? tuning.rows_threads
+                      : packs < tuning.dram_packs ? tuning.tiles_threads
+                                                  : tuning.dram_threads;
+  const int64_t rows = std::max<int64_t>(1, threads / packs_a_row);
+
   const Lses& lse = call.parts.suffix.lse;
   const bool heads_are_contiguous = lse.head_stride == 1 && lse.token_stride != 1;
-  const bool tokens_fill_tiles = geometry.num_tokens >= kFewestTokenTiles * shape.rows;
-  shape.tokens_inside =
-      !heads_are_contiguous && (tokens_fill_tiles || geometry.num_tokens > geometry.num_heads);
-  shape.blocks = num_tiles(call, shape);
-  return shape.blocks <= kMaxGridX ? std::optional(shape) : std::nullopt;
+  const bool tokens_fill_tiles = num_tokens >= kFewestTokenTiles * rows || num_tokens > num_heads;
+  shape.tokens_inside = !heads_are_contiguous && tokens_fill_tiles;
+  const Rows& part = call.parts.prefix.output;
+  const bool tokens_are_closer = num_tokens > 1 && part.token_stride < part.head_stride;
+  shape.inner_first = shape.tokens_inside == tokens_are_closer;
+  const int64_t inner = shape.tokens_inside ? num_tokens : num_heads;
+  shape.rows = static_cast<int>(std::min(rows, inner));
+  shape.threads = static_cast<int>((shape.rows * packs_a_row + 31) / 32 * 32);
+  shape.inner_tiles = tiles(inner, shape.rows);
+  shape.outer_tiles = shape.tokens_inside ? num_heads : num_tokens;
+  if (shape.inner_tiles > kMaxGridX / shape.outer_tiles) return std::nullopt;
+  return shape;
 }
 
 GenericShape generic_shape(const MergeCall& call) {
