@@ -13,6 +13,7 @@ FOLDER = Path(__file__).with_name("dependent_launch")
 SHAPES = {
     "by rows": (16, 16, 128),
     "by tiles": (1024, 16, 128),
+    "beyond the L2": (16384, 16, 128),
     "generic": (64, 16, 126),
 }
 

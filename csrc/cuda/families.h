@@ -15,7 +15,7 @@ inline constexpr int64_t kMaxGridX = 2147483647;  // blocks of one launch
 struct PairShape {
   bool tokens_inside;   // tokens are the inner axis; else heads
   bool weighs_by_tile;  // one thread a row weighs, through shared memory; else every thread does
-  bool inner_first;     // consecutive blocks walk along the inner axis
+  bool inner_first;     // of tiles: consecutive blocks walk along the inner axis
   int rows;             // of a tile
   int threads;          // of its block: 16 bytes of a row each
   int64_t inner_tiles;

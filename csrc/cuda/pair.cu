@@ -74,11 +74,11 @@ struct Row {
   bool exists;
   bool merges;  // else it copies the suffix
 
-  __device__ Row(const Tiles& tiles, uint32_t of_tile) {
+  __device__ Row(const Tiles& tiles, uint32_t of_tile, bool inner_first) {
     const uint32_t slow = tiles.across.quotient(blockIdx.x);
     const uint32_t fast = blockIdx.x - slow * tiles.across.divisor;
-    inner = (tiles.inner_first ? fast : slow) * tiles.rows + of_tile;
-    outer = tiles.inner_first ? slow : fast;
+    inner = (inner_first ? fast : slow) * tiles.rows + of_tile;
+    outer = inner_first ? slow : fast;
     exists = of_tile < tiles.rows && inner < tiles.num_inner;
     merges = inner < tiles.with_context.inner && outer < tiles.with_context.outer;
   }
@@ -158,7 +158,7 @@ template <class In, class Out, bool kAlike>
 __global__ void __launch_bounds__(kMaxThreads)
     merge_rows(const __grid_constant__ PairCall<kAlike> call) {
   const Place place(call.tiles);
-  const Row row(call.tiles, place.row_of_tile);
+  const Row row(call.tiles, place.row_of_tile, false);
   if (!row.exists) return;
   wait_for_previous();
 
@@ -177,7 +177,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     merge_tiles(const __grid_constant__ PairCall<kAlike> call) {
   __shared__ Weights<float> weights[kMaxThreads];
   const Place place(call.tiles);
-  const Row row(call.tiles, place.row_of_tile), weighed(call.tiles, threadIdx.x);
+  const bool inner_first = call.tiles.inner_first;
+  const Row row(call.tiles, place.row_of_tile, inner_first);
+  const Row weighed(call.tiles, threadIdx.x, inner_first);
   wait_for_previous();
 
   LsePair lses;

@@ -88,7 +88,7 @@ std::optional<PairShape> pair_shape(const MergeCall& call, int capability) {
   shape.tokens_inside = !heads_are_contiguous && tokens_fill_tiles;
   const Rows& part = call.parts.prefix.output;
   const bool tokens_are_closer = num_tokens > 1 && part.token_stride < part.head_stride;
-  shape.inner_first = shape.tokens_inside == tokens_are_closer;
+  shape.inner_first = shape.weighs_by_tile && shape.tokens_inside == tokens_are_closer;
   const int64_t inner = shape.tokens_inside ? num_tokens : num_heads;
   shape.rows = static_cast<int>(std::min(rows, inner));
   shape.threads = static_cast<int>((shape.rows * packs_a_row + 31) / 32 * 32);
