@@ -154,7 +154,7 @@ prefill_tokens_with_context, output_scale
 
     Raises
     ------
-    TypeError, ValueError, RuntimeError
+    TypeError, ValueError, UnavailableError
         As for `merge_attn_states`.
     """
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
@@ -199,7 +199,7 @@ def _merge_compiled(args: _kernels.Args) -> None:
     """Merge inside a graph.
 
     In grad mode, into fresh tensors: what autograd saves of a graph may be the memory that Inductor
-    lets the operator write, and the next merge into the same output would change it unseen.
+    lets the operator write, and after the next merge into it backward would be an error.
     """
     op = _op.merge_attn_states.default
     written = [(i, args[i]) for i in _WRITTEN if args[i] is not None]
