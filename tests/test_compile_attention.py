@@ -16,7 +16,7 @@ WIDTH = HEADS * HEAD_SIZE
 MERGE = "torch.ops.merge_attn_states.merge_attn_states.default"
 
 
-# Not attention_with_lse: it looks at values (CPU) and at addresses (CUDA), which no graph holds.
+# PyTorch's own kernels: the graph then holds what a model without this package has.
 def flash(query, key, value, is_causal):
     """PyTorch's kernels, which inductor calls as they are."""
     aten, args = torch.ops.aten, (query[None], key[None], value[None], 0.0, is_causal)

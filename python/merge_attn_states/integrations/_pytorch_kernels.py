@@ -73,7 +73,7 @@ def cpu_flash(
     # The kernel's 0.0 also stands for "every score is NaN" and "every score is -inf".
     suspect = lse == 0.0
     if broken is not None:
-        suspect |= _sees_one_of(broken, mask, is_causal, query.shape[1])
+        suspect |= _sees_one_of(broken, mask, is_causal, *query.shape[1:3])
     if mask is not None:
         sees_a_key = _seen(mask).any(-1)
         output.masked_fill_(~sees_a_key[..., None], 0.0)
@@ -104,11 +104,12 @@ def cuda_flash(
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         *padded, 0.0, is_causal, False, scale=scale
     )
-    # +inf is a row without keys or, beside a NaN, a score that is NaN or infinite.
+    # +inf is a row without keys or, beside a NaN, a score that is NaN or infinite. Where the kernel
+    # splits the keys, a part with such a score counts as one without keys, and the LSE is a number.
     infinite = lse == torch.inf
-    lse.masked_fill_(infinite, -torch.inf).masked_fill_(
-        infinite & output[..., 0].isnan(), torch.nan
-    )
+    broken = ~key.sum(-1, dtype=torch.float32).isfinite()
+    wrong = infinite | _sees_one_of(broken, None, is_causal, *query.shape[1:3])
+    lse.masked_fill_(infinite, -torch.inf).masked_fill_(wrong & output[..., 0].isnan(), torch.nan)
     output = _by_token(output[..., : value.shape[3]])
     if is_causal:
         # What is not finite in a row's own value and those before it: 0, +-inf or NaN.
@@ -193,13 +194,19 @@ def _broken(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
 
 
 def _sees_one_of(
-    keys: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, num_heads: int
+    keys: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    num_heads: int,
+    num_queries: int,
 ) -> torch.Tensor:
     """Which rows see one of `keys` (bool [batch, num_kv_heads, num_keys])."""
     keys = keys.repeat_interleave(num_heads // keys.shape[1], 1)
     if mask is not None:
         return _sum_of_seen(_seen(mask), keys[..., None].float())[..., 0] > 0
-    return keys.cumsum(-1) > 0 if is_causal else keys.any(-1, keepdim=True)
+    if not is_causal:
+        return keys.any(-1, keepdim=True)
+    return keys.cumsum(-1)[..., keys.shape[-1] - num_queries :] > 0
 
 
 def _seen(mask: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "merge_attn_states.integrations.transformers needs transformers 4.57 or newer: "
-        "pip install 'merge-attn-states[demo]'"
+        "pip install 'merge-attn-states[transformers]'"
     ) from error
 
 __all__ = ["register", "split_attention_forward"]
