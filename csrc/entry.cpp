@@ -39,7 +39,8 @@ constexpr const char* kCompiler = __VERSION__;
 constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
-// Where all that lies past the context count is in place already, there are no such tokens.
+// Tokens past the context count become the suffix. Where the output is the suffix they need no work,
+// and the call ends at the count.
 MergeCall validated(const merge_attn_states_args* args) {
   const MergeCall call = validate(args);
   return call.keeps_suffix_rows() && call.keeps_suffix_lses() ? call.up_to_context() : call;

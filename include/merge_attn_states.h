@@ -7,7 +7,7 @@
 //
 // Every struct begins with its size, which the caller sets to sizeof of the struct. Later versions
 // add fields at the end and read those that an older caller does not have as 0, so a program that
-// was compiled against this header runs with every later library.
+// was compiled against this header runs with every later library. No struct exceeds 4096 bytes.
 //
 // The library takes its CPU threads from libtorch, so torch/lib must be on the loader's path.
 #ifndef MERGE_ATTN_STATES_H_
@@ -81,7 +81,8 @@ typedef enum merge_attn_states_status {
   MERGE_ATTN_STATES_CUDA_ERROR = 3,        // the CUDA runtime refused the launch
 } merge_attn_states_status;
 
-// Filled by merge_attn_states_select.
+// Filled by merge_attn_states_select, which reads struct_size alone; what a newer caller's struct
+// holds beyond this library's becomes 0.
 typedef struct merge_attn_states_selection {
   size_t struct_size;  // sizeof(merge_attn_states_selection)
   char kernel[16];     // "cpu", "vectorized" or "generic"

@@ -1,4 +1,5 @@
-// What makes of a row something else than the merge of its parts: the context count and the scale.
+// What a row becomes beside the merge of its parts: past the context count the suffix, and with a
+// scale a quotient.
 #pragma once
 
 #include "parts.h"
