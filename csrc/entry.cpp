@@ -41,8 +41,9 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 
 // Where all that lies past the context count is in place already, there are no such tokens.
 MergeCall validated(const merge_attn_states_args* args) {
-  const MergeCall call = validate(args);
-  return call.keeps_suffix_rows() && call.keeps_suffix_lses() ? call.up_to_context() : call;
+  MergeCall call = validate(args);
+  if (call.keeps_suffix_rows() && call.keeps_suffix_lses()) call = call.up_to_context();
+  return call;
 }
 
 Selection choose(const MergeCall& call) {
