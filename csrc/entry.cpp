@@ -42,8 +42,9 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 // Tokens past the context count become the suffix. Where the output is the suffix they need no work,
 // and the call ends at the count.
 MergeCall validated(const merge_attn_states_args* args) {
-  const MergeCall call = validate(args);
-  return call.keeps_suffix_rows() && call.keeps_suffix_lses() ? call.up_to_context() : call;
+  MergeCall call = validate(args);
+  if (call.keeps_suffix_rows() && call.keeps_suffix_lses()) call = call.up_to_context();
+  return call;
 }
 
 Selection choose(const MergeCall& call) {

@@ -51,15 +51,15 @@ inline void check_rank(const Operand& operand, int rank, const char* axes) {
   }
 }
 
-template <size_t rank>
-void check_shape(const Operand& operand, const std::array<int64_t, rank>& expected,
-                 const char* axes) {
-  check_rank(operand, rank, axes);
-  bool same = true;
-  for (size_t i = 0; i < rank; ++i) same &= operand.size(i) == expected[i];
-  if (!same) {
-    refuse(operand.name(), [&] {
-      return "expected shape " + list(expected.data(), rank) + " = " + axes + ", got " +
+// `of_output` are the dimensions of the output that the operand's own have to equal.
+template <int... of_output>
+void check_shape(const Operand& operand, const Operand& output, const char* axes) {
+  check_rank(operand, sizeof...(of_output), axes);
+  int i = 0;
+  if (!(... && (operand.size(i++) == output.size(of_output)))) {
+    refuse(operand.name(), [&operand, &output, axes] {
+      const std::array<int64_t, sizeof...(of_output)> expected{output.size(of_output)...};
+      return "expected shape " + list(expected.data(), expected.size()) + " = " + axes + ", got " +
              operand.sizes();
     });
   }
@@ -87,7 +87,7 @@ inline void check_device(const Operand& operand, const TensorView& output) {
 
 inline void check_dtype(const Operand& operand, DType expected, const char* why) {
   if (operand.dtype() != expected) {
-    refuse(operand.name(), [&] {
+    refuse(operand.name(), [&operand, expected, why] {
       return "expected " + dtype_name(static_cast<uint32_t>(expected)) + ", " + why + ", got " +
              dtype_name(operand.view->dtype);
     });
@@ -95,28 +95,21 @@ inline void check_dtype(const Operand& operand, DType expected, const char* why)
 }
 
 // One element may have any rank; its strides mean nothing.
-inline int address_rank(const Operand& operand) {
-  return operand.spec->axes == Axes::kOne ? 0 : operand.view->rank;
+constexpr int address_rank(Axes axes) {
+  return axes == Axes::kRows ? 3 : axes == Axes::kLses ? 2 : 0;
 }
 
-// Elements that exist, lie in the memory that is said to hold them, and are aligned to their size.
-// Not inlined: in an engine a call finds its code outside the processor's first cache, and short
-// code is sooner there.
-[[gnu::noinline]] inline void check_memory(Operand& operand) {
+// Elements that lie in the memory that is said to hold them, and are aligned to their size.
+inline void check_elements(const Operand& operand) {
   const TensorView& view = *operand.view;
+  const Extent& extent = operand.extent;
   const int64_t bytes = size_of(operand.dtype());
-  Extent& extent = operand.extent;
-  if (!find_extent(view.data, view.sizes, view.strides, address_rank(operand), bytes, extent)) {
-    refuse(operand.name(),
-           [&] { return "expected elements within 64-bit addresses, got " + operand.layout(); });
-  }
-  if (extent.empty()) return;
   const uint64_t address = reinterpret_cast<uintptr_t>(view.data);
   if (address == 0) {
     refuse(operand.name(), [] { return "expected memory, got a null data pointer"; });
   }
   if ((address & (bytes - 1)) != 0) {  // a power of two
-    refuse(operand.name(), [&] {
+    refuse(operand.name(), [&view, bytes, address] {
       return "expected an address that is a multiple of " + std::to_string(bytes) +
              " bytes, the size of " + dtype_name(view.dtype) + ", got " + std::to_string(address);
     });
@@ -132,6 +125,23 @@ inline int address_rank(const Operand& operand) {
   }
 }
 
+inline void check_extent(const Operand& operand, bool found) {
+  if (!found) {
+    refuse(operand.name(),
+           [&] { return "expected elements within 64-bit addresses, got " + operand.layout(); });
+  }
+}
+
+// Not inlined: in an engine a call finds its code outside the processor's first cache, and short
+// code is sooner there.
+template <Axes axes>
+[[gnu::noinline]] void check_memory(Operand& operand) {
+  const TensorView& view = *operand.view;
+  check_extent(operand, find_extent(view.data, view.sizes, view.strides, address_rank(axes),
+                                    size_of(operand.dtype()), operand.extent));
+  if (!operand.extent.empty()) check_elements(operand);
+}
+
 // Same memory, same strides: then each row's values are read and written by one thread.
 inline bool is_same(const Operand& a, const Operand& b) {
   if (a.view->data != b.view->data || a.dtype() != b.dtype()) return false;
@@ -143,13 +153,14 @@ inline bool is_same(const Operand& a, const Operand& b) {
 
 inline Footprint footprint(const Operand& operand) {
   const TensorView& view = *operand.view;
-  return footprint(operand.extent, view.sizes, view.strides, address_rank(operand),
+  return footprint(operand.extent, view.sizes, view.strides, address_rank(operand.spec->axes),
                    size_of(operand.dtype()));
 }
 
-inline void check_written_once(const Operand& written) {
+template <Axes axes>
+void check_written_once(const Operand& written) {
   const TensorView& view = *written.view;
-  if (written.extent.empty() || nests(view.sizes, view.strides, view.rank)) return;
+  if (written.extent.empty() || nests(view.sizes, view.strides, address_rank(axes))) return;
   if (!overlaps_itself(footprint(written))) return;
   refuse(written.name(), [&] {
     return "expected memory of its own for each element, got " + written.layout() +

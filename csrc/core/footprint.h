@@ -27,18 +27,19 @@ bool find_checked_extent(const void* data, const int64_t* sizes, const int64_t* 
 
 inline bool find_extent(const void* data, const int64_t* sizes, const int64_t* strides, int rank,
                         int64_t element_bytes, Extent& result) {
-  // Numbers below 2^29, of no sign: three products of two, of 8-byte elements, stay below 2^63.
+  // Numbers below 2^29, of no sign: three products of two, of 8-byte elements, stay below 2^63. A
+  // size of 0 becomes the largest number of all.
   constexpr uint64_t kNeverOverflows = uint64_t{1} << 29;
   uint64_t bits = 0, last = 0;
-  bool empty = false;
   for (int i = 0; i < rank; ++i) {
-    bits |= static_cast<uint64_t>(sizes[i]) | static_cast<uint64_t>(strides[i]);
-    empty |= sizes[i] == 0;
-    last += static_cast<uint64_t>(sizes[i] - 1) * static_cast<uint64_t>(strides[i]);
+    const uint64_t steps = static_cast<uint64_t>(sizes[i]) - 1;
+    const uint64_t stride = static_cast<uint64_t>(strides[i]);
+    bits |= steps | stride;
+    last += steps * stride;
   }
   const uint64_t begin = reinterpret_cast<uintptr_t>(data);
   const uint64_t end = begin + (last + 1) * static_cast<uint64_t>(element_bytes);
-  if (bits >= kNeverOverflows || empty || end <= begin) {
+  if (bits >= kNeverOverflows || end <= begin) {
     return find_checked_extent(data, sizes, strides, rank, element_bytes, result);
   }
   result = {begin, end};

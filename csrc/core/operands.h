@@ -3,6 +3,8 @@
 #pragma once
 
 #include <array>
+#include <type_traits>
+#include <utility>
 
 #include "tensor_view.h"
 
@@ -45,6 +47,22 @@ inline constexpr std::array<OperandSpec, kNumOperands> kOperands = {{
 }};
 
 inline constexpr const char* kCountName = "prefill_tokens_with_context";
+
+// Calls f with each operand's index in the table's order, as a constant: what the table says of the
+// operand is known to the compiler, so that a walk over it costs no more than its checks by hand.
+// The first form ends where f is false, and says so.
+template <class F>
+constexpr bool all_operands(F&& f) {
+  const auto walk = [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+    return (... && f(std::integral_constant<int, kIndex>{}));
+  };
+  return walk(std::make_integer_sequence<int, kNumOperands>{});
+}
+
+template <class F>
+constexpr void for_each_operand(F&& f) {
+  all_operands([&](auto i) { return f(i), true; });
+}
 
 // Exactly the same memory is legal only for an output and an input of the same axes: then each
 // element is read and written by one thread.

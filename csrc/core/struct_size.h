@@ -26,13 +26,10 @@ size_t checked_struct_size(const Struct* given, const char* name, size_t smalles
   return size;
 }
 
-// The struct in this library's form. What an older caller does not have is 0; a newer caller's
-// further fields must be 0, since this library would not do what they ask. `storage` serves where
-// the sizes differ.
+// Not inlined: most callers were compiled against this very header.
 template <class Struct>
-const Struct& of_this_version(const Struct* given, const char* name, size_t smallest,
-                              Struct& storage) {
-  if (given != nullptr && given->struct_size == sizeof(Struct)) return *given;
+[[gnu::noinline]] const Struct& of_other_version(const Struct* given, const char* name,
+                                                 size_t smallest, Struct& storage) {
   const size_t size = checked_struct_size(given, name, smallest);
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
   if (size > sizeof(Struct) &&
@@ -46,6 +43,16 @@ const Struct& of_this_version(const Struct* given, const char* name, size_t smal
   storage = {};
   std::memcpy(&storage, given, std::min(size, sizeof(Struct)));
   return storage;
+}
+
+// The struct in this library's form. What an older caller does not have is 0; a newer caller's
+// further fields must be 0, since this library would not do what they ask. `storage` serves where
+// the sizes differ.
+template <class Struct>
+const Struct& of_this_version(const Struct* given, const char* name, size_t smallest,
+                              Struct& storage) {
+  if (given != nullptr && given->struct_size == sizeof(Struct)) return *given;
+  return of_other_version(given, name, smallest, storage);
 }
 
 }  // namespace merge_attn_states

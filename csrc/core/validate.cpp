@@ -24,9 +24,10 @@ static_assert(sizeof(TensorView) == offsetof(TensorView, memory_bytes) + sizeof(
 static_assert(sizeof(merge_attn_states_args) ==
               offsetof(merge_attn_states_args, dependent_launch) + sizeof(int32_t));
 
+template <int kIndex>
 void check_presence(const Operand& operand) {
   if (operand.given()) return check_described(operand);
-  if (!operand.spec->optional) {
+  if constexpr (!kOperands[kIndex].optional) {
     refuse(operand.name(), [] { return "expected a tensor, got none"; });
   }
 }
@@ -46,13 +47,14 @@ void check_output(const Operand& output) {
   }
 }
 
+template <Axes axes>
 void check_place_and_shape(const Operand& operand, const Operand& output) {
   check_device(operand, *output.view);
-  switch (operand.spec->axes) {
+  switch (axes) {
     case Axes::kRows:
-      return check_shape<3>(operand, {output.size(0), output.size(1), output.size(2)}, kRowAxes);
+      return check_shape<0, 1, 2>(operand, output, kRowAxes);
     case Axes::kLses:
-      return check_shape<2>(operand, {output.size(1), output.size(0)}, kLseAxes);
+      return check_shape<1, 0>(operand, output, kLseAxes);
     case Axes::kOne:
       return check_one_element(operand);
   }
@@ -95,11 +97,11 @@ void check_dtypes(const Operands& operands) {
   }
 
   const bool wide = prefix.dtype() == DType::kFloat64;
-  for (const Operand& operand : operands) {
-    if (!operand.given() || operand.spec->axes != Axes::kLses) continue;
-    check_dtype(operand, wide ? DType::kFloat64 : DType::kFloat32,
+  for_each_operand([&](auto i) {
+    if (kOperands[i].axes != Axes::kLses || !operands[i].given()) return;
+    check_dtype(operands[i], wide ? DType::kFloat64 : DType::kFloat32,
                 wide ? "the dtype of an LSE of float64 outputs" : "the dtype of every LSE");
-  }
+  });
   if (scale.given()) check_dtype(scale, DType::kFloat32, "the dtype of a scale");
 }
 
@@ -116,36 +118,33 @@ int64_t checked_count(const merge_attn_states_args& args, int64_t num_tokens) {
 }
 
 void check_memory_and_overlap(Operands& operands) {
-  for (Operand& operand : operands) {
-    if (operand.given()) check_memory(operand);
-  }
-  for (const Operand& written : operands) {
-    if (!written.spec->written || !written.given()) continue;
-    check_written_once(written);
-    for (const Operand& other : operands) {
+  for_each_operand([&](auto i) {
+    if (operands[i].given()) check_memory<kOperands[i].axes>(operands[i]);
+  });
+  for_each_operand([&](auto written) {
+    constexpr const OperandSpec& spec = kOperands[written];
+    if (!spec.written || !operands[written].given()) return;
+    check_written_once<spec.axes>(operands[written]);
+    for_each_operand([&](auto other) {
       // Two that are written stand beside each other once.
-      if (&other == &written || (other.spec->written && &other > &written)) continue;
-      check_overlap(written, other, may_be_same(*written.spec, *other.spec));
-    }
-  }
+      if (other == written || (kOperands[other].written && other > written)) return;
+      check_overlap(operands[written], operands[other], may_be_same(spec, kOperands[other]));
+    });
+  });
 }
 
 // Without an element there is no address to compute, whatever the strides.
-int64_t stride(const Operand& operand, int dimension) {
-  return operand.extent.empty() ? 0 : operand.stride(dimension);
+Rows rows(const Operand& output) {
+  if (output.extent.empty()) return {.data = output.view->data};
+  return {.data = output.view->data,
+          .token_stride = output.stride(0),
+          .head_stride = output.stride(1),
+          .element_stride = output.stride(2)};
 }
 
-State state(const Operand& output, const Operand& lse) {
-  State result{.output = {.data = output.view->data,
-                          .token_stride = stride(output, 0),
-                          .head_stride = stride(output, 1),
-                          .element_stride = stride(output, 2)},
-               .lse = {}};
-  if (lse.given()) {
-    result.lse = {
-        .data = lse.view->data, .token_stride = stride(lse, 1), .head_stride = stride(lse, 0)};
-  }
-  return result;
+Lses lses(const Operand& lse) {
+  if (lse.extent.empty()) return {.data = lse.given() ? lse.view->data : nullptr};
+  return {.data = lse.view->data, .token_stride = lse.stride(1), .head_stride = lse.stride(0)};
 }
 
 }  // namespace
@@ -155,20 +154,20 @@ MergeCall validate(const merge_attn_states_args* given) {
   const merge_attn_states_args& args = of_this_version(given, "args", kSmallestArgs, args_storage);
   Operands operands;
   std::array<TensorView, kNumOperands> views;
-  for (int i = 0; i < kNumOperands; ++i) {
+  for_each_operand([&](auto i) {
     const TensorView* view = args.*kOperands[i].place;
     if (view != nullptr) {
       view = &of_this_version(view, kOperands[i].name, kSmallestTensor, views[i]);
     }
     operands[i] = {&kOperands[i], view};
-  }
+  });
 
-  for (const Operand& operand : operands) check_presence(operand);
+  for_each_operand([&](auto i) { check_presence<i>(operands[i]); });
   const Operand& output = operands[kOutput];
   check_output(output);
-  for (const Operand& operand : operands) {
-    if (operand.given()) check_place_and_shape(operand, output);
-  }
+  for_each_operand([&](auto i) {
+    if (operands[i].given()) check_place_and_shape<kOperands[i].axes>(operands[i], output);
+  });
   check_dtypes(operands);
   const int64_t count = checked_count(args, output.size(0));
   check_memory_and_overlap(operands);
@@ -178,9 +177,9 @@ MergeCall validate(const merge_attn_states_args* given) {
   return {.geometry = {.num_tokens = output.size(0),
                        .num_heads = output.size(1),
                        .head_size = output.size(2)},
-          .parts = {.prefix = state(operands[kPrefixOutput], operands[kPrefixLse]),
-                    .suffix = state(operands[kSuffixOutput], operands[kSuffixLse])},
-          .merged = state(output, output_lse),
+          .parts = {.prefix = {rows(operands[kPrefixOutput]), lses(operands[kPrefixLse])},
+                    .suffix = {rows(operands[kSuffixOutput]), lses(operands[kSuffixLse])}},
+          .merged = {rows(output), lses(output_lse)},
           .rule = {.num_tokens_with_context = count,
                    .output_scale = scale ? static_cast<const float*>(scale->data) : nullptr},
           .input_dtype = operands[kPrefixOutput].dtype(),

@@ -84,17 +84,17 @@ bool bind_count(PyObject* count, merge_attn_states_args& args) {
 // The arguments as the C entry has them; false where torch.ops has to answer.
 bool fill(merge_attn_states_args& args, std::array<TensorView, kNumOperands>& views,
           const Arguments& bound, ThreadState state) {
-  for (const bool written : {true, false}) {  // see stable_tensor.h
-    for (int i = 0; i < kNumOperands; ++i) {
-      const OperandSpec& spec = kOperands[i];
-      PyObject* const object = bound[position(i)];
-      if (spec.written != written || (spec.optional && object == Py_None)) continue;
-      const bool grad_mode = state == ThreadState::kGrad;
-      if (!python_tensors.describe(object, written, grad_mode, views[i])) return false;
-      args.*spec.place = &views[i];
-    }
-  }
-  return bind_count(bound[kCountPosition], args);
+  const auto describe = [&](auto i) {
+    constexpr const OperandSpec& spec = kOperands[i];
+    PyObject* const object = bound[position(i)];
+    if (spec.optional && object == Py_None) return true;
+    args.*spec.place = &views[i];
+    return python_tensors.describe(object, spec.written, state == ThreadState::kGrad, views[i]);
+  };
+  // Outputs first: see stable_tensor.h.
+  return all_operands([&](auto i) { return !kOperands[i].written || describe(i); }) &&
+         all_operands([&](auto i) { return kOperands[i].written || describe(i); }) &&
+         bind_count(bound[kCountPosition], args);
 }
 
 // False where this PyTorch has no CUDA streams; torch.ops says so.

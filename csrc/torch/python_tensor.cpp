@@ -37,7 +37,7 @@ bool has_what_it_needs(const TensorView& view) {
 // A view that PyTorch reads with the other sign is every second float of complex memory, so that
 // none of its strides is 1; asking every tensor would cost as much as all else.
 bool may_be_negative(const TensorView& view) {
-  for (int i = 0; i < view.rank; ++i) {
+  for (int i = view.rank - 1; i >= 0; --i) {  // in most tensors the last one's is 1
     if (view.sizes[i] > 1 && view.strides[i] == 1) return false;
   }
   return true;

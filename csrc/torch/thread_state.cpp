@@ -5,8 +5,8 @@
 namespace merge_attn_states {
 
 std::string ThreadQuestions::find() {
-  // In the order of Function.
-  constexpr std::array<std::array<const char*, 2>, kNumFunctions> kNames = {{
+  // In the order of Question.
+  constexpr std::array<std::array<const char*, 2>, kNumQuestions> kNames = {{
       {"torch._C", "_len_torch_dispatch_stack"},       // FakeTensorMode, make_fx, FlopCounterMode
       {"torch._C", "_len_torch_function_stack"},       // make_fx before dispatch, torch.device(...)
       {"torch._C", "_is_tracing"},                     // torch.jit.trace, which no mode shows
@@ -14,9 +14,10 @@ std::string ThreadQuestions::find() {
       {"torch", "is_inference_mode_enabled"},
       {"torch", "is_grad_enabled"},
   }};
-  for (int i = 0; i < kNumFunctions; ++i) {
-    functions_[i] = attribute(kNames[i][0], kNames[i][1]);
-    if (functions_[i] == nullptr) return std::string(kNames[i][0]) + "." + kNames[i][1];
+  for (int i = 0; i < kNumQuestions; ++i) {
+    PyObject* const found = attribute(kNames[i][0], kNames[i][1]);
+    if (found == nullptr) return std::string(kNames[i][0]) + "." + kNames[i][1];
+    functions_[i] = function(found);
   }
   forward_ad_ = attribute("torch.autograd", "forward_ad");
   level_name_ = PyUnicode_InternFromString("_current_level");
@@ -26,8 +27,34 @@ std::string ThreadQuestions::find() {
   return "";
 }
 
-bool ThreadQuestions::is_quiet(Function function) const {
-  PyObject* const answer = PyObject_CallNoArgs(functions_[function]);
+ThreadQuestions::Function ThreadQuestions::function(PyObject* object) {
+  Function result{.object = object};
+  if (!PyCFunction_CheckExact(object)) return result;
+  const PyCFunction function = PyCFunction_GetFunction(object);
+  result.self = PyCFunction_GetSelf(object);
+  switch (PyCFunction_GetFlags(object)) {
+    case METH_NOARGS:
+      result.no_args = function;
+      break;
+    case METH_FASTCALL | METH_KEYWORDS:
+      result.fastcall = reinterpret_cast<FastCFunction>(reinterpret_cast<void (*)()>(function));
+      break;
+  }
+  return result;
+}
+
+PyObject* ThreadQuestions::Function::call() const {
+  if (no_args != nullptr) return no_args(self, nullptr);
+  if (fastcall != nullptr) return fastcall(self, nullptr, 0, nullptr);
+  return PyObject_CallNoArgs(object);
+}
+
+bool ThreadQuestions::is_quiet(Question question) const {
+  PyObject* const answer = functions_[question].call();
+  if (answer == Py_False || answer == Py_None) {
+    Py_DECREF(answer);
+    return true;
+  }
   const int truth = answer != nullptr ? PyObject_IsTrue(answer) : -1;
   Py_XDECREF(answer);
   if (truth < 0) PyErr_Clear();
@@ -43,8 +70,8 @@ bool ThreadQuestions::has_dual_level() const {
 }
 
 ThreadState ThreadQuestions::ask() const {
-  for (const Function function : {kDispatchModes, kFunctionModes, kTracing, kTransforms}) {
-    if (!is_quiet(function)) return ThreadState::kWatched;
+  for (const Question question : {kDispatchModes, kFunctionModes, kTracing, kTransforms}) {
+    if (!is_quiet(question)) return ThreadState::kWatched;
   }
   // Nothing records a gradient or a tangent there, whatever else is switched on.
   if (!is_quiet(kInferenceMode)) return ThreadState::kInference;

@@ -17,6 +17,10 @@ enum class ThreadState {
   kGrad,  // an operand may require grad
 };
 
+// Python gives its own name to this only from 3.13 on.
+using FastCFunction = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t count,
+                                    PyObject* names);
+
 class ThreadQuestions {
  public:
   // Empty, or the function that this PyTorch lacks. Called once, and creates nothing of PyTorch's:
@@ -27,21 +31,34 @@ class ThreadQuestions {
   ThreadState ask() const;
 
  private:
-  enum Function {
+  enum Question {
     kDispatchModes,
     kFunctionModes,
     kTracing,
     kTransforms,
     kInferenceMode,
     kGradMode,
-    kNumFunctions
+    kNumQuestions
   };
 
+  // A builtin is called as the C function that it is: Python's own way there costs as much as most
+  // answers.
+  struct Function {
+    PyObject* object = nullptr;
+    PyObject* self = nullptr;          // the builtin's
+    PyCFunction no_args = nullptr;     // METH_NOARGS; else null
+    FastCFunction fastcall = nullptr;  // METH_FASTCALL | METH_KEYWORDS; else null
+
+    PyObject* call() const;
+  };
+
+  static Function function(PyObject* object);
+
   // Whether the answer is false, 0 or None, as it is where nothing is going on; an error is not.
-  bool is_quiet(Function function) const;
+  bool is_quiet(Question question) const;
   bool has_dual_level() const;
 
-  std::array<PyObject*, kNumFunctions> functions_{};
+  std::array<Function, kNumQuestions> functions_{};
   PyObject* forward_ad_ = nullptr;  // the module, which keeps its level as a global
   PyObject* level_name_ = nullptr;
 };
