@@ -178,10 +178,9 @@ def expected_kernel(call: Call) -> str:
     dtype = inputs[0].dtype
     pack = 16 // dtype.itemsize
     lses = (call.prefix_lse, call.suffix_lse, call.output_lse)
-    keeps_lse = call.output_lse is None or call.output_lse is call.suffix_lse
-    keeps_all = output is call.suffix_output and keeps_lse and call.output_scale is None
-    if call.prefill_tokens_with_context == 0 and keeps_all:
-        return "generic"  # nothing to do
+    keeps_rows = output is call.suffix_output and call.output_scale is None
+    if call.prefill_tokens_with_context == 0 and keeps_rows:
+        return "generic"  # there is no row to do
 
     def fits(tensor, alignment):
         steps = [s for s, size in zip(tensor.stride()[:2], tensor.shape, strict=False) if size > 1]

@@ -103,6 +103,10 @@ def states(model, implementation, given, lower=None):
     return state if is_decoder or "input_ids" not in given else state[given["attention_mask"] > 0]
 
 
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+ITS_OWN_ATTENTION = ("GPTJ", "T5")  # in 5.17, no more in 5.24
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name, device):
     config, kind = ARCHITECTURES[name]
@@ -120,6 +124,10 @@ def test_architectures(name, device):
         split = states(model, register(parts=parts, attend=attend), given, BF16)
         assert (split - exact).norm() <= 1.25 * (unsplit - exact).norm()
         assert (split - unsplit).norm() <= 1.25 * (unsplit - exact).norm()
+    if not seen and name in ITS_OWN_ATTENTION and TRANSFORMERS < (5, 24):
+        pytest.skip(
+            f"{name} of transformers {transformers.__version__} has an attention of its own"
+        )
     assert set(seen) == {BF16}
 
 
