@@ -39,8 +39,8 @@ constexpr const char* kCompiler = __VERSION__;
 constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
-// Tokens past the context count become the suffix. Where the output is the suffix they need no work,
-// and the call ends at the count.
+// Tokens past the context count become the suffix. Where the output is the suffix they need no
+// work, and the call ends at the count.
 MergeCall validated(const merge_attn_states_args* args) {
   MergeCall call = validate(args);
   if (call.keeps_suffix_rows() && call.keeps_suffix_lses()) call = call.up_to_context();
