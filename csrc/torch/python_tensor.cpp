@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../core/dtypes.h"
 #include "python_attribute.h"
 #include "stable_tensor.h"
 
@@ -13,20 +14,9 @@ namespace {
 
 // Another backend, or a dtype that is not merged: the dispatcher knows both by their names.
 bool may_be_merged(const TensorView& view) {
-  if (view.device_type != MERGE_ATTN_STATES_CPU && view.device_type != MERGE_ATTN_STATES_CUDA) {
-    return false;
-  }
-  switch (view.dtype) {
-    case MERGE_ATTN_STATES_FLOAT16:
-    case MERGE_ATTN_STATES_FLOAT32:
-    case MERGE_ATTN_STATES_FLOAT64:
-    case MERGE_ATTN_STATES_BFLOAT16:
-    case MERGE_ATTN_STATES_FLOAT8_E4M3FN:
-    case MERGE_ATTN_STATES_FLOAT8_E5M2:
-      return true;
-    default:
-      return false;
-  }
+  return (view.device_type == MERGE_ATTN_STATES_CPU ||
+          view.device_type == MERGE_ATTN_STATES_CUDA) &&
+         is_supported(static_cast<DType>(view.dtype));
 }
 
 // Without elements a tensor needs no memory.
