@@ -43,7 +43,9 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 // work, and the call ends at the count.
 MergeCall validated(const merge_attn_states_args* args) {
   MergeCall call = validate(args);
-  if (call.keeps_suffix_rows() && call.keeps_suffix_lses()) call = call.up_to_context();
+  if (call.has_rows_to_keep() && call.keeps_suffix_lses()) {
+    call.geometry.num_tokens = call.rule.num_tokens_with_context;
+  }
   return call;
 }
 

@@ -25,10 +25,10 @@ check() {
 }
 
 # A planted error first: a filter that matches no kernel would report nothing.
-status=0
-check memcheck tests/sanitizer/planted_gpu.py > build/planted_gpu.log 2>&1 || status=$?
-if [ "$status" -ne 99 ] || ! grep -q "Invalid __global__" build/planted_gpu.log; then
-  cat build/planted_gpu.log
+status=0 planted=build/planted_gpu.$$.log
+check memcheck tests/sanitizer/planted_gpu.py > "$planted" 2>&1 || status=$?
+if [ "$status" -ne 99 ] || ! grep -q "Invalid __global__" "$planted"; then
+  cat "$planted"
   echo "merge_attn_states: compute-sanitizer did not see the planted overread." >&2
   exit 1
 fi

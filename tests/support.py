@@ -179,7 +179,8 @@ def expected_kernel(call: Call) -> str:
     pack = 16 // dtype.itemsize
     lses = (call.prefix_lse, call.suffix_lse, call.output_lse)
     keeps_rows = output is call.suffix_output and call.output_scale is None
-    if call.prefill_tokens_with_context == 0 and keeps_rows:
+    keeps_lses = call.output_lse is None or call.output_lse is call.suffix_lse
+    if call.prefill_tokens_with_context == 0 and keeps_rows and keeps_lses:
         return "generic"  # there is no row to do
 
     def fits(tensor, alignment):

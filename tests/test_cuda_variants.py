@@ -1,7 +1,8 @@
 """Every variant of the vectorized kernels: which one runs, and that it is right in all its edges.
 
 The variant goes by the number of 16-byte packs: up to 196,608 every thread weighs for itself, by
-rows; beyond, one thread a row does, by tiles; from 1,048,576 on in blocks of 512 threads.
+rows, and further ones merge an LSE each; beyond, one thread a row does, by tiles; from 524,288 on
+in blocks of 512 threads.
 """
 
 import pytest
@@ -18,15 +19,15 @@ MIDDLE = (1003, 15, 128)
 MIDDLE_ODD = (1001, 15, 192)
 LARGE = (5001, 15, 128)
 VARIANTS = {
-    SMALL: "16 tokens in a block of 256 threads, by rows",
-    SMALL_ODD: "21 tokens in a block of 256 threads, by rows",
-    (1, 130, 128): "16 heads in a block of 256 threads, by rows",  # decode
-    (31, 40, 128): "16 heads in a block of 256 threads, by rows",  # fewer than two tiles of tokens
-    (31, 5, 128): "16 tokens in a block of 256 threads, by rows",  # the same, of fewer heads still
-    (2001, 11, 16): "128 tokens in a block of 256 threads, by rows",
-    (2001, 11, 8): "256 tokens in a block of 256 threads, by rows",  # a pack a row
-    (101, 5, 2400): "1 tokens in a block of 320 threads, by rows",  # wider than a block should be
-    (31, 5, 4096): "1 tokens in a block of 512 threads, by rows",  # as wide as a block may be
+    SMALL: "16 tokens in a block of 288 threads, by rows",
+    SMALL_ODD: "21 tokens in a block of 288 threads, by rows",
+    (1, 130, 128): "16 heads in a block of 288 threads, by rows",  # decode
+    (31, 40, 128): "16 heads in a block of 288 threads, by rows",  # fewer than two tiles of tokens
+    (31, 5, 128): "16 tokens in a block of 288 threads, by rows",  # the same, of fewer heads still
+    (2001, 11, 16): "128 tokens in a block of 384 threads, by rows",
+    (2001, 11, 8): "256 tokens in a block of 512 threads, by rows",  # a pack a row
+    (101, 5, 2400): "1 tokens in a block of 352 threads, by rows",  # wider than a block should be
+    (31, 5, 4096): "1 tokens in a block of 544 threads, by rows",  # as wide as a block may be
     MIDDLE: "16 tokens in a block of 256 threads, by tiles",
     MIDDLE_ODD: "10 tokens in a block of 256 threads, by tiles",
     (20011, 15, 8): "256 tokens in a block of 256 threads, by tiles",
@@ -83,15 +84,32 @@ def test_an_fp8_output(shape, cuda, entry):
     check(call, entry)
 
 
-@pytest.mark.parametrize("side", ["prefix", "suffix"])
-@pytest.mark.parametrize(("shape", "way"), [(SMALL, "by rows"), (SMALL_ODD, "by tiles")])
-def test_an_lse_is_replaced_without_a_barrier_only_by_the_one_warp_that_reads_it(
-    shape, way, side, cuda
-):
-    call = on_gpu(shape)
-    assert selected_kernel(*call).variant.endswith("by rows")
-    call = call._replace(output_lse=getattr(call, f"{side}_lse"))
-    assert selected_kernel(*call).variant.endswith(way)
+def test_without_an_output_lse_no_thread_is_there_for_it(cuda):
+    call = check(on_gpu(SMALL)._replace(output_lse=None))
+    assert selected_kernel(*call).variant == "16 tokens in a block of 256 threads, by rows"
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads_are_contiguous"), [((65540, 1, 4096), False), ((70001, 2, 128), True)]
+)
+def test_more_tiles_than_a_grid_has_along_its_second_axis(shape, heads_are_contiguous, cuda):
+    call = on_gpu(shape, empty=False)
+    if heads_are_contiguous:
+        lses = ("prefix_lse", "suffix_lse", "output_lse")
+        call = call._replace(**{name: getattr(call, name).T.contiguous().T for name in lses})
+    merge(*call)
+    assert selected_kernel(*call).variant.endswith("by tiles")
+    for rows in (slice(0, 60), slice(65530, shape[0])):
+        part = Call(*[
+            operand[rows] if operand.ndim == 3 else operand[:, rows] for operand in call[:6]
+        ])  # fmt: skip
+        alone = part._replace(
+            output=torch.full_like(part.output, torch.nan),
+            output_lse=torch.full_like(part.output_lse, torch.nan),
+        )
+        merge(*alone)
+        assert_bits(alone.output, part.output)
+        assert_bits(alone.output_lse, part.output_lse)
 
 
 @SIZES

@@ -30,12 +30,10 @@ struct MergeCall {
   }
   // A row that is copied keeps its bytes where nothing has to be converted.
   bool copies_bytes() const { return input_dtype == output_dtype && rule.output_scale == nullptr; }
+  bool every_row_has_prefix() const { return rule.num_tokens_with_context >= geometry.num_tokens; }
   // In place on the suffix, what lies past the context count is already what it becomes.
-  bool keeps_suffix_rows() const { return output_is_suffix && copies_bytes(); }
-  MergeCall up_to_context() const {
-    MergeCall call = *this;
-    call.geometry.num_tokens = rule.num_tokens_with_context;
-    return call;
+  bool has_rows_to_keep() const {
+    return output_is_suffix && copies_bytes() && !every_row_has_prefix();
   }
   bool keeps_suffix_lses() const { return merged.lse.data == nullptr || output_lse_is_suffix; }
 };

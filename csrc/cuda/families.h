@@ -9,15 +9,18 @@
 
 namespace merge_attn_states::cuda {
 
-inline constexpr int64_t kMaxGridX = 2147483647;  // blocks of one launch
+// Blocks of one launch, along either axis.
+inline constexpr int64_t kMaxGridX = 2147483647;
+inline constexpr int64_t kMaxGridY = 65535;
 
 // pair.cu. A tile is a run of rows along one axis, the inner one, at one place of the outer one.
 struct PairShape {
   bool tokens_inside;   // tokens are the inner axis; else heads
   bool weighs_by_tile;  // one thread a row weighs, through shared memory; else every thread does
-  bool inner_first;     // of tiles: consecutive blocks walk along the inner axis
+  bool inner_first;     // consecutive blocks walk along the inner axis
   int rows;             // of a tile
-  int threads;          // of its block: 16 bytes of a row each
+  int value_threads;    // of its block: 16 bytes of a row each
+  int lse_threads;      // beside them, where every thread weighs: a merged LSE each
   int64_t inner_tiles;
   int64_t outer_tiles;
 };
@@ -35,8 +38,5 @@ struct GenericShape {
 
 GenericShape generic_shape(const MergeCall& call);
 void launch_generic(const MergeCall& call, const GenericShape& shape);
-
-// further_lses.cu. Copies the LSEs of the tokens without context.
-void launch_further_lses(const MergeCall& call);
 
 }  // namespace merge_attn_states::cuda

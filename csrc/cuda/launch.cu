@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <type_traits>
 
 #include "../kernels.h"
 #include "families.h"
@@ -16,20 +17,30 @@
 namespace merge_attn_states::cuda {
 namespace {
 
-// A function of the driver that is already loaded; null where there is none.
-template <class Function>
-Function* driver_function(const char* name) {
-  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-  return driver ? reinterpret_cast<Function*>(dlsym(driver, name)) : nullptr;
-}
+// Functions of the driver, if it is loaded.
+struct Driver {
+  int (*get_state)(int device, unsigned* flags, int* active) = nullptr;
+  int (*retain)(void** context, int device) = nullptr;
+  int (*release)(int device) = nullptr;
+  int (*push)(void* context) = nullptr;
+  int (*pop)(void** context) = nullptr;
 
-bool has_context(int device) {
-  static const auto get_state =
-      driver_function<int(int, unsigned*, int*)>("cuDevicePrimaryCtxGetState");
-  unsigned flags = 0;
-  int active = 1;
-  return get_state == nullptr || get_state(device, &flags, &active) != 0 || active != 0;
-}
+  Driver() {
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return;
+    const auto find = [&](auto& function, const char* name) {
+      function =
+          reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+    };
+    find(get_state, "cuDevicePrimaryCtxGetState");
+    find(retain, "cuDevicePrimaryCtxRetain");
+    find(release, "cuDevicePrimaryCtxRelease_v2");
+    find(push, "cuCtxPushCurrent_v2");
+    find(pop, "cuCtxPopCurrent_v2");
+  }
+
+  bool is_complete() const { return get_state && retain && release && push && pop; }
+};
 
 // The call's device is current while it is launched, the caller's afterwards. Where the caller's
 // has no context, cudaSetDevice would create one on the way back, hundreds of megabytes on a GPU
@@ -39,7 +50,7 @@ class DeviceGuard {
   explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_), device);
     if (previous_ == device_) return;
-    pushed_ = !has_context(previous_) && push();
+    pushed_ = driver().is_complete() && !has_context(previous_) && push();
     if (!pushed_) check(cudaSetDevice(device_), device_);
   }
   ~DeviceGuard() {
@@ -49,19 +60,28 @@ class DeviceGuard {
       return;
     }
     void* context = nullptr;
-    driver_function<int(void**)>("cuCtxPopCurrent_v2")(&context);
-    driver_function<int(int)>("cuDevicePrimaryCtxRelease_v2")(device_);
+    driver().pop(&context);
+    driver().release(device_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  static const Driver& driver() {
+    static const Driver found;
+    return found;
+  }
+  static bool has_context(int device) {
+    unsigned flags = 0;
+    int active = 1;
+    return driver().get_state(device, &flags, &active) != 0 || active != 0;
+  }
   bool push() {
-    const auto retain = driver_function<int(void**, int)>("cuDevicePrimaryCtxRetain");
-    const auto push = driver_function<int(void*)>("cuCtxPushCurrent_v2");
     void* context = nullptr;
-    if (retain == nullptr || push == nullptr || retain(&context, device_) != 0) return false;
-    return push(context) == 0;
+    if (driver().retain(&context, device_) != 0) return false;
+    if (driver().push(context) == 0) return true;
+    driver().release(device_);
+    return false;
   }
 
   int device_;
@@ -104,12 +124,6 @@ Device device_of(int index) {
   return device;
 }
 
-// In place on the suffix the kernels end with the context, and what lies behind it has a kernel of
-// its own.
-MergeCall for_kernels(const MergeCall& call) {
-  return call.keeps_suffix_rows() ? call.up_to_context() : call;
-}
-
 bool wants_dependent_launch(const MergeCall& call) {
   static const bool of_all_calls = [] {
     const char* wish = std::getenv("MERGE_ATTN_STATES_PDL");
@@ -148,14 +162,14 @@ void check(cudaError_t status, int device) {
   throw CudaError("cuda:" + std::to_string(device) + ": " + what);
 }
 
-Selection choose(const MergeCall& given) {
-  const MergeCall call = for_kernels(given);
+Selection choose(const MergeCall& call) {
   if (call.nothing_to_do()) return selection("generic", "nothing to do");
   const DeviceGuard guard(call.device_index);
   char variant[sizeof(Selection::variant)];
   if (const auto shape = pair_shape(call, device_of(call.device_index).capability)) {
     std::snprintf(variant, sizeof(variant), "%d %s in a block of %d threads, by %s", shape->rows,
-                  shape->tokens_inside ? "tokens" : "heads", shape->threads,
+                  shape->tokens_inside ? "tokens" : "heads",
+                  shape->value_threads + shape->lse_threads,
                   shape->weighs_by_tile ? "tiles" : "rows");
     return selection("vectorized", variant);
   }
@@ -168,11 +182,8 @@ Selection choose(const MergeCall& given) {
 void run(const MergeCall& given) {
   const DeviceGuard guard(given.device_index);
   const Device device = device_of(given.device_index);
-  MergeCall whole = given;
-  whole.dependent_launch = device.has_dependent_launch && wants_dependent_launch(given);
-  const MergeCall call = for_kernels(whole);
-  if (call.geometry.num_tokens < whole.geometry.num_tokens) launch_further_lses(whole);
-  if (call.nothing_to_do()) return;
+  MergeCall call = given;
+  call.dependent_launch = device.has_dependent_launch && wants_dependent_launch(given);
   if (const auto shape = pair_shape(call, device.capability)) {
     launch_pair(call, *shape);
   } else {

@@ -10,6 +10,7 @@ namespace merge_attn_states::cuda {
 
 struct Grid {
   int64_t blocks;
+  int64_t blocks_y = 1;
   int threads;
 };
 
@@ -23,7 +24,7 @@ void launch(void (*kernel)(Parameters), const Grid& grid, const MergeCall& call,
   dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   dependent.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.stream = static_cast<cudaStream_t>(call.stream);
   config.attrs = &dependent;

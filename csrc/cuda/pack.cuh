@@ -219,12 +219,11 @@ struct Pack {
 // as an excess leaves -0 its sign; other scales, which no model has, go the long way.
 class Scale {
  public:
-  template <class Out>
-  static __device__ Scale of(const float* scale) {
-    if constexpr (kIsFp8<Out>) {
-      if (scale != nullptr) return Scale(*scale);
-    }
-    return Scale();
+  Scale() = default;  // none is given
+  explicit __device__ Scale(float scale)
+      : given_(true), moderate_(scale >= 1 / kModerate && scale <= kModerate), scale_(scale) {
+    const float near = ScalarMath<float>::reciprocal(scale);
+    reciprocal_ = __fmaf_rn(__fmaf_rn(-near, scale, 1.0f), near, near);
   }
 
   __device__ bool given() const { return given_; }
@@ -249,13 +248,6 @@ class Scale {
  private:
   static constexpr float kExact = 0x1p20f;     // the largest FP8 number is 57344
   static constexpr float kModerate = 0x1p60f;  // keeps each residual that matters a normal number
-
-  Scale() = default;
-  explicit __device__ Scale(float scale)
-      : given_(true), moderate_(scale >= 1 / kModerate && scale <= kModerate), scale_(scale) {
-    const float near = ScalarMath<float>::reciprocal(scale);
-    reciprocal_ = __fmaf_rn(__fmaf_rn(-near, scale, 1.0f), near, near);
-  }
 
   bool given_ = false;
   bool moderate_ = false;
@@ -286,7 +278,7 @@ __device__ Pack<Out, kElements> merge_pack(Weights<typename Accumulate<In>::type
     for (int i = 0; i < kElements; ++i) values[i] = blend(weights, values[i], others[i]);
   }
   if constexpr (kIsFp8<Out>) {
-    if (!std::is_same_v<In, Out> || scale.given()) scale.divide(values);
+    if (!kIsFp8<In> || scale.given()) scale.divide(values);
   }
   return Pack<Out, kElements>::pack(values);
 }

@@ -51,12 +51,6 @@ bool fits_32_bits(const MergeCall& call) {
          std::max(geometry.num_tokens, geometry.num_heads) <= kMaxGridX / 2;
 }
 
-bool replaces_an_lse(const MergeCall& call) {
-  const void* merged = call.merged.lse.data;
-  return merged != nullptr &&
-         (merged == call.parts.prefix.lse.data || merged == call.parts.suffix.lse.data);
-}
-
 int64_t tiles(int64_t rows, int64_t of_tile) { return (rows - 1) / of_tile + 1; }
 
 }  // namespace
@@ -74,9 +68,7 @@ std::optional<PairShape> pair_shape(const MergeCall& call, int capability) {
   const auto& [num_tokens, num_heads, head_size] = call.geometry;
   const int64_t packs = num_tokens * num_heads * packs_a_row;  // fits: so do all offsets
   PairShape shape{};
-  // Without a barrier all reads of an LSE that is replaced must be one warp's.
-  shape.weighs_by_tile =
-      packs > tuning.rows_packs || (replaces_an_lse(call) && 32 % packs_a_row != 0);
+  shape.weighs_by_tile = packs > tuning.rows_packs;
   const int threads = !shape.weighs_by_tile       ? tuning.rows_threads
                       : packs < tuning.dram_packs ? tuning.tiles_threads
                                                   : tuning.dram_threads;
@@ -88,13 +80,24 @@ std::optional<PairShape> pair_shape(const MergeCall& call, int capability) {
   shape.tokens_inside = !heads_are_contiguous && tokens_fill_tiles;
   const Rows& part = call.parts.prefix.output;
   const bool tokens_are_closer = num_tokens > 1 && part.token_stride < part.head_stride;
-  shape.inner_first = shape.weighs_by_tile && shape.tokens_inside == tokens_are_closer;
   const int64_t inner = shape.tokens_inside ? num_tokens : num_heads;
   shape.rows = static_cast<int>(std::min(rows, inner));
-  shape.threads = static_cast<int>((shape.rows * packs_a_row + 31) / 32 * 32);
+  const auto whole_warps = [](int64_t threads) {
+    return static_cast<int>((threads + 31) / 32 * 32);
+  };
+  shape.value_threads = whole_warps(shape.rows * packs_a_row);
+  const bool merges_lses_apart = !shape.weighs_by_tile && call.merged.lse.data != nullptr;
+  shape.lse_threads = merges_lses_apart ? whole_warps(shape.rows) : 0;
   shape.inner_tiles = tiles(inner, shape.rows);
   shape.outer_tiles = shape.tokens_inside ? num_heads : num_tokens;
-  if (shape.inner_tiles > kMaxGridX / shape.outer_tiles) return std::nullopt;
+  // In the order of memory; but rows that are kept leave blocks so little to do that they belong
+  // between the others and not behind them.
+  const bool wants_inner_first =
+      shape.tokens_inside == tokens_are_closer || call.has_rows_to_keep();
+  const bool has_room = shape.inner_tiles <= kMaxGridY;
+  shape.inner_first =
+      shape.weighs_by_tile && shape.outer_tiles <= kMaxGridY && (wants_inner_first || !has_room);
+  if (!shape.inner_first && !has_room) return std::nullopt;
   return shape;
 }
 

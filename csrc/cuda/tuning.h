@@ -2,6 +2,7 @@
 // ordinary kernels: `python -m benchmarks compare`; docs/experiments.md has what the others gave.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace merge_attn_states::cuda {
@@ -22,13 +23,13 @@ inline constexpr Tuning kTunings[] = {
      .rows_packs = 192 * 1024,
      .rows_threads = 256,
      .tiles_threads = 256,
-     .dram_packs = 1 << 20,
+     .dram_packs = 1 << 19,
      .dram_threads = 512},
     {.capability = 0,
      .rows_packs = 192 * 1024,
      .rows_threads = 256,
      .tiles_threads = 256,
-     .dram_packs = 1 << 20,
+     .dram_packs = 1 << 19,
      .dram_threads = 512},
 };
 
@@ -41,6 +42,11 @@ inline const Tuning& tuning_of(int capability) {
 
 // A block of 1,024 threads leaves a multiprocessor half empty while it ends.
 inline constexpr int kMaxThreads = 512;
+// merge_rows has a thread more for each row, in whole warps.
+inline constexpr int kMaxRowsThreads = kMaxThreads + 32;
+static_assert(std::ranges::all_of(kTunings, [](const Tuning& tuning) {
+  return 2 * tuning.rows_threads <= kMaxRowsThreads;  // rows of one pack
+}));
 
 // Tokens lie inside a tile where they fill so many tiles: fewer reach into too many rows of memory.
 inline constexpr int kFewestTokenTiles = 2;
