@@ -31,8 +31,8 @@ VARIANTS = {
     MIDDLE: "16 tokens in a block of 256 threads, by tiles",
     MIDDLE_ODD: "10 tokens in a block of 256 threads, by tiles",
     (20011, 15, 8): "256 tokens in a block of 256 threads, by tiles",
-    (801, 15, 512): "4 tokens in a block of 256 threads, by tiles",
-    (13001, 17, 32): "64 tokens in a block of 256 threads, by tiles",
+    (501, 15, 512): "4 tokens in a block of 256 threads, by tiles",
+    (6001, 17, 32): "64 tokens in a block of 256 threads, by tiles",
     LARGE: "32 tokens in a block of 512 threads, by tiles",
     (2001, 15, 576): "7 tokens in a block of 512 threads, by tiles",
 }

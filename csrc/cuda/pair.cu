@@ -1,20 +1,19 @@
 // The pair's kernels for rows of 16-byte packs: a thread reads one pack of each part, scales and
 // stores it.
 //
-//   merge_rows   every thread reads its row's LSEs and weighs for itself, without a barrier;
-//   further
-//                threads, one a row, merge the LSEs: for calls that are over before a barrier pays.
+//   merge_rows   every thread reads its row's LSEs and weighs for itself, and further threads, one
+//                a row, merge the LSEs: for calls that are over before a barrier pays.
 //   merge_tiles  one thread a row weighs, through shared memory: fewer reads and exponentials.
 //
 // Both take tiles of rows along the axis in which LSEs are contiguous. In place is safe: a row
-// belongs to one block, whose threads have all read its LSEs before the merged one is written (by a
-// barrier), and a pack is read and written by one thread. Nothing is __restrict__ or read through
-// the non-coherent path.
+// belongs to one block, a barrier stands between the reads of an LSE and its replacement, and a
+// pack is read and written by one thread. Nothing is __restrict__ or read through the non-coherent
+// path.
 //
 // What a thread does before its first load is the lead of a small call. So strides have 32 bits and
-// count packs, no branch stands in front of the loads, the grid says where a tile lies without a
-// division, parameters stand in the order of their use, and calls of the usual kind have kernels
-// that ask for nothing else (docs/experiments.md has what each of these costs).
+// count packs, the grid says where a tile lies without a division, a row without a prefix costs no
+// branch, parameters stand in the order of their use, and calls of the usual kind have kernels that
+// ask for nothing else (docs/experiments.md has what each of these costs).
 #include "families.h"
 #include "launch.h"
 #include "pack.cuh"

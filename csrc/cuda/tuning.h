@@ -19,7 +19,7 @@ struct Tuning {
 };
 
 inline constexpr Tuning kTunings[] = {
-    {.capability = 90,  // H100, 2026-11-26
+    {.capability = 90,  // H100, 2026-11-27
      .rows_packs = 192 * 1024,
      .rows_threads = 256,
      .tiles_threads = 256,
