@@ -28,7 +28,6 @@ struct GenericCall {
   int64_t row_packs;
   int32_t rows;
   bool few_rows;
-  bool keeps_suffix;  // the output is the suffix: a row without a prefix has its values already
 };
 
 template <class In, class Out>
@@ -36,7 +35,7 @@ struct RowInBlock {
   Weights<typename Accumulate<In>::type> weights;
   const In* prefix;
   const In* suffix;
-  Out* output;  // null: has its values already
+  Out* output;
 };
 
 // kElements > 1: the elements of a row lie side by side, in aligned packs of that many. Registers
@@ -49,7 +48,10 @@ __global__ void __launch_bounds__(kGenericThreads)
   __shared__ MergedLse<ScalarMath<Acc>, Acc> lses[kGenericMaxRows];  // each for its own thread
   const int64_t num_rows = call.geometry.num_rows();
   wait_for_previous();
-  const Scale scale = call.rule.output_scale ? Scale(*call.rule.output_scale) : Scale();
+  Scale scale;
+  if constexpr (kIsFp8<Out>) {
+    if (call.rule.output_scale != nullptr) scale = Scale(*call.rule.output_scale);
+  }
   const auto stride = [](const Rows& operand) {
     return kElements > 1 ? kElements : operand.element_stride;
   };
@@ -66,13 +68,11 @@ __global__ void __launch_bounds__(kGenericThreads)
     };
     if (weighs) {
       const int64_t token = token_of_mine(), head = mine - token * call.geometry.num_heads;
-      const bool keeps = call.keeps_suffix && token >= call.rule.num_tokens_with_context;
       lses[threadIdx.x] = weigh_row<Acc>(call.parts, call.rule, token, head);
-      rows[threadIdx.x] = {
-          .weights = lses[threadIdx.x].weights,
-          .prefix = row_of<In>(call.parts.prefix.output, token, head),
-          .suffix = row_of<In>(call.parts.suffix.output, token, head),
-          .output = keeps ? nullptr : row_of<Out>(call.merged.output, token, head)};
+      rows[threadIdx.x] = {.weights = lses[threadIdx.x].weights,
+                           .prefix = row_of<In>(call.parts.prefix.output, token, head),
+                           .suffix = row_of<In>(call.parts.suffix.output, token, head),
+                           .output = row_of<Out>(call.merged.output, token, head)};
     }
     __syncthreads();
 
@@ -89,7 +89,6 @@ __global__ void __launch_bounds__(kGenericThreads)
         column[k] = i - row[k] * call.row_packs;
         if (i >= packs) continue;
         const RowInBlock<In, Out>& from = rows[row[k]];
-        if (from.output == nullptr) continue;
         const auto load = [&](const In* data, const Rows& operand) {
           return Pack<In, kElements>::load(data + column[k] * stride(operand));
         };
@@ -100,7 +99,6 @@ __global__ void __launch_bounds__(kGenericThreads)
       for (int k = 0; k < kUnroll; ++k) {
         if (base + k * kGenericThreads >= packs) break;
         const RowInBlock<In, Out>& to = rows[row[k]];
-        if (to.output == nullptr) continue;
         merge_pack<In, Out, kElements>(to.weights, scale, prefix[k], suffix[k])
             .store(to.output + column[k] * stride(call.merged.output));
       }
@@ -129,8 +127,7 @@ void launch_generic(const MergeCall& call, const GenericShape& shape) {
       .heads = FastDivision(few_rows ? static_cast<uint32_t>(call.geometry.num_heads) : 1),
       .row_packs = row_packs,
       .rows = shape.rows,
-      .few_rows = few_rows,
-      .keeps_suffix = call.has_rows_to_keep()};
+      .few_rows = few_rows};
   const Grid grid{.blocks = std::min((num_rows - 1) / shape.rows + 1, kMaxGridX),
                   .threads = kGenericThreads};
   dispatch_dtypes(call.input_dtype, call.output_dtype, [&](auto in, auto out) {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import sys
 import timeit
@@ -30,7 +31,7 @@ from benchmarks.run import PROCESSES
 from benchmarks.timing import ROUNDS, TimedCalls, Timing, buffer_sets, time_cuda
 from merge_attn_states.integrations import vllm as plugin
 
-from .dispatcher import Merge, patched, unpatched
+from .dispatcher import OPS, Merge, patched, unpatched
 from .patterns import PATTERNS, TOKENS, Pattern
 from .records import best_of, rounded
 
@@ -58,6 +59,23 @@ def both() -> Iterator[Merges]:
         yield {"ours": patched(), "vllm": own}
     if fallbacks := plugin.status().fallbacks:
         raise SystemExit(f"benchmarks: calls went back to vLLM, none is timed: {fallbacks}")
+
+
+def check_own_way() -> None:
+    """Check that vLLM goes its own way on this GPU: one that lacks a file takes Triton for all.
+
+    Raises
+    ------
+    SystemExit
+        It takes the platform for another one, or its op is not registered.
+    """
+    platform = importlib.import_module("vllm.platforms").current_platform
+    importlib.import_module(OPS)
+    if not platform.is_cuda() or not hasattr(torch.ops._C, "merge_attn_states"):
+        raise SystemExit(
+            "benchmarks: this vLLM does not use its own op here: its platform is "
+            f"{type(platform).__name__}, and a file of its wheel may be missing"
+        )
 
 
 def statement(pattern: Pattern, operands: Operands) -> str:
@@ -155,6 +173,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="does everything run?")
     chosen = parser.parse_args(arguments)
     device: torch.device = chosen.device
+    if device.type == "cuda":
+        check_own_way()
     with both() as merges:
         if chosen.host_process:
             times = time_host_here(merges, device, chosen.quick)

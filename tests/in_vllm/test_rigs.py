@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_what_went_back_to_vllm_is_not_published_as_ours(vllm):
 
     with pytest.raises(SystemExit, match="calls went back to vLLM, none is timed"):
         measure()
+
+
+def test_a_vllm_that_takes_triton_for_everything_is_not_timed(vllm, monkeypatch):
+    """As it does on a GPU where a file that finds the platform is missing."""
+    vllm()
+
+    class UnspecifiedPlatform:
+        def is_cuda(self):
+            return False
+
+    platforms = SimpleNamespace(current_platform=UnspecifiedPlatform())
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    with pytest.raises(SystemExit, match=r"does not use its own op here.*UnspecifiedPlatform"):
+        gain.check_own_way()
 
 
 class Engine:
