@@ -35,8 +35,7 @@ def limits(case: Case, sets: int, device: torch.device) -> dict[str, list[Call]]
     """The plain kernels over as many bytes, to within a pack, the LSEs counted."""
     narrow = case.has_narrow_output
     packs = kernels.packs_moved(case.bytes(), narrow)
-    size = packs * kernels.PACK
-    buffers = [_buffers(bytes_, sets, device) for bytes_ in (size, size, size // (1 + narrow))]
+    buffers = [_buffers(kernels.PACK * packs // part, sets, device) for part in (1, 1, 1 + narrow)]
     has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
     return {
         f"plain, {name}": [

@@ -14,7 +14,7 @@ from typing import Any
 from merge_attn_states._library import OP_LIBRARY
 
 from . import options
-from .process import medians, passed_on, run_processes
+from .process import joined, passed_on, run_processes
 from .results import ratio
 from .tables import markdown, number, spread
 
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
                 one += run_processes("benchmarks.process", given, 1, first_on_path=path)
     header = ["us", *(text for path in chosen.libraries for text in (str(path), "over the limit"))]
     for group in options.groups(chosen):
-        each = [medians([answer["groups"][group] for answer in one]) for one in seen]
+        each = [joined([answer["groups"][group] for answer in one]) for one in seen]
         limit = "add" if group == "cpu" else "limit"
         rows = []
         for records in zip(*each, strict=True):

@@ -17,7 +17,6 @@ SOURCE_FILE = Path(__file__).with_name("kernels.cu")
 BUILT = SOURCE_FILE.parents[1] / "build" / "benchmarks"
 Tensors = Sequence[torch.Tensor]  # each dense
 
-
 Variant = tuple[int, int, bool]  # threads, packs a thread, launched dependent on the one before
 
 # The plain kernels, whose best is the limit, by name.

@@ -23,8 +23,7 @@ def svg(results: Results) -> str:
     shares = [ratio(record, name, "limit") or 0.0 for record in records for name in BARS]
     scale = (HEIGHT - TOP - BOTTOM) / max(2.0, *shares)
     title = f"What a merge adds between two other kernels, {results.gpu}: shorter is faster"
-    step = (WIDTH - LEFT - RIGHT) / len(records)
-    bottom = HEIGHT - BOTTOM
+    step, bottom = (WIDTH - LEFT - RIGHT) / len(records), HEIGHT - BOTTOM
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' {FONT}>",
         f"<title>{escape(title)}</title>",
@@ -36,8 +35,8 @@ def svg(results: Results) -> str:
         parts += _bars(record, LEFT + i * step, step, scale)
     for value in range(int(max(2.0, *shares)) + 1):
         parts.append(_text(LEFT - 6, bottom - value * scale + 4, f"{value}x", 12, "end"))
-    limit = f"{bottom - scale:.1f}"
-    parts.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{limit}' y2='{limit}' {DASHES}/>")
+    limit = f"y1='{bottom - scale:.1f}' y2='{bottom - scale:.1f}'"
+    parts.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' {limit} {DASHES}/>")
     parts.append(_text(WIDTH / 2, HEIGHT - 8, "tokens x heads, bfloat16, D = 128", 12, "middle"))
     return "\n".join([*parts, "</svg>\n"])
 

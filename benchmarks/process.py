@@ -1,7 +1,7 @@
 """One process of a run: measures groups and prints their records as JSON, its last line.
 
 Processes differ by more than rounds do (where memory lies, which rhythm launches fall into), so a
-run starts several and publishes their medians.
+run starts several: what each of them says is kept, and compared within it (results.py).
 """
 
 import argparse
@@ -41,21 +41,19 @@ def run_processes(
     return answers
 
 
-def medians(processes: Sequence[Sequence[Record]]) -> list[Record]:
-    """One record a case: of each provider's microseconds [median, least, most] over processes.
+def joined(processes: Sequence[Sequence[Record]]) -> list[Record]:
+    """One record a case: each provider's microseconds, one a process.
 
     Of the plain kernels only the best is kept, as "limit".
     """
     merged = []
     for records in zip(*processes, strict=True):
-        us: dict[str, list[float]] = {}
-        for name in records[0]["us"]:
-            values = [record["us"][name] for record in records if name in record["us"]]
-            us[name] = [round(f(values), 3) for f in (statistics.median, min, max)]
+        times = [record["us"] for record in records]
+        us = {name: [round(us[name], 3) for us in times if name in us] for name in times[0]}
         plain = {name: us.pop(name) for name in [*us] if name.startswith("plain, ")}
         made = dict(records[0])
         if plain:
-            best = min(plain, key=lambda name: plain[name][0])
+            best = min(plain, key=lambda name: statistics.median(plain[name]))
             us["limit"] = plain[best]
             made["limit"] = best.removeprefix("plain, ")
         refused = {name: why for record in records for name, why in record["refused"].items()}

@@ -22,8 +22,7 @@ PICTURE = Path("docs", "benchmarks.svg")
 
 def load(paths: Iterable[Path]) -> list[Results]:
     """Results files in the order of their names, those of a GPU first."""
-    machines = [Results.load(path) for path in sorted(paths)]
-    return sorted(machines, key=lambda results: results.environment["gpu"] is None)
+    return sorted(map(Results.load, sorted(paths)), key=lambda one: one.environment["gpu"] is None)
 
 
 def readme(machines: Sequence[Results]) -> str:
@@ -59,9 +58,8 @@ def _machine(results: Results) -> Iterator[str]:
         yield markdown(*group_table(results, "host"))
     for group in ("neighbours", "cold", "cpu"):
         if records := results.select(group):
-            table = markdown(*group_table(results, group))
-            summary = f"{group}, {len(records)} cases"
-            yield f"<details><summary>{summary}</summary>\n\n{table}\n\n</details>"
+            head = f"<details><summary>{group}, {len(records)} cases</summary>"
+            yield f"{head}\n\n{markdown(*group_table(results, group))}\n\n</details>"
 
 
 def origin(results: Results) -> str:
@@ -74,13 +72,12 @@ def origin(results: Results) -> str:
         for key, name in (("driver", "driver"), ("torch", "PyTorch"), ("vllm", "vLLM"))
         if environment[key]
     ]
-    cpu = environment.get("cpu") or _joined(run["cpu"] for run in runs)
-    machine = f"{environment['gpu'] or cpu}{at}"
+    machine = environment["gpu"] or environment.get("cpu") or _joined(run["cpu"] for run in runs)
     trees = ", ".join(f"{tree} {str(h)[:10]}" for tree, h in environment["trees"].items())
     changed = ", with changes that are not committed" if environment["dirty"] else ""
     commits = _joined(str(run["commit"])[:10] for run in runs)
     dates = _joined(sorted(run["date"] for run in runs))
-    return f"{machine}, {', '.join(others)}; {dates}, commit {commits} ({trees}){changed}"
+    return f"{machine}{at}, {', '.join(others)}; {dates}, commit {commits} ({trees}){changed}"
 
 
 def _joined(values: Iterable[str]) -> str:

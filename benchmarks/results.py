@@ -3,17 +3,20 @@
     {"schema": 1,
      "environment": {gpu, driver, cpu, torch, ..., trees: {csrc, include, python}, dirty},
      "runs": {group: {date, commit, clocks, processes, seconds, missing: {who: why}}},
-     "records": [{group, case, us: {provider: [median, least, most]}, refused: {who: why}, ...}]}
+     "records": [{group, case, us: {provider: [one a process]}, refused: {who: why}, ...}]}
 
 A record is a line: a case's fields (cases.py), its bytes by the contract, which kernel of ours ran,
-and the microseconds of everybody, over the processes; `limit` is the best plain kernel, and which
-one that is. Between neighbours they are microseconds added. The environment agrees for all groups.
+and everybody's microseconds (added, between neighbours) in each process; `limit` is the best plain
+kernel, and which one that is. Times are compared within a process, since clocks differ between
+them, and the median of that is taken. The environment agrees for all groups.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import operator
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +69,8 @@ class Results:
 
     def select(self, group: str, **fields: Any) -> list[Record]:
         """A group's records whose fields have these values."""
-        return [
-            record
-            for record in self.records
-            if record["group"] == group and all(record.get(k) == v for k, v in fields.items())
-        ]
+        wanted = {"group": group} | fields
+        return [record for record in self.records if wanted.items() <= record.items()]
 
     def contiguous(self, record: Record) -> Record | None:
         """The record of the same size with nothing special about it."""
@@ -78,13 +78,25 @@ class Results:
         return next(iter(self.select(record["group"], kind="contiguous", **same)), None)
 
 
+def times_of(record: Record | None, provider: str) -> list[float]:
+    """A provider's microseconds, one a process; none where it was not timed."""
+    return record["us"].get(provider, []) if record else []
+
+
 def time_of(record: Record | None, provider: str) -> float | None:
-    """A provider's median microseconds."""
-    us: list[float] | None = record["us"].get(provider) if record else None
-    return us[0] if us else None
+    """The median of a provider's microseconds."""
+    us = times_of(record, provider)
+    return statistics.median(us) if us else None
+
+
+def compared(
+    of: list[float], over: list[float], comparison: Callable[[float, float], float]
+) -> float | None:
+    """The median over the processes of what each of them says."""
+    said = list(map(comparison, of, over))
+    return statistics.median(said) if said else None
 
 
 def ratio(record: Record | None, of: str, over: str) -> float | None:
     """One provider's time over another's."""
-    time, base = time_of(record, of), time_of(record, over)
-    return time / base if time is not None and base else None
+    return compared(times_of(record, of), times_of(record, over), operator.truediv)

@@ -1,4 +1,4 @@
-"""The command that measures: starts the processes, takes their medians, writes the results file."""
+"""The command that measures: starts the processes, takes their joined, writes the results file."""
 
 import argparse
 import time
@@ -9,7 +9,7 @@ import torch
 import merge_attn_states
 
 from . import environment, kernels, options
-from .process import medians, passed_on, run_processes
+from .process import joined, passed_on, run_processes
 from .results import Results
 from .tables import group_table, markdown
 from .targets import targets_table
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         "missing": answers[0]["missing"],
     }
     for group in groups:
-        results.add(group, run, medians([answer["groups"][group] for answer in answers]))
+        results.add(group, run, joined([answer["groups"][group] for answer in answers]))
         print(f"\n{group}\n{markdown(*group_table(results, group))}")
     if chosen.output:
         results.save(chosen.output)
@@ -57,10 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
-    """The file to merge into, or new results; and the commit.
-
-    Refuses before anything is measured.
-    """
+    """Results to merge into, and the commit; refuses before anything is measured."""
     measured: dict[str, Any] = {"trees": {}, "commit": "", "dirty": True}
     if chosen.output:
         measured = environment.sources(chosen.commit)

@@ -1,9 +1,11 @@
 """Results as Markdown tables, for a terminal, README and docs."""
 
+import operator
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from .cases import PLAIN
-from .results import Record, Results, ratio, time_of
+from .results import Record, Results, compared, ratio, time_of, times_of
 
 Row = Sequence[str]
 Table = tuple[Row, Sequence[Row]]
@@ -45,7 +47,8 @@ def spread(record: Record, provider: str) -> str:
     """Median over the processes, and what they lie between; or why there is none."""
     if provider not in record["us"]:
         return str(record["refused"].get(provider, "-")).partition(":")[0]
-    median, least, most = map(microseconds, record["us"][provider])
+    us = record["us"][provider]
+    median, least, most = (microseconds(f(us)) for f in (statistics.median, min, max))
     return median if least == most else f"{median} ({least}-{most})"
 
 
@@ -79,8 +82,9 @@ def _row(results: Results, record: Record) -> Iterator[str]:
         return
     yield from (spread(record, "limit"), of_limit(record))
     yield from (spread(record, "vllm"), times(ratio(record, "vllm", "ours")))
-    base, ours = time_of(results.contiguous(record), "ours"), time_of(record, "ours")
-    yield times(ours / base) if ours and base and record["kind"] != PLAIN else "-"
+    contiguous = times_of(results.contiguous(record), "ours")
+    over = compared(times_of(record, "ours"), contiguous, operator.truediv)
+    yield times(over) if record["kind"] != PLAIN else "-"
     if group == "cold":
         yield record.get("limit", "-")
     else:

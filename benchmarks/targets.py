@@ -3,14 +3,16 @@
 A target is a list of figures, one a case: the time of `of` over that of `over`, or less that of
 `less`, where "contiguous" is our own time of the same size with nothing special about it. Its
 bound, `at_most` or `at_least`, is a number or one for each size. It is met where every case meets
-it; a case that `noise_us` less of our time would bring to its bound is "within noise".
+it; a case that `noise_us` less of our time would bring to its bound is "within noise". Figures are
+taken within each process (results.py).
 """
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
-from .results import Record, Results, time_of
+from .results import Record, Results, compared, times_of
 from .tables import AT_THE_LIMIT, Table, number
 
 Target = dict[str, Any]
@@ -63,11 +65,9 @@ def _figure(
 ) -> float | None:
     """The figure, as it would be if our time were so many microseconds less."""
     against = target.get("over") or target["less"]
-    time, base = time_of(record, provider), time_of(record, against)
+    times, bases = times_of(record, provider), times_of(record, against)
     if against == "contiguous":
-        base = time_of(results.contiguous(record), "ours")
-    if time is None or base is None:
-        return None
-    time -= noise_us if provider == "ours" else 0.0
-    base -= noise_us if against == "ours" else 0.0
-    return time / base if "over" in target else time - base
+        bases = times_of(results.contiguous(record), "ours")
+    times = [us - noise_us for us in times] if provider == "ours" else times
+    bases = [us - noise_us for us in bases] if against == "ours" else bases
+    return compared(times, bases, operator.truediv if "over" in target else operator.sub)

@@ -17,10 +17,7 @@ TimedCalls = Mapping[str, Callable[[int], float]]  # by provider: seconds that s
 
 ROUNDS = 9
 WARM_UP_ROUNDS = 2  # bring the clocks up
-GRAPH_US, GRAPH_CALLS = (
-    1000.0,
-    12,
-)  # at least: a replay's own cost and the events' resolution vanish
+GRAPH_US, GRAPH_CALLS = 1000.0, 12  # at least: a replay's cost and the events' resolution vanish
 LEAD_CALLS = 4
 AHEAD_CYCLES = 100_000  # 50 us in which the GPU sleeps and the host gets ahead of it
 

@@ -11,9 +11,9 @@ import merge_attn_states
 from benchmarks import check, cold, compare, environment, neighbours, run, timing, vllm
 from benchmarks.cases import GROUPS, Case, is_compared_with_pytorch
 from benchmarks.operands import Operands, make_operands
-from benchmarks.process import medians
+from benchmarks.process import joined
 from benchmarks.providers import EAGER, OURS, VLLM, Provider, prepare
-from benchmarks.results import Results
+from benchmarks.results import Results, ratio, time_of
 from merge_attn_states._library import OP_LIBRARY
 from merge_attn_states.reference import merge_attn_states_reference
 
@@ -214,12 +214,14 @@ def test_everyone_is_first_in_turn():
     assert {tuple(sorted(names)) for names in turns} == {("a", "b", "c")}
 
 
-def test_medians_of_processes():
+def test_a_record_has_the_times_of_every_process():
     times = [{"ours": 5.0, "plain, a": 3.0, "plain, b": 2.0},
-             {"ours": 4.0, "plain, a": 1.0, "plain, b": 2.5},
-             {"ours": 4.5, "plain, a": 3.5, "plain, b": 2.0}]  # fmt: skip
-    (record,) = medians([[{"case": "x", "us": us, "refused": {}}] for us in times])
-    assert record["us"] == {"ours": [4.5, 4, 5], "limit": [2, 2, 2.5]}
+             {"ours": 4.0, "plain, a": 1.0, "plain, b": 1.5},
+             {"ours": 4.5, "plain, a": 3.5, "plain, b": 2.5}]  # fmt: skip
+    (record,) = joined([[{"case": "x", "us": us, "refused": {}}] for us in times])
+    assert record["us"] == {"ours": [5, 4, 4.5], "limit": [2, 1.5, 2.5]}
+    assert time_of(record, "ours") == 4.5
+    assert ratio(record, "ours", "limit") == 2.5  # of 2.5, 2.67 and 1.8; of the medians it is 2.25
     assert record["limit"] == "b"
 
 
