@@ -23,7 +23,8 @@ from .operands import make_operands
 from .results import Record
 from .timing import Call, TimedCalls, Timing, time_host
 
-SWEPT_BYTES, LINE = 16 * 2**20, 64
+SWEPT_BYTES = 16 * 2**20
+LINE = 64
 TIGHT_CALLS, SWEPT_CALLS = 1000, 20  # a round
 POSITIONAL = "output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse"
 KEYWORDS = ", ".join(f"{name}={name}" for name in POSITIONAL.split(", "))

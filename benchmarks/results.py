@@ -97,6 +97,6 @@ def compared(
     return statistics.median(said) if said else None
 
 
-def ratio(record: Record | None, of: str, over: str) -> float | None:
-    """One provider's time over another's."""
-    return compared(times_of(record, of), times_of(record, over), operator.truediv)
+def ratio(record: Record | None, of: str, over: str, base: Record | None = None) -> float | None:
+    """One provider's time over another's, which may be of another record of the same run."""
+    return compared(times_of(record, of), times_of(base or record, over), operator.truediv)

@@ -1,11 +1,10 @@
 """Results as Markdown tables, for a terminal, README and docs."""
 
-import operator
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from .cases import PLAIN
-from .results import Record, Results, compared, ratio, time_of, times_of
+from .results import Record, Results, ratio, time_of
 
 Row = Sequence[str]
 Table = tuple[Row, Sequence[Row]]
@@ -82,9 +81,8 @@ def _row(results: Results, record: Record) -> Iterator[str]:
         return
     yield from (spread(record, "limit"), of_limit(record))
     yield from (spread(record, "vllm"), times(ratio(record, "vllm", "ours")))
-    contiguous = times_of(results.contiguous(record), "ours")
-    over = compared(times_of(record, "ours"), contiguous, operator.truediv)
-    yield times(over) if record["kind"] != PLAIN else "-"
+    base = None if record["kind"] == PLAIN else results.contiguous(record)
+    yield times(ratio(record, "ours", "ours", base)) if base else "-"
     if group == "cold":
         yield record.get("limit", "-")
     else:
