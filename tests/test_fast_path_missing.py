@@ -44,7 +44,7 @@ ASKED = [
     "torch._C._len_torch_dispatch_stack",
     "torch._C._len_torch_function_stack",
     "torch._C._is_tracing",
-    "torch._C._functorch.maybe_current_level",
+    "torch._C._are_functorch_transforms_active",
     "torch.is_inference_mode_enabled",
     "torch.is_grad_enabled",
     "torch.autograd.forward_ad._current_level",

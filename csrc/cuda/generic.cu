@@ -134,7 +134,8 @@ void launch_generic(const MergeCall& call, const GenericShape& shape) {
     using In = typename decltype(in)::type;
     using Out = typename decltype(out)::type;
     constexpr int kWide = kGenericPackBytes / sizeof(In);
-    launch(shape.pack_elements == 1 ? merge_generic<In, Out, 1> : merge_generic<In, Out, kWide>,
+    launch(shape.pack_elements == 1 ? kernel<merge_generic<In, Out, 1>>()
+                                    : kernel<merge_generic<In, Out, kWide>>(),
            grid, call, parameters);
   });
 }

@@ -1,6 +1,4 @@
 // The CUDA side's entry: device guard, choice of the kernel, launch.
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -8,84 +6,40 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <type_traits>
 
 #include "../kernels.h"
+#include "driver.h"
 #include "families.h"
 #include "launch.h"
 
 namespace merge_attn_states::cuda {
 namespace {
 
-// Functions of the driver, if it is loaded.
-struct Driver {
-  int (*get_state)(int device, unsigned* flags, int* active) = nullptr;
-  int (*retain)(void** context, int device) = nullptr;
-  int (*release)(int device) = nullptr;
-  int (*push)(void* context) = nullptr;
-  int (*pop)(void** context) = nullptr;
-
-  Driver() {
-    void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-    if (library == nullptr) return;
-    const auto find = [&](auto& function, const char* name) {
-      function =
-          reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-    };
-    find(get_state, "cuDevicePrimaryCtxGetState");
-    find(retain, "cuDevicePrimaryCtxRetain");
-    find(release, "cuDevicePrimaryCtxRelease_v2");
-    find(push, "cuCtxPushCurrent_v2");
-    find(pop, "cuCtxPopCurrent_v2");
-  }
-
-  bool is_complete() const { return get_state && retain && release && push && pop; }
-};
-
 // The call's device is current while it is launched, the caller's afterwards. Where the caller's
 // has no context, cudaSetDevice would create one on the way back, hundreds of megabytes on a GPU
 // that nobody uses: there the call's context lies on top of the thread's stack meanwhile.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) : device_(device) {
+  explicit DeviceGuard(int device) : device_(device), previous_(device) {
+    if (driver().current_device() == device) return;
     check(cudaGetDevice(&previous_), device);
-    if (previous_ == device_) return;
-    pushed_ = driver().is_complete() && !has_context(previous_) && push();
-    if (!pushed_) check(cudaSetDevice(device_), device_);
+    if (previous_ == device) return;
+    pushed_ = !driver().has_context(previous_) && driver().push_context(device);
+    if (!pushed_) check(cudaSetDevice(device), device);
   }
   ~DeviceGuard() {
-    if (previous_ == device_) return;
-    if (!pushed_) {
+    if (pushed_) {
+      driver().pop_context(device_);
+    } else if (previous_ != device_) {
       cudaSetDevice(previous_);
-      return;
     }
-    void* context = nullptr;
-    driver().pop(&context);
-    driver().release(device_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  static const Driver& driver() {
-    static const Driver found;
-    return found;
-  }
-  static bool has_context(int device) {
-    unsigned flags = 0;
-    int active = 1;
-    return driver().get_state(device, &flags, &active) != 0 || active != 0;
-  }
-  bool push() {
-    void* context = nullptr;
-    if (driver().retain(&context, device_) != 0) return false;
-    if (driver().push(context) == 0) return true;
-    driver().release(device_);
-    return false;
-  }
-
   int device_;
-  int previous_ = 0;
+  int previous_;
   bool pushed_ = false;
 };
 
@@ -160,6 +114,28 @@ void check(cudaError_t status, int device) {
         "); update the driver or reinstall from source with an older toolkit");
   }
   throw CudaError("cuda:" + std::to_string(device) + ": " + what);
+}
+
+void launch(const void* function, cudaKernel_t handle, const Grid& grid, const MergeCall& call,
+            const void* parameters) {
+  const dim3 blocks(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
+  const dim3 threads(static_cast<unsigned>(grid.threads));
+  void* arguments[] = {const_cast<void*>(parameters)};
+  // What the driver refuses did not run.
+  if (handle != nullptr && !call.dependent_launch &&
+      driver().launch(handle, blocks, threads, arguments, call.stream)) {
+    return;
+  }
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(call.stream);
+  config.attrs = &dependent;
+  config.numAttrs = call.dependent_launch ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, function, arguments), call.device_index);
 }
 
 Selection choose(const MergeCall& call) {

@@ -17,19 +17,34 @@ struct Grid {
 // Throws CudaError or Unavailable with a sentence that says what to do.
 void check(cudaError_t status, int device);
 
+// A kernel and the driver's handle of it, which is good on every device; none where the runtime has
+// no code for this one.
 template <class Parameters>
-void launch(void (*kernel)(Parameters), const Grid& grid, const MergeCall& call,
+struct Kernel {
+  explicit Kernel(void (*kernel)(Parameters)) : function(reinterpret_cast<const void*>(kernel)) {
+    if (cudaGetKernel(&handle, function) != cudaSuccess) {
+      handle = nullptr;
+      cudaGetLastError();
+    }
+  }
+  const void* function;
+  cudaKernel_t handle;
+};
+
+// Its handle is asked for once. A device is current.
+template <auto kFunction>
+const auto& kernel() {
+  static const Kernel found(kFunction);
+  return found;
+}
+
+void launch(const void* function, cudaKernel_t handle, const Grid& grid, const MergeCall& call,
+            const void* parameters);
+
+template <class Parameters>
+void launch(const Kernel<Parameters>& kernel, const Grid& grid, const MergeCall& call,
             const Parameters& parameters) {
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
-  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-  config.stream = static_cast<cudaStream_t>(call.stream);
-  config.attrs = &dependent;
-  config.numAttrs = call.dependent_launch ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, parameters), call.device_index);
+  launch(kernel.function, kernel.handle, grid, call, &parameters);
 }
 
 #ifdef __CUDACC__

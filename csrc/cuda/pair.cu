@@ -290,8 +290,9 @@ void launch_kind(const MergeCall& call, const PairShape& shape) {
     constexpr bool kIsVectorized = !kIsFp8<In> && !std::is_same_v<In, double>;
     constexpr bool kMayBe = kKind != Kind::kKeepsSuffix || std::is_same_v<In, Out>;
     if constexpr (kIsVectorized && kMayBe) {
-      launch(shape.weighs_by_tile ? merge_tiles<In, Out, kKind> : merge_rows<In, Out, kKind>, grid,
-             call, pair_call<kKind>(call, shape));
+      launch(shape.weighs_by_tile ? kernel<merge_tiles<In, Out, kKind>>()
+                                  : kernel<merge_rows<In, Out, kKind>>(),
+             grid, call, pair_call<kKind>(call, shape));
     } else {
       throw std::logic_error("merge_attn_states: not a vectorized dtype");
     }

@@ -7,10 +7,10 @@ namespace merge_attn_states {
 std::string ThreadQuestions::find() {
   // In the order of Question.
   constexpr std::array<std::array<const char*, 2>, kNumQuestions> kNames = {{
-      {"torch._C", "_len_torch_dispatch_stack"},       // FakeTensorMode, make_fx, FlopCounterMode
-      {"torch._C", "_len_torch_function_stack"},       // make_fx before dispatch, torch.device(...)
-      {"torch._C", "_is_tracing"},                     // torch.jit.trace, which no mode shows
-      {"torch._C._functorch", "maybe_current_level"},  // vmap, grad, jvp, functionalize
+      {"torch._C", "_len_torch_dispatch_stack"},  // FakeTensorMode, make_fx, FlopCounterMode
+      {"torch._C", "_len_torch_function_stack"},  // make_fx before dispatch, torch.device(...)
+      {"torch._C", "_is_tracing"},                // torch.jit.trace, which no mode shows
+      {"torch._C", "_are_functorch_transforms_active"},  // vmap, grad, jvp, functionalize
       {"torch", "is_inference_mode_enabled"},
       {"torch", "is_grad_enabled"},
   }};
