@@ -61,8 +61,8 @@ def both() -> Iterator[Merges]:
         raise SystemExit(f"benchmarks: calls went back to vLLM, none is timed: {fallbacks}")
 
 
-def check_own_way() -> None:
-    """Check that vLLM goes its own way on this GPU: one that lacks a file takes Triton for all.
+def check_own_way(device: torch.device) -> None:
+    """Check that vLLM goes its own way on this device: one that lacks a file takes Triton for all.
 
     Raises
     ------
@@ -71,10 +71,12 @@ def check_own_way() -> None:
     """
     platform = importlib.import_module("vllm.platforms").current_platform
     importlib.import_module(OPS)
-    if not platform.is_cuda() or not hasattr(torch.ops._C, "merge_attn_states"):
+    on_gpu = platform.is_cuda() and hasattr(torch.ops._C, "merge_attn_states")
+    if not (on_gpu if device.type == "cuda" else platform.is_cpu()):
         raise SystemExit(
-            "benchmarks: this vLLM does not use its own op here: its platform is "
-            f"{type(platform).__name__}, and a file of its wheel may be missing"
+            f"benchmarks: this vLLM does not go its own way on {device.type}: its platform is "
+            f"{type(platform).__name__}; a file of its wheel may be missing, and on a CPU "
+            "VLLM_TARGET_DEVICE=cpu is needed"
         )
 
 
@@ -173,8 +175,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="does everything run?")
     chosen = parser.parse_args(arguments)
     device: torch.device = chosen.device
-    if device.type == "cuda":
-        check_own_way()
+    check_own_way(device)
     with both() as merges:
         if chosen.host_process:
             times = time_host_here(merges, device, chosen.quick)

@@ -48,6 +48,14 @@ def by_position(*args):
 def by_keyword(**kwargs):
     return merge_attn_states(**kwargs)
 """
+PLATFORMS = """
+class CpuPlatform:
+    def is_cuda(self):
+        return False
+    def is_cpu(self):
+        return True
+current_platform = CpuPlatform()
+"""
 
 
 def parameters(count: int) -> str:
@@ -67,6 +75,7 @@ def write(folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "
     root = folder / "vllm"
     root.joinpath("__init__.py").write_text(f"__version__ = {VERSION!r}\n")
     root.joinpath("_custom_ops.py").write_text(CUSTOM_OPS.format(**made))
+    root.joinpath("platforms.py").write_text(PLATFORMS)
     if signature:
         parts = [part for part in signature.split(", ") if part != "*"]
         names = ", ".join(part.partition("=")[0] for part in parts)

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,18 +88,21 @@ def test_what_went_back_to_vllm_is_not_published_as_ours(vllm):
         measure()
 
 
-def test_a_vllm_that_takes_triton_for_everything_is_not_timed(vllm, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_vllm_that_takes_triton_for_everything_is_not_timed(device, vllm, monkeypatch):
     """As it does on a GPU where a file that finds the platform is missing."""
-    vllm()
 
     class UnspecifiedPlatform:
         def is_cuda(self):
             return False
 
-    platforms = SimpleNamespace(current_platform=UnspecifiedPlatform())
-    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
-    with pytest.raises(SystemExit, match=r"does not use its own op here.*UnspecifiedPlatform"):
-        gain.check_own_way()
+        def is_cpu(self):
+            return False
+
+    monkeypatch.setattr(vllm().platforms, "current_platform", UnspecifiedPlatform())
+    refused = rf"does not go its own way on {device}.*UnspecifiedPlatform"
+    with pytest.raises(SystemExit, match=refused):
+        gain.check_own_way(torch.device(device))
 
 
 class Engine:
