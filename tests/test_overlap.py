@@ -18,6 +18,8 @@ from support import (
     assert_bits,
     blank,
     check,
+    cloned,
+    compare,
     make_call,
     place,
     refusal_of,
@@ -120,6 +122,43 @@ def test_a_provable_overlap_is_refused(case, device, entry):
     name = "output_lse" if "output_lse" in operands else "output"
     with pytest.raises(refusal_of(entry), match=rf"^{name}: "):
         entry(*call)
+    assert torch.equal(buffer, before)
+
+
+# What an output overlaps, in some cases of each kind.
+OVERLAPPED = {
+    "one token later": "an input",
+    "an lse inside the output": "an input",
+    "output_lse inside the output": "an output",
+    "an expanded output": "itself",
+    "an output of overlapping rows": "itself",
+}
+
+
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad mode", "no_grad"])
+@pytest.mark.parametrize("case", OVERLAPPED)
+def test_a_provable_overlap_through_every_way(case, grad_mode, way):
+    """aot_eager gives the operator copies of what it writes: an input is no longer overlapped, and
+    is read as it was. Only the Python function in grad mode shows it the operands themselves.
+    """
+    buffer = shared(12, 4, 64)
+    operands = OVERLAPS[case](buffer)
+    call = make_call((6, 4, 64), F32, empty=False)._replace(**operands)
+    before, inputs = buffer.clone(), cloned(call)
+
+    def step(*args):
+        way.merge(*args)
+
+    copies = way.backend == "aot_eager" and not (grad_mode and way.merge is merge)
+    with torch.set_grad_enabled(grad_mode):
+        if copies and OVERLAPPED[case] == "an input":
+            way.run(step)(*call)
+            compare(inputs, call.output, call.output_lse)
+            return
+        name = "output_lse" if "output_lse" in operands else "output"
+        refusal = rf"\b{name}: expected (no memory in common with|memory of its own for each)"
+        with pytest.raises((ValueError, RuntimeError), match=refusal):
+            way.run(step)(*call)
     assert torch.equal(buffer, before)
 
 

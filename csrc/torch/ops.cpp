@@ -4,12 +4,14 @@
 // Only PyTorch's stable ABI is used, so that one build serves every release from 2.11 on, and no
 // symbol of libtorch_cuda is named, so that a CPU-only PyTorch loads the library too.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 #include "stable_tensor.h"
@@ -59,6 +61,14 @@ class Call {
     args.prefill_tokens_with_context = count_.value_or(0);
     args.has_prefill_tokens_with_context = count_.has_value();
     return args;
+  }
+
+  std::vector<Tensor> written() const {
+    std::vector<Tensor> tensors;
+    for (int i = 0; i < kNumOperands; ++i) {
+      if (kOperands[i].written && operand(i) != nullptr) tensors.push_back(*tensors_[i]);
+    }
+    return tensors;
   }
 
  private:
@@ -126,6 +136,18 @@ void check(StableIValue* stack, uint64_t, uint64_t) {
   stack[1] = from(std::string(message.text));
 }
 
+// Compiled code in grad mode merges into these and copies; what is wrong with the operands that it
+// copies to would not be seen behind them.
+void fresh_outputs(StableIValue* stack, uint64_t, uint64_t) {
+  const Call call(stack);
+  merge_attn_states_selection selection;
+  Message message;
+  expect_ok(select(call, selection, message), message);
+  std::vector<Tensor> fresh;
+  for (const Tensor& tensor : call.written()) fresh.push_back(torch::stable::empty_like(tensor));
+  stack[0] = from(fresh);
+}
+
 std::string build_info() { return merge_attn_states_build_info(); }
 
 // One entry an op, the same for every device: the border is where devices part.
@@ -133,6 +155,7 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("merge_attn_states", &merge);
   library.impl("selected_kernel", &selected_kernel);
   library.impl("check", &check);
+  library.impl("fresh_outputs", &fresh_outputs);
 }
 
 }  // namespace
@@ -143,6 +166,7 @@ STABLE_TORCH_LIBRARY(merge_attn_states, m) {
   m.def(("merge_attn_states" + schema_arguments(true) + " -> ()").c_str());
   m.def(("selected_kernel" + schema_arguments(false) + " -> (str, str)").c_str());
   m.def(("check" + schema_arguments(false) + " -> (int, str)").c_str());
+  m.def(("fresh_outputs" + schema_arguments(false) + " -> Tensor[]").c_str());
   m.def("build_info() -> str");
 }
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 
-from . import _kernels
+from . import _operator
 from ._library import fast_path
 
 __all__ = ["SelectedKernel", "merge_attn_states", "selected_kernel"]
 
 _op = torch.ops.merge_attn_states
-_OPERANDS = _kernels.operands(_op.merge_attn_states.default)
-_WRITTEN = _kernels.written(_op.merge_attn_states.default)
+_OPERANDS = _operator.operands(_op.merge_attn_states.default)
+_WRITTEN = _operator.written(_op.merge_attn_states.default)
 _COUNT = "prefill_tokens_with_context"
 _fast, _ = fast_path()  # None where there is none
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
@@ -124,7 +124,7 @@ def merge_attn_states(
     if torch.compiler.is_compiling():
         _merge_compiled(args)
     else:
-        _kernels.call(_op.merge_attn_states.default, args, _op.check.default)
+        _operator.call(_op.merge_attn_states.default, args, _op.check.default)
 
 
 def selected_kernel(
@@ -159,12 +159,12 @@ prefill_tokens_with_context, output_scale
     """
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     args = _checked((*operands, output_scale), prefill_tokens_with_context)
-    return SelectedKernel(*_kernels.call(_op.selected_kernel.default, args, _op.check.default))
+    return SelectedKernel(*_operator.call(_op.selected_kernel.default, args, _op.check.default))
 
 
 def _checked(
     operands: tuple[torch.Tensor | None, ...], count: SupportsIndex | None
-) -> _kernels.Args:
+) -> _operator.Args:
     """Refuse what is no tensor or no count, and return the operator's arguments."""
     for (name, optional), operand in zip(_OPERANDS.items(), operands, strict=True):
         if not isinstance(operand, torch.Tensor) and not (operand is None and optional):
@@ -195,37 +195,39 @@ def _checked_count(
     return count
 
 
-def _merge_compiled(args: _kernels.Args) -> None:
+def _merge_compiled(args: _operator.Args) -> None:
     """Merge inside a graph.
 
     In grad mode, into fresh tensors: what autograd saves of a graph may be the memory that Inductor
     lets the operator write, and after the next merge into it backward would be an error.
     """
     op = _op.merge_attn_states.default
-    written = [(i, args[i]) for i in _WRITTEN if args[i] is not None]
+    written = [i for i in _WRITTEN if args[i] is not None]
     # One that requires grad is for the operator to refuse.
-    if not torch.is_grad_enabled() or any(tensor.requires_grad for _, tensor in written):
+    if not torch.is_grad_enabled() or any(args[i].requires_grad for i in written):
         op(*args)
         return
-    fresh = list(args)
-    for i, tensor in written:
-        fresh[i] = torch.empty_like(tensor)
-    op(*fresh)
-    for i, tensor in written:
-        tensor.copy_(fresh[i])
+    merged = list(args)
+    for i, fresh in zip(written, _op.fresh_outputs.default(*args), strict=True):
+        merged[i] = fresh
+    op(*merged)
+    for i in written:
+        args[i].copy_(merged[i])
 
 
-_kernels.register(_op.merge_attn_states.default)
+_operator.register(_op.merge_attn_states.default)
+_operator.register(_op.fresh_outputs.default)
 
 
 @torch.library.register_fake("merge_attn_states::merge_attn_states")  # type: ignore[untyped-decorator]
 def _fake(*args: Any) -> None:
-    """Refuse in a trace what can be seen without memory: ranks and devices.
+    """Refuse in a trace what can be seen without memory: ranks, devices, expanded outputs.
 
     Without it, a CPU output with a meta prefix returns silently and does nothing.
     """
     output = args[0]
-    for name, operand in _kernels.named_tensors(_op.merge_attn_states.default, args):
+    op = _op.merge_attn_states.default
+    for name, operand in _operator.named_tensors(op, args):
         rank = 2 if name.endswith("lse") else 3
         if name != "output_scale" and operand.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions, got {operand.dim()}")
@@ -234,3 +236,17 @@ def _fake(*args: Any) -> None:
                 f"{name}: expected device {output.device}, the device of output, "
                 f"got {operand.device}"
             )
+    for i in _operator.given(_WRITTEN, args):
+        layout = list(zip(args[i].shape, args[i].stride(), strict=True))
+        # PyTorch, which copies what a graph writes, would name no argument.
+        if any(isinstance(size, int) and size > 1 and stride == 0 for size, stride in layout):
+            raise ValueError(
+                f"{op._schema.arguments[i].name}: expected memory of its own for each element, got "
+                f"sizes with strides {layout} that overlap themselves"
+            )
+
+
+@torch.library.register_fake("merge_attn_states::fresh_outputs")  # type: ignore[untyped-decorator]
+def _fake_fresh_outputs(*args: Any) -> list[torch.Tensor]:
+    _fake(*args)
+    return [torch.empty_like(args[i]) for i in _operator.given(_WRITTEN, args)]

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ._errors import UnavailableError
 
-__all__ = ["Args", "Op", "call", "named_tensors", "operands", "register", "written"]
+__all__ = ["Args", "Op", "call", "given", "named_tensors", "operands", "register", "written"]
 
 Args = tuple[Any, ...]  # an operator's, in its order
 Op = torch._ops.OpOverload[..., Any]
@@ -68,12 +68,12 @@ def _refusal(check: Op, args: Args) -> Exception | None:
 
 
 def register(op: Op) -> None:
-    """Let autograd and the negative bit see what `op` writes."""
+    """Let autograd and the negative bit see what `op` reads and writes."""
     for key, kernel in (("Autograd", _autograd(op)), ("Negative", _negative(op))):
         _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-def _autograd(op: Op) -> Callable[..., None]:
+def _autograd(op: Op) -> Callable[..., Any]:
     """Make the kernel that refuses a derivative and tells autograd of the write.
 
     In inference mode PyTorch does not call it.
@@ -81,12 +81,13 @@ def _autograd(op: Op) -> Callable[..., None]:
     names = [argument.name for argument in op._schema.arguments]
     positions = written(op)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         _refuse_derivatives(names, args)
-        op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         # Under no_grad too: what was saved for backward before is overwritten all the same. Unlike
         # torch.autograd.graph.increment_version it passes inference tensors by.
-        torch._C._increment_version([args[i] for i in _given(positions, args)])
+        torch._C._increment_version([args[i] for i in given(positions, args)])
+        return result
 
     return kernel
 
@@ -110,23 +111,24 @@ def _refuse_derivatives(names: list[str], args: Args) -> None:
             )
 
 
-def _negative(op: Op) -> Callable[..., None]:
+def _negative(op: Op) -> Callable[..., Any]:
     """Make the kernel that reads an input with its sign and refuses an output that has one."""
     positions = written(op)
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.Negative)
 
-    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> None:
-        for i in _given(positions, args):
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for i in given(positions, args):
             if args[i].is_neg():
                 raise ValueError(
                     f"{op._schema.arguments[i].name}: expected a tensor that can be written in "
                     "place, got one with the negative bit; call resolve_neg() first"
                 )
         resolved = (x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in args)
-        op.redispatch(keyset & below, *resolved)
+        return op.redispatch(keyset & below, *resolved)
 
     return kernel
 
 
-def _given(positions: list[int], args: Args) -> list[int]:
+def given(positions: list[int], args: Args) -> list[int]:
+    """Return those of the positions at which something was given."""
     return [i for i in positions if i < len(args) and args[i] is not None]
