@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from support import OLDER_THAN_2_14
+import torch
+from support import F32, OLDER_THAN_2_14, make_call
 
+from merge_attn_states import ops
 from merge_attn_states._library import load_python_module
 
 WITHOUT = """
@@ -39,14 +41,18 @@ def test_without_it_every_call_goes_through_torch_ops(missing, child_environment
         assert "no: MERGE_ATTN_STATES_FAST_PATH=0;" in said
 
 
-# What it asks of PyTorch. Before 2.14 a tensor is described by DLPack.
-ASKED = [
+# What it asks of PyTorch: functions about the thread, and others. Before 2.14 a tensor is described
+# by DLPack.
+ASKED_OF_THE_THREAD = [
     "torch._C._len_torch_dispatch_stack",
     "torch._C._len_torch_function_stack",
     "torch._C._is_tracing",
     "torch._C._are_functorch_transforms_active",
     "torch.is_inference_mode_enabled",
     "torch.is_grad_enabled",
+]
+ASKED = [
+    *ASKED_OF_THE_THREAD,
     "torch.autograd.forward_ad._current_level",
     "torch.is_neg",
     "torch._C._increment_version",
@@ -71,6 +77,38 @@ def test_a_pytorch_without_a_function_is_named(name, child_environment):
     assert said == (
         f"eager fast path       no: this PyTorch has no {name}; calls go through torch.ops\n"
     )
+
+
+FAILING = """
+import torch
+def fails(*args):
+    raise RuntimeError("no answer")
+kept = {name}
+{name} = fails
+import merge_attn_states._library
+merge_attn_states._library.load_python_module()
+{name} = kept
+from support import F32, make_call
+from merge_attn_states import ops
+call = make_call((5, 3, 64), F32)
+call.output.requires_grad_({name!r} == "torch.is_grad_enabled")
+print(ops._fast(*call))
+"""
+
+
+@pytest.mark.parametrize("name", ASKED_OF_THE_THREAD)
+def test_a_question_that_fails_hides_nothing(name, child_environment):
+    if load_python_module()[0] is None:
+        pytest.skip("_C is not built for this CPython")
+    assert python(FAILING.format(name=name), child_environment) == "False\n"
+
+
+@pytest.mark.parametrize("level", [None, "x", -1.0, 2**80, 0])
+def test_a_level_of_dual_numbers_that_is_no_number_hides_nothing(level, taken, monkeypatch):
+    call = make_call((5, 3, 64), F32)
+    assert ops._fast(*call)
+    monkeypatch.setattr(torch.autograd.forward_ad, "_current_level", level)
+    assert not ops._fast(*call)
 
 
 def test_a_newer_pytorch_has_it_too(child_environment):

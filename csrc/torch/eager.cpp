@@ -2,7 +2,6 @@
 // to the op library's C entry. Decides nothing but which way a call takes.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -35,42 +34,7 @@ void find() {
   if (!lacks.empty()) why_not = "this PyTorch has no " + lacks;
 }
 
-using Arguments = std::array<PyObject*, kNumArguments>;  // in the schema's order
-
-constexpr int kFirstOptional = kOutputLse;
-static_assert(kOperands[kFirstOptional].optional && !kOperands[kFirstOptional - 1].optional);
-
-Arguments argument_names() {
-  Arguments names;
-  names[kCountPosition] = PyUnicode_InternFromString(kCountName);
-  for (int i = 0; i < kNumOperands; ++i) {
-    names[position(i)] = PyUnicode_InternFromString(kOperands[i].name);
-  }
-  return names;
-}
-
-// False for what the signature does not take.
-bool bind(PyObject* const* given, Py_ssize_t positional, PyObject* keywords, Arguments& bound) {
-  if (positional > kNumArguments) return false;
-  bound.fill(nullptr);
-  std::copy(given, given + positional, bound.begin());
-  const Py_ssize_t named = keywords != nullptr ? PyTuple_GET_SIZE(keywords) : 0;
-  if (named > 0) {
-    static const Arguments names = argument_names();
-    for (Py_ssize_t k = 0; k < named; ++k) {
-      // Names in a program's text are interned: equal ones are one object.
-      const auto at = std::find(names.begin(), names.end(), PyTuple_GET_ITEM(keywords, k));
-      if (at == names.end()) return false;
-      PyObject*& argument = bound[at - names.begin()];
-      if (argument != nullptr) return false;
-      argument = given[positional + k];
-    }
-  }
-  for (int i = kFirstOptional; i < kNumArguments; ++i) {
-    if (bound[i] == nullptr) bound[i] = Py_None;
-  }
-  return std::find(bound.begin(), bound.end(), nullptr) == bound.end();
-}
+using Arguments = PyObject* const*;  // in the schema's order
 
 bool bind_count(PyObject* count, merge_attn_states_args& args) {
   if (count == Py_None) return true;
@@ -83,10 +47,10 @@ bool bind_count(PyObject* count, merge_attn_states_args& args) {
 
 // The arguments as the C entry has them; false where torch.ops has to answer.
 bool fill(merge_attn_states_args& args, std::array<TensorView, kNumOperands>& views,
-          const Arguments& bound, ThreadState state) {
+          Arguments arguments, ThreadState state) {
   const auto describe = [&](auto i) {
     constexpr const OperandSpec& spec = kOperands[i];
-    PyObject* const object = bound[position(i)];
+    PyObject* const object = arguments[position(i)];
     if (spec.optional && object == Py_None) return true;
     args.*spec.place = &views[i];
     return python_tensors.describe(object, spec.written, state == ThreadState::kGrad, views[i]);
@@ -94,7 +58,7 @@ bool fill(merge_attn_states_args& args, std::array<TensorView, kNumOperands>& vi
   // Outputs first: see stable_tensor.h.
   return all_operands([&](auto i) { return !kOperands[i].written || describe(i); }) &&
          all_operands([&](auto i) { return kOperands[i].written || describe(i); }) &&
-         bind_count(bound[kCountPosition], args);
+         bind_count(arguments[kCountPosition], args);
 }
 
 // False where this PyTorch has no CUDA streams; torch.ops says so.
@@ -107,26 +71,25 @@ bool find_stream(merge_attn_states_args& args) {
   }
 }
 
-bool raise_versions(const Arguments& bound, const merge_attn_states_args& args) {
+bool raise_versions(Arguments arguments, const merge_attn_states_args& args) {
   std::array<PyObject*, kNumOperands> written;
   Py_ssize_t count = 0;
   for (int i = 0; i < kNumOperands; ++i) {
     const bool given = args.*kOperands[i].place != nullptr;
-    if (kOperands[i].written && given) written[count++] = bound[position(i)];
+    if (kOperands[i].written && given) written[count++] = arguments[position(i)];
   }
   return python_tensors.raise_versions(written.data(), count);
 }
 
-// True where it merged; False where it stepped aside and nothing happened; or the op's error.
-PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t positional,
-                                 PyObject* keywords) {
-  Arguments bound;
-  if (!why_not.empty() || !bind(given, positional, keywords, bound)) Py_RETURN_FALSE;
+// Takes every argument of the schema. True where it merged; False where it stepped aside and
+// nothing happened; or the op's error.
+PyObject* merge_attn_states_fast(PyObject*, Arguments arguments, Py_ssize_t count) {
+  if (!why_not.empty() || count != kNumArguments) Py_RETURN_FALSE;
   const ThreadState state = thread_questions.ask();
   if (state == ThreadState::kWatched) Py_RETURN_FALSE;
   std::array<TensorView, kNumOperands> views;
   merge_attn_states_args args{.struct_size = sizeof(args)};
-  if (!fill(args, views, bound, state) || !find_stream(args)) Py_RETURN_FALSE;
+  if (!fill(args, views, arguments, state) || !find_stream(args)) Py_RETURN_FALSE;
 
   char message[1024];
   merge_attn_states_status status;
@@ -137,7 +100,7 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
   Py_END_ALLOW_THREADS;
   if (status == MERGE_ATTN_STATES_OK) {
     // Under no_grad too: what was saved for backward before is overwritten all the same.
-    if (state != ThreadState::kInference && !raise_versions(bound, args)) return nullptr;
+    if (state != ThreadState::kInference && !raise_versions(arguments, args)) return nullptr;
     Py_RETURN_TRUE;
   }
   if (status == MERGE_ATTN_STATES_UNAVAILABLE) Py_RETURN_FALSE;  // nothing was written
@@ -151,7 +114,7 @@ PyObject* merge_attn_states_fast(PyObject*, PyObject* const* given, Py_ssize_t p
 PyMethodDef fast_calls[] = {
     {"merge_attn_states",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(merge_attn_states_fast)),
-     METH_FASTCALL | METH_KEYWORDS,
+     METH_FASTCALL,
      "Merge if these are plain tensors in a plain state of PyTorch, and return whether it did."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -49,34 +49,37 @@ PyObject* ThreadQuestions::Function::call() const {
   return PyObject_CallNoArgs(object);
 }
 
-bool ThreadQuestions::is_quiet(Question question) const {
+ThreadQuestions::Answer ThreadQuestions::answer(Question question) const {
   PyObject* const answer = functions_[question].call();
   if (answer == Py_False || answer == Py_None) {
     Py_DECREF(answer);
-    return true;
+    return kNo;
   }
   const int truth = answer != nullptr ? PyObject_IsTrue(answer) : -1;
   Py_XDECREF(answer);
   if (truth < 0) PyErr_Clear();
-  return truth == 0;
+  return truth < 0 ? kFailed : truth == 0 ? kNo : kYes;
 }
 
-bool ThreadQuestions::has_dual_level() const {
+ThreadQuestions::Answer ThreadQuestions::has_dual_level() const {
   PyObject* const level = PyObject_GetAttr(forward_ad_, level_name_);
-  const long number = level != nullptr ? PyLong_AsLong(level) : 0;  // -1: none
+  const long number = level != nullptr ? PyLong_AsLong(level) : -1;  // -1: none, or an error
   Py_XDECREF(level);
-  if (PyErr_Occurred() != nullptr) PyErr_Clear();
-  return number != -1;
+  if (PyErr_Occurred() == nullptr) return number == -1 ? kNo : kYes;
+  PyErr_Clear();
+  return kFailed;
 }
 
+// A question that fails may hide anything: the dispatcher then gets the call.
 ThreadState ThreadQuestions::ask() const {
   for (const Question question : {kDispatchModes, kFunctionModes, kTracing, kTransforms}) {
-    if (!is_quiet(question)) return ThreadState::kWatched;
+    if (answer(question) != kNo) return ThreadState::kWatched;
   }
+  const Answer inference = answer(kInferenceMode);
   // Nothing records a gradient or a tangent there, whatever else is switched on.
-  if (!is_quiet(kInferenceMode)) return ThreadState::kInference;
-  if (has_dual_level()) return ThreadState::kWatched;
-  return is_quiet(kGradMode) ? ThreadState::kNoGrad : ThreadState::kGrad;
+  if (inference == kYes) return ThreadState::kInference;
+  if (inference == kFailed || has_dual_level() != kNo) return ThreadState::kWatched;
+  return answer(kGradMode) == kNo ? ThreadState::kNoGrad : ThreadState::kGrad;
 }
 
 }  // namespace merge_attn_states

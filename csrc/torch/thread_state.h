@@ -52,11 +52,15 @@ class ThreadQuestions {
     PyObject* call() const;
   };
 
-  static Function function(PyObject* object);
+  enum Answer {
+    kNo,  // false, 0 or None, as it is where nothing is going on
+    kYes,
+    kFailed,
+  };
 
-  // Whether the answer is false, 0 or None, as it is where nothing is going on; an error is not.
-  bool is_quiet(Question question) const;
-  bool has_dual_level() const;
+  static Function function(PyObject* object);
+  Answer answer(Question question) const;
+  Answer has_dual_level() const;
 
   std::array<Function, kNumQuestions> functions_{};
   PyObject* forward_ad_ = nullptr;  // the module, which keeps its level as a global
