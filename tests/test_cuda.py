@@ -158,6 +158,18 @@ print(json.dumps(states))
 """
 
 
+def in_a_process_of_its_own(code, environment, *arguments) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
 @pytest.mark.parametrize("way", ENTRIES)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_a_thread_whose_device_has_no_context_keeps_it_so(head_size, way, cuda, child_environment):
@@ -166,19 +178,66 @@ def test_a_thread_whose_device_has_no_context_keeps_it_so(head_size, way, cuda, 
     """
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    ran = subprocess.run(
-        [sys.executable, "-c", ON_DEVICE_1, way, str(head_size)],
-        env=child_environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    before, after = json.loads(ran.stdout.splitlines()[-1])
+    said = in_a_process_of_its_own(ON_DEVICE_1, child_environment, way, head_size)
+    before, after = json.loads(said.splitlines()[-1])
     if before["context"]:
         pytest.skip("PyTorch itself made a context on the device that is not used")
     assert before == {"current": 0, "of the runtime": 0, "context": False}
     assert after == before
+
+
+OWN_CONTEXT = """
+import ctypes, sys
+import torch
+from conftest import ENTRIES
+from support import BF16, cloned, compare, make_call
+
+call = make_call((17, 3, int(sys.argv[2])), BF16, "cuda:1")
+inputs = cloned(call)
+torch.zeros(1, device="cuda:0")
+torch.cuda.synchronize(1)
+driver = ctypes.CDLL("libcuda.so.1")
+own, current = ctypes.c_void_p(), ctypes.c_void_p()
+assert driver.cuCtxCreate_v2(ctypes.byref(own), 0, 0) == 0  # on device 0, and current
+ENTRIES[sys.argv[1]](*call)
+assert driver.cuCtxGetCurrent(ctypes.byref(current)) == 0
+assert current.value == own.value
+assert driver.cuCtxPopCurrent_v2(ctypes.byref(own)) == 0
+torch.cuda.synchronize(1)
+compare(inputs, call.output, call.output_lse)
+"""
+
+
+@pytest.mark.parametrize("way", ENTRIES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_a_context_that_the_caller_made_stays_current(head_size, way, cuda, child_environment):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    in_a_process_of_its_own(OWN_CONTEXT, child_environment, way, head_size)
+
+
+FIRST_IN_A_CAPTURE = """
+import sys
+import torch
+from conftest import ENTRIES
+from support import BF16, cloned, compare, make_call
+
+call = make_call((17, 3, int(sys.argv[2])), BF16, "cuda")
+inputs = cloned(call)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    ENTRIES[sys.argv[1]](*call)
+graph.replay()
+torch.cuda.synchronize()
+compare(inputs, call.output, call.output_lse)
+"""
+
+
+@pytest.mark.parametrize("way", ENTRIES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_the_first_call_of_a_process_may_be_captured(head_size, way, cuda, child_environment):
+    """Where the kernels are not loaded yet, and the device was never asked what it is."""
+    in_a_process_of_its_own(FIRST_IN_A_CAPTURE, child_environment, way, head_size)
 
 
 @pytest.mark.parametrize("tokens", [65_535, 65_536, 200_000])  # a grid's y and z limit, and past it

@@ -5,14 +5,13 @@
 namespace merge_attn_states::cuda {
 
 Driver::Driver() {
-  void* const library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  void* const library = dlopen("libcuda.so.1", RTLD_LAZY);
   if (library == nullptr) return;
   const auto find = [&]<class Function>(Function& function, const char* name) {
     function = reinterpret_cast<Function>(dlsym(library, name));
   };
   find(get_device_, "cuCtxGetDevice");
   find(launch_, "cuLaunchKernel");
-  find(get_state_, "cuDevicePrimaryCtxGetState");
   find(retain_, "cuDevicePrimaryCtxRetain");
   find(release_, "cuDevicePrimaryCtxRelease_v2");
   find(push_, "cuCtxPushCurrent_v2");
@@ -29,13 +28,6 @@ bool Driver::launch(CUkernel kernel, dim3 grid, dim3 block, void** parameters, v
   return launch_ != nullptr &&
          launch_(reinterpret_cast<CUfunction>(kernel), grid.x, grid.y, grid.z, block.x, block.y,
                  block.z, 0, static_cast<CUstream>(stream), parameters, nullptr) == CUDA_SUCCESS;
-}
-
-bool Driver::has_context(int device) const {
-  unsigned flags = 0;
-  int active = 1;
-  return get_state_ == nullptr || get_state_(device, &flags, &active) != CUDA_SUCCESS ||
-         active != 0;
 }
 
 bool Driver::push_context(int device) const {

@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "../core/state.h"
+#include "../core/host_device.h"
 
 namespace merge_attn_states::cuda {
 

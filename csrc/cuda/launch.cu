@@ -15,16 +15,17 @@
 namespace merge_attn_states::cuda {
 namespace {
 
-// The call's device is current while it is launched, the caller's afterwards. Where the caller's
-// has no context, cudaSetDevice would create one on the way back, hundreds of megabytes on a GPU
-// that nobody uses: there the call's context lies on top of the thread's stack meanwhile.
+// The call's device is current while it is launched, the caller's afterwards: its context lies on
+// top of the thread's stack meanwhile. On the way back cudaSetDevice would create a context where
+// the caller's device has none, hundreds of megabytes on a GPU that nobody uses, and would replace
+// one that the caller has made.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device), previous_(device) {
     if (driver().current_device() == device) return;
     check(cudaGetDevice(&previous_), device);
     if (previous_ == device) return;
-    pushed_ = !driver().has_context(previous_) && driver().push_context(device);
+    pushed_ = driver().push_context(device);
     if (!pushed_) check(cudaSetDevice(device), device);
   }
   ~DeviceGuard() {
@@ -90,7 +91,6 @@ bool wants_dependent_launch(const MergeCall& call) {
 
 void check(cudaError_t status, int device) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // a refused launch must not be found by the caller's next check
   const std::string what =
       std::string(cudaGetErrorName(status)) + ", " + cudaGetErrorString(status);
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {

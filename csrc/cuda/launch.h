@@ -17,21 +17,18 @@ struct Grid {
 // Throws CudaError or Unavailable with a sentence that says what to do.
 void check(cudaError_t status, int device);
 
-// A kernel and the driver's handle of it, which is good on every device; none where the runtime has
-// no code for this one.
+// A kernel and the driver's handle of it, which is good on every device. Without one, where the
+// runtime had none to give, the runtime launches.
 template <class Parameters>
 struct Kernel {
   explicit Kernel(void (*kernel)(Parameters)) : function(reinterpret_cast<const void*>(kernel)) {
-    if (cudaGetKernel(&handle, function) != cudaSuccess) {
-      handle = nullptr;
-      cudaGetLastError();
-    }
+    if (cudaGetKernel(&handle, function) != cudaSuccess) handle = nullptr;
   }
   const void* function;
-  cudaKernel_t handle;
+  cudaKernel_t handle = nullptr;
 };
 
-// Its handle is asked for once. A device is current.
+// Asks for the handle once.
 template <auto kFunction>
 const auto& kernel() {
   static const Kernel found(kFunction);

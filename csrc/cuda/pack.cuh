@@ -1,5 +1,6 @@
-// Pack<T>: sixteen bytes of T to floats and back, and single elements for the generic kernel. All
-// conversions round to nearest even; FP8 saturates to its largest finite value and keeps NaN.
+// Pack<T, n>: n elements side by side, to floats and back: 16 bytes of the inputs in pair.cu, eight
+// bytes or one element in generic.cu. All conversions round to nearest even; FP8 saturates to its
+// largest finite value and keeps NaN.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -102,7 +103,7 @@ template <>
 struct Element<Float8E5M2> : Float8Element<Float8E5M2, __NV_E5M2> {};
 
 // Global memory, said outright: the compiler would split the store of a vector into words, and
-// cannot tell where an address from shared memory, or one that compute_now has touched, points to.
+// cannot tell where an address that comes from shared memory points to.
 __device__ inline void store_global(uint4* to, uint4 w) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w.x), "r"(w.y), "r"(w.z),
                "r"(w.w)

@@ -5,10 +5,10 @@
 //                a row, merge the LSEs: for calls that are over before a barrier pays.
 //   merge_tiles  one thread a row weighs, through shared memory: fewer reads and exponentials.
 //
-// Both take tiles of rows along the axis in which LSEs are contiguous. In place is safe: a row
-// belongs to one block, a barrier stands between the reads of an LSE and its replacement, and a
-// pack is read and written by one thread. Nothing is __restrict__ or read through the non-coherent
-// path.
+// Both take tiles of rows along the axis in which LSEs are contiguous, or along heads where there
+// are too few tokens (shapes.cpp). In place is safe: a row belongs to one block, a barrier stands
+// between the reads of an LSE and its replacement, and a pack is read and written by one thread.
+// Nothing is __restrict__ or read through the non-coherent path.
 //
 // What a thread does before its first load is the lead of a small call. So strides have 32 bits and
 // count packs, the grid says where a tile lies without a division, a row without a prefix costs no

@@ -90,8 +90,8 @@ std::optional<PairShape> pair_shape(const MergeCall& call, int capability) {
   shape.lse_threads = merges_lses_apart ? whole_warps(shape.rows) : 0;
   shape.inner_tiles = tiles(inner, shape.rows);
   shape.outer_tiles = shape.tokens_inside ? num_heads : num_tokens;
-  // In the order of memory; but rows that are kept leave blocks so little to do that they belong
-  // between the others and not behind them.
+  // In the order of memory. But blocks of rows that are kept are done at once: among the others
+  // they cost nothing, and behind them they would leave the GPU half empty.
   const bool wants_inner_first =
       shape.tokens_inside == tokens_are_closer || call.has_rows_to_keep();
   const bool has_room = shape.inner_tiles <= kMaxGridY;

@@ -1,5 +1,5 @@
-// Every number that was chosen by measurement, by device, and nothing else. They are chosen between
-// ordinary kernels: `python -m benchmarks compare`; docs/experiments.md has what the others gave.
+// The GPU's numbers that were chosen by measurement, and nothing else: between ordinary kernels, by
+// `python -m benchmarks compare`; docs/experiments.md has what others gave.
 #pragma once
 
 #include <algorithm>
@@ -34,10 +34,9 @@ inline constexpr Tuning kTunings[] = {
 };
 
 inline const Tuning& tuning_of(int capability) {
-  for (const Tuning& tuning : kTunings) {
-    if (tuning.capability == capability || tuning.capability == 0) return tuning;
-  }
-  return kTunings[0];
+  return *std::ranges::find_if(kTunings, [=](const Tuning& tuning) {
+    return tuning.capability == capability || tuning.capability == 0;
+  });
 }
 
 // A block of 1,024 threads leaves a multiprocessor half empty while it ends.
@@ -48,7 +47,8 @@ static_assert(std::ranges::all_of(kTunings, [](const Tuning& tuning) {
   return 2 * tuning.rows_threads <= kMaxRowsThreads;  // rows of one pack
 }));
 
-// Tokens lie inside a tile where they fill so many tiles: fewer reach into too many rows of memory.
+// Tiles lie along tokens where these fill so many of them, else along heads: the rows of a few
+// tokens lie too far apart in memory.
 inline constexpr int kFewestTokenTiles = 2;
 
 // The generic kernel: threads of a block, packs of a thread whose loads are under way together,
