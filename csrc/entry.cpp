@@ -1,6 +1,8 @@
 // The C entry: every call, from Python, from torch.ops or from C, passes here in three steps.
 #include <merge_attn_states_commit.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -26,10 +28,12 @@ merge_attn_states_status guarded(char* message, size_t message_size, F&& entry) 
     return fail(MERGE_ATTN_STATES_INVALID_ARGUMENT, error.what());
   } catch (const CudaError& error) {
     return fail(MERGE_ATTN_STATES_CUDA_ERROR, error.what());
-  } catch (const std::exception& error) {
+  } catch (const Unavailable& error) {
     return fail(MERGE_ATTN_STATES_UNAVAILABLE, error.what());
+  } catch (const std::exception& error) {
+    return fail(MERGE_ATTN_STATES_INTERNAL_ERROR, error.what());
   } catch (...) {
-    return fail(MERGE_ATTN_STATES_UNAVAILABLE, "merge_attn_states: unknown error");
+    return fail(MERGE_ATTN_STATES_INTERNAL_ERROR, "merge_attn_states: unknown error");
   }
 }
 
@@ -57,11 +61,13 @@ void run(const MergeCall& call) {
   return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(call) : cuda::run(call);
 }
 
-// What a newer caller's struct holds beyond this library's is 0.
+// A caller's struct ends where its header ended, behind the variant or later; what it holds beyond
+// this library's is 0.
 void fill(merge_attn_states_selection* to, Selection chosen) {
-  chosen.struct_size = checked_struct_size(to, "selection", sizeof(chosen));
+  constexpr size_t kSmallest = offsetof(Selection, variant) + sizeof(Selection::variant);
+  chosen.struct_size = checked_struct_size(to, "selection", kSmallest);
   std::memset(static_cast<void*>(to), 0, chosen.struct_size);
-  *to = chosen;
+  std::memcpy(static_cast<void*>(to), &chosen, std::min(chosen.struct_size, sizeof(chosen)));
 }
 
 }  // namespace

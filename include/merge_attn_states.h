@@ -79,6 +79,7 @@ typedef enum merge_attn_states_status {
   MERGE_ATTN_STATES_INVALID_ARGUMENT = 1,  // the message names the argument; nothing was written
   MERGE_ATTN_STATES_UNAVAILABLE = 2,       // this build or machine lacks what the call needs
   MERGE_ATTN_STATES_CUDA_ERROR = 3,        // the CUDA runtime refused the launch
+  MERGE_ATTN_STATES_INTERNAL_ERROR = 4,    // no memory, or a bug of this library
 } merge_attn_states_status;
 
 // Filled by merge_attn_states_select, which reads struct_size alone; what a newer caller's struct

@@ -12,7 +12,7 @@ struct Geometry {
   int64_t head_size;   // D
 
   constexpr bool has_rows() const { return num_tokens > 0 && num_heads > 0; }
-  // Where something is to be written: without elements the sizes may be anything.
+  // May overflow where has_rows() is false: nothing then bounds the other size.
   constexpr int64_t num_rows() const { return num_tokens * num_heads; }
 };
 

@@ -33,14 +33,13 @@ struct Pair {
   State suffix;
 };
 
-// token and head are 64 bits wide or 32: the product of a 32-bit index and a stride is cheaper.
-template <class T, class Index>
-MERGE_ATTN_STATES_HOST_DEVICE T* row_of(const Rows& rows, Index token, Index head) {
+template <class T>
+MERGE_ATTN_STATES_HOST_DEVICE T* row_of(const Rows& rows, int64_t token, int64_t head) {
   return static_cast<T*>(rows.data) + (token * rows.token_stride + head * rows.head_stride);
 }
 
-template <class Acc, class Index>
-MERGE_ATTN_STATES_HOST_DEVICE Acc* lse_of(const Lses& lses, Index token, Index head) {
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE Acc* lse_of(const Lses& lses, int64_t token, int64_t head) {
   return static_cast<Acc*>(lses.data) + (token * lses.token_stride + head * lses.head_stride);
 }
 

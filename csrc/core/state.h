@@ -54,8 +54,7 @@ struct ScalarMath {
 #endif
     return larger + std::log1p(e);
   }
-  // Of a number in [1, 2]. A GPU's IEEE division has a slow path that costs registers; its
-  // approximation is within an ulp.
+  // A GPU's IEEE division has a slow path that costs registers; its approximation is within an ulp.
   static MERGE_ATTN_STATES_HOST_DEVICE Acc reciprocal(Acc x) {
 #ifdef __CUDA_ARCH__
     if constexpr (sizeof(Acc) == sizeof(float)) {
