@@ -94,26 +94,18 @@ def views(draw, most_elements=3000):
 
 @given(a=views(), b=views())
 def test_an_overlap_is_claimed_where_there_is_one(a, b, footprints):
-    """Never a false refusal; and what is missed is missed because the search was ended."""
+    """By the search, and run by run where it was ended, soon or at once."""
     common = bool(np.intersect1d(a.touched(), b.touched()).size)
-    assert footprints.views_overlap(a, b, UNLIMITED) == common
-    if footprints.views_overlap(a, b, footprints.search_budget()):
-        assert common
+    for budget in (UNLIMITED, footprints.search_budget(), 0):
+        assert footprints.views_overlap(a, b, budget) == common
 
 
 @given(a=views())
 def test_an_overlap_with_itself_is_claimed_where_there_is_one(a, footprints):
     touched = a.touched()
     common = len(np.unique(touched)) < len(touched)
-    assert footprints.view_overlaps_itself(a, UNLIMITED) == common
-    if footprints.view_overlaps_itself(a, footprints.search_budget()):
-        assert common
-
-
-@given(a=views(most_elements=32), b=views(most_elements=32))
-def test_few_elements_are_always_decided(a, b, footprints):
-    common = bool(np.intersect1d(a.touched(), b.touched()).size)
-    assert footprints.views_overlap(a, b, footprints.search_budget()) == common
+    for budget in (UNLIMITED, footprints.search_budget(), 0):
+        assert footprints.view_overlaps_itself(a, budget) == common
 
 
 SIZES = (5, 15, 38)
@@ -121,8 +113,9 @@ STRIDES = ((1189, 1352, 1054), (2531, 877, 1934))
 
 
 def test_a_search_that_takes_too_long_is_ended(footprints):
-    """What README's limits say: an overlap of such strides may not be seen."""
-    a, b = View(0, SIZES, STRIDES[0], 4), View(68, SIZES, STRIDES[1], 4)
+    """What README's limits say: an overlap of such strides, over many elements, may not be seen."""
+    sizes = (17, 31, 37)
+    a, b = View(0, sizes, (4100, 7662, 3516), 4), View(58916, sizes, (5089, 3965, 7058), 4)
     assert np.intersect1d(a.touched(), b.touched()).size
     assert footprints.views_overlap(a, b, UNLIMITED)
     assert not footprints.views_overlap(a, b, footprints.search_budget())

@@ -1,6 +1,7 @@
 #include "footprint.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace merge_attn_states {
 namespace {
@@ -34,6 +35,46 @@ bool reaches(const Term* terms, int count, Wide low, Wide high, int& budget) {
     if (reaches(terms + 1, count - 1, low - here, high - here, budget)) return true;
   }
   return false;
+}
+
+bool has_few_runs(const Footprint& a) {
+  int64_t runs = 1;
+  for (int i = 0; i < a.rank; ++i) {
+    if (a.counts[i] > kFewRuns / runs) return false;
+    runs *= a.counts[i];
+  }
+  return true;
+}
+
+// Where its runs begin, in bytes behind the first of all, ascending.
+std::vector<Wide> run_starts(const Footprint& a) {
+  std::vector<Wide> starts = {0};
+  for (int i = 0; i < a.rank; ++i) {
+    const size_t before = starts.size();
+    for (int64_t k = 1; k < a.counts[i]; ++k) {
+      for (size_t j = 0; j < before; ++j) starts.push_back(starts[j] + Wide(k) * a.strides[i]);
+    }
+  }
+  std::sort(starts.begin(), starts.end());
+  return starts;
+}
+
+// One by one, where the search was ended.
+bool runs_meet(const Footprint& a, const Footprint& b, Wide distance) {
+  const std::vector<Wide> starts = run_starts(a);
+  const std::vector<Wide> others = run_starts(b);
+  return std::any_of(others.begin(), others.end(), [&](Wide start) {
+    const Wide here = distance + start;
+    const auto next = std::upper_bound(starts.begin(), starts.end(), here - a.run);
+    return next != starts.end() && *next < here + b.run;
+  });
+}
+
+bool runs_meet(const Footprint& a) {
+  const std::vector<Wide> starts = run_starts(a);
+  return std::adjacent_find(starts.begin(), starts.end(), [&](Wide one, Wide next) {
+           return next < one + a.run;
+         }) != starts.end();
 }
 
 }  // namespace
@@ -122,7 +163,8 @@ bool overlaps(const Footprint& a, const Footprint& b, int budget) {
     j += take_b;
   }
   const Wide distance = Wide(b.begin) - Wide(a.begin);
-  return reaches(terms, count, distance - a.run + 1, distance + b.run - 1, budget);
+  if (reaches(terms, count, distance - a.run + 1, distance + b.run - 1, budget)) return true;
+  return budget <= 0 && has_few_runs(a) && has_few_runs(b) && runs_meet(a, b, distance);
 }
 
 bool overlaps_itself(const Footprint& a, int budget) {
@@ -136,7 +178,7 @@ bool overlaps_itself(const Footprint& a, int budget) {
     if (reaches(terms + i, a.rank - i, 1 - a.run, a.run - 1, budget)) return true;
     terms[i].low = 1 - a.counts[i];
   }
-  return false;
+  return budget <= 0 && has_few_runs(a) && runs_meet(a);
 }
 
 }  // namespace merge_attn_states

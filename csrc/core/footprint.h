@@ -76,8 +76,10 @@ Footprint footprint(const Extent& extent, const int64_t* sizes, const int64_t* s
                     int64_t element_bytes);
 
 // Steps of a search: views of a real buffer need a handful, contrived strides may need millions.
-// What takes more counts as disjoint.
+// Behind it, operands of no more runs than this are compared run by run; larger ones count as
+// disjoint.
 inline constexpr int kSearchBudget = 4096;
+inline constexpr int64_t kFewRuns = 16384;
 
 // True where a common byte is proven.
 bool overlaps(const Footprint& a, const Footprint& b, int budget = kSearchBudget);
