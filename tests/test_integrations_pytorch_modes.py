@@ -115,6 +115,36 @@ def test_errors_in_a_graph_have_the_same_sentence():
         torch.compile(attention_with_lse, fullgraph=True)(query, key[..., :3], value)
 
 
+NO_DERIVATIVE = "expected a tensor {}, since PyTorch's kernels give no derivative of the lse"
+NO_GRAD = NO_DERIVATIVE.format("that does not require grad")
+NO_TANGENT = NO_DERIVATIVE.format("without a forward-mode tangent")
+
+
+def squares(function):
+    return lambda *args: function(*args)[0].square().sum()
+
+
+DERIVATIVES = {
+    "grad": (lambda f, x: torch.func.grad(squares(f))(x), NO_GRAD),
+    "vjp": (lambda f, x: torch.func.vjp(f, x), NO_GRAD),
+    "jacrev": (lambda f, x: torch.func.jacrev(squares(f))(x), NO_GRAD),
+    "jvp": (lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)), NO_TANGENT),
+    "jacfwd": (lambda f, x: torch.func.jacfwd(squares(f))(x), NO_TANGENT),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_a_derivative_is_refused_and_not_zero(name):
+    query, key, value = operands((2, 4, 2, 5, 7, 16, 16), F32, "cpu")
+    derivative, refusal = DERIVATIVES[name]
+    for function in (
+        lambda x: attention_with_lse(x, key, value),
+        lambda x: OPERATOR(x, key, value, None, False, None),
+    ):
+        with pytest.raises(ValueError, match=f"^query: {refusal}"):
+            derivative(function, query)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_operator_refuses_grad(compiled):
     query, key, value = operands((2, 4, 2, 5, 7, 16, 16), F32, "cpu")
@@ -125,7 +155,7 @@ def test_the_operator_refuses_grad(compiled):
 
     run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
     error = RuntimeError if compiled else ValueError
-    with pytest.raises(error, match="value: requires grad, but PyTorch's"):
+    with pytest.raises(error, match=f"value: {NO_GRAD}"):
         run()
     with torch.no_grad():
         assert not run()[0].requires_grad

@@ -67,13 +67,16 @@ def _refusal(check: Op, args: Args) -> Exception | None:
     return {1: ValueError(sentence), 2: UnavailableError(sentence)}.get(status)
 
 
-def register(op: Op) -> None:
-    """Let autograd and the negative bit see what `op` reads and writes."""
-    for key, kernel in (("Autograd", _autograd(op)), ("Negative", _negative(op))):
+def register(op: Op, because: str = "the merge writes in place and has no gradient") -> None:
+    """Let autograd and the negative bit see what `op` reads and writes.
+
+    Of what has or wants a derivative it says that there is none, `because` of something.
+    """
+    for key, kernel in (("Autograd", _autograd(op, because)), ("Negative", _negative(op))):
         _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-def _autograd(op: Op) -> Callable[..., Any]:
+def _autograd(op: Op, because: str) -> Callable[..., Any]:
     """Make the kernel that refuses a derivative and tells autograd of the write.
 
     In inference mode PyTorch does not call it.
@@ -82,7 +85,7 @@ def _autograd(op: Op) -> Callable[..., Any]:
     positions = written(op)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        _refuse_derivatives(names, args)
+        _refuse_derivatives(names, args, because)
         result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         # Under no_grad too: what was saved for backward before is overwritten all the same. Unlike
         # torch.autograd.graph.increment_version it passes inference tensors by.
@@ -92,7 +95,7 @@ def _autograd(op: Op) -> Callable[..., Any]:
     return kernel
 
 
-def _refuse_derivatives(names: list[str], args: Args) -> None:
+def _refuse_derivatives(names: list[str], args: Args, because: str) -> None:
     grad_mode, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not grad_mode and not dual:
         return
@@ -101,13 +104,13 @@ def _refuse_derivatives(names: list[str], args: Args) -> None:
             continue
         if grad_mode and operand.requires_grad:
             raise ValueError(
-                f"{name}: expected a tensor that does not require grad, since the merge writes in "
-                "place and has no gradient; call it under torch.no_grad() or on detached tensors"
+                f"{name}: expected a tensor that does not require grad, since {because}; call it "
+                "under torch.no_grad() or on detached tensors"
             )
         if dual and forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
             raise ValueError(
-                f"{name}: expected a tensor without a forward-mode tangent, since the merge writes "
-                "in place and has no gradient; call it on unpack_dual(...).primal"
+                f"{name}: expected a tensor without a forward-mode tangent, since {because}; call "
+                "it on unpack_dual(...).primal"
             )
 
 

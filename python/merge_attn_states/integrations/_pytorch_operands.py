@@ -40,11 +40,6 @@ def validate(
             raise ValueError(f"{name}: expected dtype {one_of}, got {operand.dtype}")
         if operand.device != query.device:
             raise ValueError(f"{name}: expected device {query.device}, got {operand.device}")
-        if torch.is_grad_enabled() and operand.requires_grad:
-            raise ValueError(
-                f"{name}: requires grad, but PyTorch's kernels give no gradient of the lse; call "
-                "under torch.no_grad() or detach it"
-            )
     batch, num_heads, num_queries, head_size = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
     if head_size == 0:
@@ -79,5 +74,3 @@ def validate(
         raise ValueError(f"attn_mask: expected dtype {expected}, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask: expected device {query.device}, got {attn_mask.device}")
-    if torch.is_grad_enabled() and attn_mask.requires_grad:
-        raise ValueError("attn_mask: requires grad, which is not supported; detach it")

@@ -24,7 +24,9 @@ What `aten::_scaled_dot_product_flash_attention_for_cpu` (CPU) and
 | CUDA knows float16 and bfloat16 from compute capability 8  | the others: matmul                |
 | causal: CPU aligns top-left, CUDA bottom-right             | bottom-right                      |
 | autocast lowers the matmuls of what stands around them     | not lowered: operands as given    |
-| the LSE has no gradient, and PyTorch does not say so       | refused where grad is required    |
+| CPU, causal, a scale of 0 or less: NaN; CUDA takes the     | by a mask; matmul                 |
+|   smallest score for the largest                           |                                   |
+| the LSE has no derivative, and PyTorch does not say so     | what has or wants one is refused  |
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Literal
 
 import torch
 
+from .. import _operator
 from . import _pytorch_kernels as kernels
 from ._pytorch_operands import check_tensors, validate
 
@@ -82,7 +85,7 @@ def attention_with_lse(
         sees no key.
     lse : torch.Tensor
         [batch, num_heads, num_queries], natural log, float32 (float64 for float64). -inf where a
-        query sees no key, NaN where a score is NaN or infinite. Never +inf.
+        query sees no key, or scores of -inf alone; NaN where a score is NaN or +inf. Never +inf.
 
     See Also
     --------
@@ -106,7 +109,8 @@ def attention_with_lse(
     TypeError
         An operand is not a tensor.
     ValueError
-        A shape, dtype, device or scale does not fit, or an operand requires grad under grad mode.
+        A shape, dtype, device or scale does not fit, or an operand requires grad under grad mode or
+        has a tangent of forward mode.
 
     Examples
     --------
@@ -146,11 +150,12 @@ def attention_kernel(
     str
         "cpu_flash" and "cuda_flash" are PyTorch's flash kernels, "matmul" is matmul and
         logsumexp in float32 (float64 for float64), where no kernel fits: on CUDA a mask, float32,
-        float64, heads wider than 256; everything on other devices. "none": no queries or no keys.
+        float64, heads wider than 256, a scale of 0 or less; everything on other devices. "none":
+        no queries or no keys.
     """
     check_tensors(query, key, value, attn_mask)
     validate(query, key, value, attn_mask, scale)
-    return _choose(query, key, value, attn_mask)
+    return _choose(query, key, value, attn_mask, scale)
 
 
 def token_layout(output: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +197,7 @@ def _run(
 ) -> kernels.State:
     """The operator on real tensors."""
     validate(query, key, value, attn_mask, scale)
-    kernel = _choose(query, key, value, attn_mask)
+    kernel = _choose(query, key, value, attn_mask, scale)
     if kernel == "none":
         return kernels.unseen(query, value)
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -221,7 +226,7 @@ def _run_kernel(
         output[:, :, -num_keys:], lse[:, :, -num_keys:] = state
         return output, lse
     mask = None if attn_mask is None else kernels.four_dimensions(attn_mask)
-    if is_causal and not _does_causal(kernel, num_queries, num_keys, mask):
+    if is_causal and not _does_causal(kernel, num_queries, num_keys, mask, scale):
         mask, is_causal = kernels.with_causal(mask, query, num_keys), False
     if kernel == "cuda_flash":
         return kernels.cuda_flash(query, key, value, is_causal, scale)
@@ -241,13 +246,17 @@ def _fake(
     """Shapes, dtypes and strides of what `_run` gives."""
     validate(query, key, value, attn_mask, scale)
     output, lse = kernels.unseen(query, value)
-    by_head = _choose(query, key, value, attn_mask) == "cuda_flash"
+    by_head = _choose(query, key, value, attn_mask, scale) == "cuda_flash"
     by_head = by_head and not _starts_before_the_keys(query, key, attn_mask, is_causal)
     return output, lse.contiguous() if by_head else lse
 
 
 def _choose(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
 ) -> AttentionKernel:
     if query.numel() == 0 or key.shape[2] == 0:
         return "none"
@@ -256,6 +265,7 @@ def _choose(
     fits = (
         query.device.type == "cuda"
         and attn_mask is None
+        and (scale is None or scale > 0)
         and query.dtype in (torch.float16, torch.bfloat16)
         and max(query.shape[3], value.shape[3]) <= _CUDA_HEAD_SIZE_LIMIT
         and torch.version.hip is None
@@ -272,11 +282,15 @@ def _starts_before_the_keys(
 
 
 def _does_causal(
-    kernel: AttentionKernel, num_queries: int, num_keys: int, mask: torch.Tensor | None
+    kernel: AttentionKernel,
+    num_queries: int,
+    num_keys: int,
+    mask: torch.Tensor | None,
+    scale: float,
 ) -> bool:
-    """Whether the kernel's own causal flag is aligned bottom-right here."""
+    """Whether the kernel's own causal flag is right, and aligned bottom-right, here."""
     if kernel == "cpu_flash":
-        return mask is None and num_queries == num_keys
+        return mask is None and num_queries == num_keys and scale > 0
     return kernel == "cuda_flash"
 
 
@@ -291,3 +305,7 @@ _library.impl(  # type: ignore[no-untyped-call]
     "attention_with_lse", _run, "CompositeExplicitAutograd"
 )
 torch.library.register_fake("merge_attn_states::attention_with_lse", _fake, lib=_library)
+_operator.register(
+    torch.ops.merge_attn_states.attention_with_lse.default,
+    "PyTorch's kernels give no derivative of the lse",
+)
