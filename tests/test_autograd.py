@@ -87,6 +87,38 @@ def test_compiled_layers_share_an_output(way):
     assert_bits(shared_lse, expected[1].output_lse)
 
 
+def sees_each_layer(way, write, calls):
+    """Whether compiled layers that share a buffer have the gradients of what `write` wrote for each
+    into the buffer's first tokens.
+    """
+    buffer = torch.zeros(2 * N, H, D)
+
+    def layer(weight, *args):
+        output = buffer[:N]
+        write(output, *args)
+        return (weight * output).sum()
+
+    run = way.run(layer)
+    weights = [torch.ones((N, H, D), requires_grad=True) for _ in calls]
+    sum(run(weight, *call[1:5]) for weight, call in zip(weights, calls, strict=True)).backward()
+    written = [torch.empty(N, H, D) for _ in calls]
+    for output, call in zip(written, calls, strict=True):
+        write(output, *call[1:5])
+    pairs = zip(weights, written, strict=True)
+    return all(torch.allclose(weight.grad, output) for weight, output in pairs)
+
+
+@pytest.mark.parametrize("way", [f"python, {b}" for b in ("aot_eager", "inductor")], indirect=True)
+def test_a_view_of_the_output_that_the_graph_makes_is_pytorchs(way):
+    """README's limits: Inductor saves the memory that the next layer overwrites. Where PyTorch's
+    own copy is right, so is the merge.
+    """
+    calls = [small(seed=seed) for seed in range(2)]
+    copies = sees_each_layer(way, lambda output, prefix, *_: output.copy_(2 * prefix), calls)
+    assert sees_each_layer(way, way.merge, calls) == copies
+    assert copies or way.backend == "inductor"
+
+
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
 def test_versions_rise_once_a_call(context, device, entry):
     call = small(device=device)

@@ -120,6 +120,14 @@ def test_the_fake_refuses_mixed_devices():
             OP(*call)
 
 
+@pytest.mark.parametrize("on_meta", [{"suffix_output"}, {"output"}, set(Call._fields)], ids=str)
+def test_a_kernel_is_selected_for_tensors_with_memory(on_meta):
+    call = make_call((4, 2, 8), BF16)._asdict()
+    call |= {name: x.to("meta") for name, x in call.items() if name in on_meta and x is not None}
+    with pytest.raises(ValueError, match=r"^\w+: expected (device|a tensor with memory)"):
+        merge_attn_states.selected_kernel(**call)
+
+
 # Tracing: the op must be in what was recorded, not have run beside it.
 
 

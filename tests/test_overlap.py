@@ -162,6 +162,20 @@ def test_a_provable_overlap_through_every_way(case, grad_mode, way):
     assert torch.equal(buffer, before)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False], ids=["grad mode", "no_grad"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_an_output_that_a_graph_of_any_size_expands_is_named(backend, grad_mode):
+    def step(one, *args):
+        merge(one.expand(args[0].shape[0], -1, -1), *args)
+
+    torch._dynamo.reset()
+    call = make_call((6, 4, 64), F32)[1:5]
+    run = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    refusal = "output: expected memory of its own for each element"
+    with torch.set_grad_enabled(grad_mode), pytest.raises(RuntimeError, match=refusal):
+        run(blank((1, 4, 64), F32, "cpu"), *call)
+
+
 @pytest.mark.parametrize("count", [None, 0])
 @pytest.mark.parametrize("side", SIDES)
 def test_two_that_begin_at_one_address_overlap(side, count, device, entry):

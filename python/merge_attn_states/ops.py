@@ -237,16 +237,28 @@ def _fake(*args: Any) -> None:
                 f"got {operand.device}"
             )
     for i in _operator.given(_WRITTEN, args):
-        layout = list(zip(args[i].shape, args[i].stride(), strict=True))
-        # PyTorch, which copies what a graph writes, would name no argument.
-        if any(isinstance(size, int) and size > 1 and stride == 0 for size, stride in layout):
+        if _is_expanded(args[i]):  # PyTorch, which copies what a graph writes, would not name it
             raise ValueError(
                 f"{op._schema.arguments[i].name}: expected memory of its own for each element, got "
-                f"sizes with strides {layout} that overlap themselves"
+                f"sizes {list(args[i].shape)} with strides {list(args[i].stride())} that overlap "
+                "themselves"
             )
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return any(stride == 0 and statically_known_true(size > 1) for size, stride in strides)
 
 
 @torch.library.register_fake("merge_attn_states::fresh_outputs")  # type: ignore[untyped-decorator]
 def _fake_fresh_outputs(*args: Any) -> list[torch.Tensor]:
     _fake(*args)
     return [torch.empty_like(args[i]) for i in _operator.given(_WRITTEN, args)]
+
+
+@torch.library.register_fake("merge_attn_states::selected_kernel")  # type: ignore[untyped-decorator]
+def _fake_selected_kernel(*args: Any) -> None:
+    _fake(*args)
+    raise ValueError(f"output: expected a tensor with memory, got one without on {args[0].device}")
