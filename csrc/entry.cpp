@@ -8,7 +8,7 @@
 #include <string>
 
 #include "core/struct_size.h"
-#include "kernels.h"
+#include "devices.h"
 
 namespace merge_attn_states {
 namespace {

@@ -21,7 +21,7 @@ struct OperandSpec {
   Axes axes;
   bool optional;
   bool written;
-  const TensorView* merge_attn_states_args::*place;  // in the C entry's arguments
+  const TensorView* merge_attn_states_args::*field;  // of the C entry's arguments
 };
 
 // In the order of the operator's schema, where the context count stands between the last two.

@@ -155,7 +155,7 @@ MergeCall validate(const merge_attn_states_args* given) {
   Operands operands;
   std::array<TensorView, kNumOperands> views;
   for_each_operand([&](auto i) {
-    const TensorView* view = args.*kOperands[i].place;
+    const TensorView* view = args.*kOperands[i].field;
     if (view != nullptr) {
       view = &of_this_version(view, kOperands[i].name, kSmallestTensor, views[i]);
     }

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "../kernels.h"
+#include "../devices.h"
 #include "kernels.h"
 #include "parallel.h"
 

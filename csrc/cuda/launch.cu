@@ -7,7 +7,7 @@
 #include <cstring>
 #include <string>
 
-#include "../kernels.h"
+#include "../devices.h"
 #include "driver.h"
 #include "families.h"
 #include "launch.h"

@@ -32,7 +32,7 @@ enum Side { kPrefix, kSuffix, kMerged };
 
 // Something along the axis inside a tile and along the other one: sizes, or strides, which count
 // packs or, of LSEs, elements.
-struct Axes2 {
+struct PerAxis {
   uint32_t inner;
   uint32_t outer;
 };
@@ -40,11 +40,11 @@ struct Axes2 {
 template <Kind kKind>
 struct Layout {
   static constexpr int kSides = kKind == Kind::kUsual ? 1 : 3;
-  Axes2 of_rows[kSides];
-  Axes2 of_lses[kSides];
+  PerAxis of_rows[kSides];
+  PerAxis of_lses[kSides];
 
-  __device__ const Axes2& rows(Side side) const { return of_rows[kSides == 1 ? 0 : side]; }
-  __device__ const Axes2& lses(Side side) const { return of_lses[kSides == 1 ? 0 : side]; }
+  __device__ const PerAxis& rows(Side side) const { return of_rows[kSides == 1 ? 0 : side]; }
+  __device__ const PerAxis& lses(Side side) const { return of_lses[kSides == 1 ? 0 : side]; }
 };
 
 struct Tiles {
@@ -53,7 +53,7 @@ struct Tiles {
   uint32_t rows;  // of a tile
   uint32_t packs_per_row;
   uint32_t row_factor;     // ceil(2^kRowShift / packs_per_row)
-  Axes2 with_context;      // rows from there on copy the suffix
+  PerAxis with_context;    // rows from there on copy the suffix
   uint32_t value_threads;  // merge_rows: threads from there on merge an LSE each
   bool replaces_an_lse;
 };
@@ -90,7 +90,7 @@ struct Row {
              (inner < tiles.with_context.inner && outer < tiles.with_context.outer);
   }
 
-  __device__ uint32_t offset(const Axes2& strides) const {
+  __device__ uint32_t offset(const PerAxis& strides) const {
     return inner * strides.inner + outer * strides.outer;
   }
 };
@@ -109,7 +109,7 @@ struct Place {
         column(threadIdx.x - row_of_tile * tiles.packs_per_row) {}
 
   template <class T, int kElements, class Data>
-  __device__ T* pack(Data* data, const Row& row, const Axes2& strides) const {
+  __device__ T* pack(Data* data, const Row& row, const PerAxis& strides) const {
     return static_cast<T*>(data) + uint64_t{row.offset(strides) + column} * kElements;
   }
 };
@@ -236,8 +236,8 @@ template <Kind kKind>
 PairCall<kKind> pair_call(const MergeCall& call, const PairShape& shape) {
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   const auto axes = [&](int64_t of_tokens, int64_t of_heads) {
-    return shape.tokens_inside ? Axes2{u32(of_tokens), u32(of_heads)}
-                               : Axes2{u32(of_heads), u32(of_tokens)};
+    return shape.tokens_inside ? PerAxis{u32(of_tokens), u32(of_heads)}
+                               : PerAxis{u32(of_heads), u32(of_tokens)};
   };
   const auto& [num_tokens, num_heads, head_size] = call.geometry;
   const int64_t with_context = call.rule.num_tokens_with_context;

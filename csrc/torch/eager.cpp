@@ -52,7 +52,7 @@ bool fill(merge_attn_states_args& args, std::array<TensorView, kNumOperands>& vi
     constexpr const OperandSpec& spec = kOperands[i];
     PyObject* const object = arguments[position(i)];
     if (spec.optional && object == Py_None) return true;
-    args.*spec.place = &views[i];
+    args.*spec.field = &views[i];
     return python_tensors.describe(object, spec.written, state == ThreadState::kGrad, views[i]);
   };
   // Outputs first: see stable_tensor.h.
@@ -75,7 +75,7 @@ bool raise_versions(Arguments arguments, const merge_attn_states_args& args) {
   std::array<PyObject*, kNumOperands> written;
   Py_ssize_t count = 0;
   for (int i = 0; i < kNumOperands; ++i) {
-    const bool given = args.*kOperands[i].place != nullptr;
+    const bool given = args.*kOperands[i].field != nullptr;
     if (kOperands[i].written && given) written[count++] = arguments[position(i)];
   }
   return python_tensors.raise_versions(written.data(), count);

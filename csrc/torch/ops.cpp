@@ -57,7 +57,7 @@ class Call {
 
   merge_attn_states_args args() const {
     merge_attn_states_args args{.struct_size = sizeof(args)};
-    for (int i = 0; i < kNumOperands; ++i) args.*kOperands[i].place = operand(i);
+    for (int i = 0; i < kNumOperands; ++i) args.*kOperands[i].field = operand(i);
     args.prefill_tokens_with_context = count_.value_or(0);
     args.has_prefill_tokens_with_context = count_.has_value();
     return args;
