@@ -118,10 +118,16 @@ merge_attn_states_status select(const Call& call, merge_attn_states_selection& s
   return merge_attn_states_select(&args, &selection, message.text, sizeof(message.text));
 }
 
-void selected_kernel(StableIValue* stack, uint64_t, uint64_t) {
+// What would run; throws what is wrong with the call.
+merge_attn_states_selection selected(const Call& call) {
   merge_attn_states_selection selection;
   Message message;
-  expect_ok(select(Call(stack), selection, message), message);
+  expect_ok(select(call, selection, message), message);
+  return selection;
+}
+
+void selected_kernel(StableIValue* stack, uint64_t, uint64_t) {
+  const merge_attn_states_selection selection = selected(Call(stack));
   stack[0] = from(std::string(selection.kernel));
   stack[1] = from(std::string(selection.variant));
 }
@@ -140,9 +146,7 @@ void check(StableIValue* stack, uint64_t, uint64_t) {
 // copies to would not be seen behind them.
 void fresh_outputs(StableIValue* stack, uint64_t, uint64_t) {
   const Call call(stack);
-  merge_attn_states_selection selection;
-  Message message;
-  expect_ok(select(call, selection, message), message);
+  selected(call);
   std::vector<Tensor> fresh;
   for (const Tensor& tensor : call.written()) fresh.push_back(torch::stable::empty_like(tensor));
   stack[0] = from(fresh);
