@@ -1,13 +1,23 @@
 """Streams, graphs and devices: what only a GPU shows."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ENTRIES
-from support import BF16, F32, assert_within, blank, check, cloned, compare, half_ulp, make_call
+from support import (
+    BF16,
+    F32,
+    assert_within,
+    blank,
+    check,
+    cloned,
+    compare,
+    half_ulp,
+    make_call,
+    run_command,
+)
 
 from merge_attn_states import merge_attn_states as merge
 
@@ -158,18 +168,6 @@ print(json.dumps(states))
 """
 
 
-def in_a_process_of_its_own(code, environment, *arguments) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
 @pytest.mark.parametrize("way", ENTRIES)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_a_thread_whose_device_has_no_context_keeps_it_so(head_size, way, cuda, child_environment):
@@ -178,7 +176,7 @@ def test_a_thread_whose_device_has_no_context_keeps_it_so(head_size, way, cuda, 
     """
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    said = in_a_process_of_its_own(ON_DEVICE_1, child_environment, way, head_size)
+    said = run_command(sys.executable, "-c", ON_DEVICE_1, way, head_size, **child_environment)
     before, after = json.loads(said.splitlines()[-1])
     if before["context"]:
         pytest.skip("PyTorch itself made a context on the device that is not used")
@@ -213,7 +211,7 @@ compare(inputs, call.output, call.output_lse)
 def test_a_context_that_the_caller_made_stays_current(head_size, way, cuda, child_environment):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    in_a_process_of_its_own(OWN_CONTEXT, child_environment, way, head_size)
+    run_command(sys.executable, "-c", OWN_CONTEXT, way, head_size, **child_environment)
 
 
 FIRST_IN_A_CAPTURE = """
@@ -237,7 +235,7 @@ compare(inputs, call.output, call.output_lse)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_the_first_call_of_a_process_may_be_captured(head_size, way, cuda, child_environment):
     """Where the kernels are not loaded yet, and the device was never asked what it is."""
-    in_a_process_of_its_own(FIRST_IN_A_CAPTURE, child_environment, way, head_size)
+    run_command(sys.executable, "-c", FIRST_IN_A_CAPTURE, way, head_size, **child_environment)
 
 
 @pytest.mark.parametrize("tokens", [65_535, 65_536, 200_000])  # a grid's y and z limit, and past it

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from support import F32, OLDER_THAN_2_14, make_call
+from support import F32, OLDER_THAN_2_14, make_call, run_command
 
 from merge_attn_states import ops
 from merge_attn_states._library import load_python_module
@@ -25,11 +25,7 @@ MISSING = {
 
 
 def python(code, environment) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    return run_command(sys.executable, "-c", code, **environment)
 
 
 @pytest.mark.parametrize("missing", MISSING)

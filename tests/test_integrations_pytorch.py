@@ -276,6 +276,15 @@ def test_refused(case):
         assert str(raised.value).startswith(message)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask"])
+def test_what_requires_grad_is_refused(name):
+    arguments = {"query": Q, "key": K, "value": K, "attn_mask": torch.zeros(3, 5)}
+    arguments[name] = arguments[name].clone().requires_grad_()
+    expected = f"{name}: expected a tensor that does not require grad, since PyTorch's kernels"
+    with pytest.raises(ValueError, match=f"^{expected} give no derivative of the lse; "):
+        attention_with_lse(**arguments)
+
+
 def test_grad_is_no_matter_without_grad_mode():
     with torch.no_grad():
         output, lse = attention_with_lse(Q, K.clone().requires_grad_(), K)
