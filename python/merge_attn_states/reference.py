@@ -7,11 +7,14 @@ benchmarks import it; nothing else in the package does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["merge_attn_states_reference", "saturate"]
+__all__ = ["merge_attn_states_reference", "merge_states_reference", "saturate"]
 
-_FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_NATURAL = {"e": 1.0, "2": math.log(2)}  # what a log-sum-exp of that base is times
 
 
 def saturate(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -46,6 +49,120 @@ def saturate(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(values.isnan(), torch.full_like(code, 0x7F), code).view(dtype)
 
 
+def merge_states_reference(
+    outputs: Sequence[torch.Tensor],
+    lses: Sequence[torch.Tensor],
+    *,
+    index: Sequence[torch.Tensor | None] | None = None,
+    empty: Sequence[torch.Tensor | None] | None = None,
+    sink: torch.Tensor | None = None,
+    lse_base: str | Sequence[str] = "e",
+    out_lse_base: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge any number of attention states in float64; differentiable.
+
+    Parameters
+    ----------
+    outputs : sequence of torch.Tensor
+        Each [*rows, D], any floating dtype.
+    lses : sequence of torch.Tensor
+        Each [*rows] or [*rows, 1], in `lse_base`. -inf and +inf both mean that the part saw no
+        keys there.
+    index : sequence of torch.Tensor or None, optional
+        For each part None or integers [N]: the part's row for each of the N rows of the result
+        along the first dimension; the part is absent from a row whose number is none of its own.
+    empty : sequence of torch.Tensor or None, optional
+        For each part None or bools of its LSE's shape: where it saw no keys, whatever its LSE says.
+    sink : torch.Tensor, optional
+        [H], H the last row dimension: a logit in the result's base that has weight and no values.
+        -inf and +inf mean none.
+    lse_base : "e", "2" or a sequence of them
+        Of all parts or of each.
+    out_lse_base : "e" or "2", optional
+        Of the result. None: that of the parts, which is then one.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Output [*rows, D] and LSE [*rows], both float64.
+    """
+    bases = [lse_base] * len(outputs) if isinstance(lse_base, str) else list(lse_base)
+    if out_lse_base is None:
+        (out_lse_base,) = set(bases)
+    parts = [
+        _rows_of_part(*part)
+        for part in zip(
+            outputs,
+            lses,
+            index or [None] * len(outputs),
+            empty or [None] * len(outputs),
+            strict=True,
+        )
+    ]
+    values, raw, absent = (torch.stack(each) for each in zip(*parts, strict=True))
+
+    # In the base of all, so that a difference of large LSEs is exact; natural where they differ.
+    one_base = _NATURAL[bases[0]] if len(set(bases)) == 1 else 1.0
+    of_result = _NATURAL[out_lse_base] / one_base
+    lse = raw * raw.new_tensor([_NATURAL[base] / one_base for base in bases]).reshape(
+        -1, *[1] * (raw.dim() - 1)
+    )
+    # A sink is a part without values.
+    logit = torch.full_like(lse[0], -torch.inf)
+    if sink is not None:
+        logit = (sink.to(torch.float64) * of_result).expand_as(logit)
+    no_sink = logit.isinf()
+
+    # A NaN stays visible; amax, maximum and exp carry it through. Values and LSEs that must not
+    # count are replaced before they are computed with, so that they have no gradient either.
+    lse = lse.masked_fill(absent, 0.0)
+    largest = torch.maximum(
+        lse.masked_fill(absent, -torch.inf).amax(0), logit.masked_fill(no_sink, -torch.inf)
+    ).detach()
+    nobody = absent.all(0) & no_sink
+    pivot = largest.masked_fill(nobody, 0.0)
+    weights = ((lse - pivot) * one_base).exp().masked_fill(absent, 0.0)
+    of_sink = (logit.masked_fill(no_sink, 0.0) - pivot) * one_base
+    of_sink = of_sink.exp().masked_fill(no_sink, 0.0)
+    total = (weights.sum(0) + of_sink).masked_fill(nobody, 1.0)
+    kept = values.masked_fill(absent[..., None], 0.0)
+    output = ((weights / total)[..., None] * kept).sum(0)
+    merged = ((pivot + total.log() / one_base) / of_result).masked_fill(nobody, -torch.inf)
+
+    # One part alone: its row as it is, unless its lse is NaN, which gave NaN above.
+    alone = ((~absent).sum(0) == 1) & no_sink & ~merged.isnan()
+    which = (~absent).to(torch.int64).argmax(0, keepdim=True)
+    output = torch.where(
+        alone[..., None], values.take_along_dim(which[..., None], 0).squeeze(0), output
+    )
+    if set(bases) == {out_lse_base}:
+        merged = torch.where(alone, raw.take_along_dim(which, 0).squeeze(0), merged)
+    return output, merged
+
+
+def _rows_of_part(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    index: torch.Tensor | None,
+    empty: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a part's values, LSEs and where it is absent, for each row of the result."""
+    values = output.to(torch.float64)
+    lse = lse.to(torch.float64).reshape(values.shape[:-1])
+    absent = lse.isinf()
+    if empty is not None:
+        absent = absent | empty.reshape(lse.shape)
+    if index is None:
+        return values, lse, absent
+    # One more row, which is absent: there is where every other number leads.
+    rows = torch.where((index >= 0) & (index < len(values)), index, len(values)).to(torch.int64)
+
+    def gathered(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x.new_ones(1, *x.shape[1:])])[rows]
+
+    return gathered(values), gathered(lse), gathered(absent)
+
+
 def merge_attn_states_reference(
     prefix_output: torch.Tensor,
     prefix_lse: torch.Tensor,
@@ -73,39 +190,14 @@ def merge_attn_states_reference(
         Output [num_tokens, num_heads, head_size] and LSE [num_heads, num_tokens], both float64 and
         not yet rounded to the output's dtype (see `saturate` for FP8).
     """
-    num_tokens = prefix_output.shape[0]
-    count = num_tokens if prefill_tokens_with_context is None else prefill_tokens_with_context
-    prefix, suffix = prefix_output.to(torch.float64), suffix_output.to(torch.float64)
-    lse_p, lse_s = prefix_lse.to(torch.float64), suffix_lse.to(torch.float64)
-
-    empty_p, empty_s = lse_p.isinf(), lse_s.isinf()
-    minus_inf = torch.full_like(lse_p, -torch.inf)
-    lse_p, lse_s = torch.where(empty_p, minus_inf, lse_p), torch.where(empty_s, minus_inf, lse_s)
-
-    # A NaN lse stays visible; torch.maximum and exp carry it through.
-    largest = torch.maximum(lse_p, lse_s)
-    both_empty = empty_p & empty_s
-    pivot = torch.where(both_empty, torch.zeros_like(largest), largest)
-    weight_p, weight_s = (lse_p - pivot).exp(), (lse_s - pivot).exp()
-    total = weight_p + weight_s
-    lse = pivot + total.log()  # both empty: 0 + log(0) = -inf
-
-    def rows(x: torch.Tensor) -> torch.Tensor:  # [H, N] -> [N, H, 1]
-        return x.T.unsqueeze(-1)
-
-    def part(weight: torch.Tensor, values: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-        # An empty part's values are never used: they may be NaN, and 0 * NaN is NaN.
-        return torch.where(rows(empty), torch.zeros_like(values), rows(weight / total) * values)
-
-    output = part(weight_p, prefix, empty_p) + part(weight_s, suffix, empty_s)
-    # One part empty: the other's row as it is, unless its lse is NaN, which gave NaN above.
-    copy_s = rows(empty_p & ~empty_s & ~lse_s.isnan())
-    copy_p = rows(empty_s & ~empty_p & ~lse_p.isnan())
-    output = torch.where(copy_s, suffix, torch.where(copy_p, prefix, output))
-
+    output, merged = merge_states_reference(
+        (prefix_output, suffix_output), (prefix_lse.T, suffix_lse.T)
+    )
+    lse = merged.T
     # From the count on, output and LSE are the suffix's as they are, an LSE of +inf included.
-    output[count:] = suffix[count:]
-    lse[:, count:] = suffix_lse.to(torch.float64)[:, count:]
+    if (count := prefill_tokens_with_context) is not None:
+        output[count:] = suffix_output[count:].to(torch.float64)
+        lse[:, count:] = suffix_lse[:, count:].to(torch.float64)
     if output_scale is not None:
         output = output / output_scale.to(torch.float64).reshape(())
     return output, lse
