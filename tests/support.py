@@ -5,6 +5,7 @@ a write outside an operand shows. `check` runs a call and compares all of it wit
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -338,6 +339,17 @@ def compiler(variable: str, *names: str) -> str:
         if name and (found := shutil.which(name)):
             return found
     pytest.skip(f"no compiler: neither {variable} nor {' or '.join(names)} is here")
+
+
+def compiled(folder: Path, source: str, *files: str) -> ctypes.CDLL:
+    """A library of `source` and of files of csrc/, which it includes as `core/...`."""
+    csrc = Path(__file__).resolve().parent.parent / "csrc"
+    main, library = folder / "main.cpp", folder / "main.so"
+    main.write_text(source)
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{csrc}"]
+    sources = [main, *(csrc / name for name in files)]
+    run_command(compiler("CXX", "c++", "g++"), *flags, *sources, "-o", library)
+    return ctypes.CDLL(str(library))
 
 
 def run_command(*command, **environment) -> str:

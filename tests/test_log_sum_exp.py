@@ -1,15 +1,13 @@
 """The merged LSE as a GPU computes it: next to the exact one, on the host and on the GPU itself."""
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
-from support import BF16, F32, F64, Call, compiler, half_ulp, run_command
+from support import BF16, F32, F64, Call, compiled, half_ulp
 
 from merge_attn_states import merge_attn_states as merge
 
-ROOT = Path(__file__).resolve().parent.parent
 CLOSENESS = 4.5e-8  # beyond the last rounding: csrc/core/log_sum_exp.h
 ROWS, HEADS = 8192, 16
 SPREADS = [(0, 1), (0, 40), (3, 1), (33, 1), (-200, 5), (1000, 3)]  # mean, standard deviation
@@ -38,12 +36,7 @@ def assert_next_to_exact(lse, parts):
 
 @pytest.fixture(scope="module")
 def log_sum_exps(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("log_sum_exp")
-    source, library = folder / "log_sum_exps.cpp", folder / "log_sum_exps.so"
-    source.write_text(SOURCE)
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    run_command(compiler("CXX", "c++", "g++"), *flags, source, "-o", library)
-    function = ctypes.CDLL(str(library)).log_sum_exps
+    function = compiled(tmp_path_factory.mktemp("log_sum_exp"), SOURCE).log_sum_exps
     function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long]
 
     def compute(larger, smaller, e):

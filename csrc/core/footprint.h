@@ -9,7 +9,8 @@
 
 namespace merge_attn_states {
 
-inline constexpr int kMaxRank = 3;
+// Parts, four row dimensions and head_size.
+inline constexpr int kMaxRank = 6;
 
 // Addresses [begin, end); begin == end: touches nothing.
 struct Extent {
@@ -27,9 +28,10 @@ bool find_checked_extent(const void* data, const int64_t* sizes, const int64_t* 
 
 inline bool find_extent(const void* data, const int64_t* sizes, const int64_t* strides, int rank,
                         int64_t element_bytes, Extent& result) {
-  // Numbers below 2^29, of no sign: three products of two, of 8-byte elements, stay below 2^63. A
+  // Numbers below 2^28, of no sign: six products of two, of 8-byte elements, stay below 2^63. A
   // size of 0 becomes the largest number of all.
-  constexpr uint64_t kNeverOverflows = uint64_t{1} << 29;
+  constexpr uint64_t kNeverOverflows = uint64_t{1} << 28;
+  static_assert(kMaxRank < 16);
   uint64_t bits = 0, last = 0;
   for (int i = 0; i < rank; ++i) {
     const uint64_t steps = static_cast<uint64_t>(sizes[i]) - 1;
