@@ -1,11 +1,13 @@
-// The only formula, for host and device: section 2.2 of arXiv 2501.01005 for two parts.
+// The only formula, for host and device: section 2.2 of arXiv 2501.01005, for two parts and for any
+// number of them.
 //
 //     m = max(lse_p, lse_s)      w_i = exp(lse_i - m) / sum_j exp(lse_j - m)
 //     O = w_p O_p + w_s O_s      lse = m + log(sum_j exp(lse_j - m))
 //
 // With e = exp(-|lse_p - lse_s|) the larger part weighs 1 / (1 + e), the smaller e / (1 + e), and
 // lse = m + log1p(e): one exponential, no overflow, and an exact sum of weights within an ulp. A
-// GPU computes that logarithm from the LSEs themselves (log_sum_exp.h).
+// GPU computes that logarithm from the LSEs themselves (log_sum_exp.h). Any number of
+// parts take the exponential of each; two natural LSEs without a sink are the pair's there too.
 //
 // The empty rule. A part whose lse is -inf or +inf saw no keys:
 //
@@ -22,6 +24,7 @@
 #include <limits>
 
 #include "log_sum_exp.h"
+#include "lse_base.h"
 
 namespace merge_attn_states {
 
@@ -44,6 +47,7 @@ struct ScalarMath {
   using Scalar = Acc;
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc log(Acc x) { return std::log(x); }
   // log(exp(larger) + exp(smaller)); e is exp(smaller - larger), and weight 1 / (1 + e).
   static MERGE_ATTN_STATES_HOST_DEVICE Acc log_sum_exp(Acc larger, [[maybe_unused]] Acc smaller,
                                                        Acc e, [[maybe_unused]] Acc weight) {
@@ -125,5 +129,90 @@ MERGE_ATTN_STATES_HOST_DEVICE V blend(Weights<Acc> weights, V prefix, V suffix) 
   return weights.prefix * prefix + weights.suffix * suffix;
 #endif
 }
+
+// A sum over the parts in their order, as sums of sixteen and the sum of these: it is rounded as
+// often as K / 16 + 16 says and not K times. -0 is what changes no sum, not even -0.
+template <class V>
+class SumOfParts {
+ public:
+  static constexpr int kAtOnce = 16;
+
+  MERGE_ATTN_STATES_HOST_DEVICE void add(V term) {
+    make_room();
+    sixteen_ = sixteen_ + term;
+  }
+  template <class Acc>
+  MERGE_ATTN_STATES_HOST_DEVICE void add(Acc weight, V value) {
+    make_room();
+#ifdef __CUDA_ARCH__
+    sixteen_ = fma(weight, value, sixteen_);
+#else
+    sixteen_ = sixteen_ + weight * value;
+#endif
+  }
+  MERGE_ATTN_STATES_HOST_DEVICE V value() const { return total_ + sixteen_; }
+
+ private:
+  MERGE_ATTN_STATES_HOST_DEVICE void make_room() {
+    if (count_ == kAtOnce) {
+      total_ = total_ + sixteen_;
+      sixteen_ = -V{};
+      count_ = 0;
+    }
+    ++count_;
+  }
+
+  V total_ = -V{};
+  V sixteen_ = -V{};
+  int count_ = 0;
+};
+
+// Any number of parts, and a sink, which is one without values. `find` sees every LSE, then `add`,
+// in the parts' order and the sink last; then the weights are known.
+template <class Math, class V>
+class ManyLses {
+  using Acc = typename Math::Scalar;
+
+ public:
+  explicit MERGE_ATTN_STATES_HOST_DEVICE ManyLses(Base base) : ln_base_(ln_of<Acc>(base)) {}
+
+  MERGE_ATTN_STATES_HOST_DEVICE void find(PartLse<V> part) {
+    const auto leads = (distance(part, largest_) > Acc(0)) | (part.high != part.high);
+    const auto takes = leads & (Math::abs(part.high) != kInf);
+    largest_.high = takes ? part.high : largest_.high;
+    largest_.low = takes ? part.low : largest_.low;
+  }
+
+  // Returns what `weight` wants.
+  MERGE_ATTN_STATES_HOST_DEVICE V add(PartLse<V> part) {
+    const auto is_empty = Math::abs(part.high) == kInf;
+    const V e = is_empty ? V{} : Math::exp(distance(part, largest_) * ln_base_);
+    sum_.add(e);
+    return is_empty ? V{} + Acc(kSkip) : e;
+  }
+
+  MERGE_ATTN_STATES_HOST_DEVICE V weight(V e) const {
+    return e < Acc(0) ? e : e * Math::reciprocal(sum_.value());
+  }
+
+  // In the base of the parts; -inf where all are empty. A lone part's is what it was.
+  MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
+    const V sum = sum_.value();
+    const V merged = largest_.high + (largest_.low + Math::log(sum) * (Acc(1) / ln_base_));
+    const auto is_alone = (sum == Acc(1)) & (largest_.low == Acc(0));
+    return is_alone | (largest_.high == -kInf) ? largest_.high : merged;
+  }
+
+ private:
+  static constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
+
+  static MERGE_ATTN_STATES_HOST_DEVICE V distance(PartLse<V> a, PartLse<V> b) {
+    return (a.high - b.high) + (a.low - b.low);
+  }
+
+  Acc ln_base_;
+  PartLse<V> largest_{V{} - kInf, V{}};
+  SumOfParts<V> sum_;
+};
 
 }  // namespace merge_attn_states
