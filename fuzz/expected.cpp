@@ -69,7 +69,7 @@ struct Estimate {
 Estimate blend(const Call& call, const Row& row, Real prefix, Real suffix) {
   const Real difference = row.prefix_lse - row.suffix_lse;
   const bool wide = call.view(kPrefixOutput).dtype == MERGE_ATTN_STATES_FLOAT64;
-  const Real surely_0 = wide ? 750 : 105, surely_not_0 = wide ? 700 : 80;
+  const Real surely_0 = wide ? 750 : 104.5, surely_not_0 = wide ? 700 : 103.5;
   Real e = std::exp(-std::fabs(difference));
   if (std::fabs(difference) > surely_0) e = 0;
   const Real larger = 1 / (1 + e), smaller = e / (1 + e);

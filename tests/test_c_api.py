@@ -1,12 +1,13 @@
 """The C entry from outside: a program without Python, of this version or another; plain C."""
 
+import ctypes
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from support import compiler, run_command
+from support import compiled, compiler, run_command
 
 from merge_attn_states._library import OP_LIBRARY
 
@@ -69,3 +70,35 @@ def test_the_header_is_old_cpp():
     run_command(
         compiler("CXX", "c++", "g++"), "-std=c++11", *WARNINGS, "-x", "c++", "-fsyntax-only", HEADER
     )
+
+
+NAME_OF_DTYPE = """
+#include <cstdio>
+
+#include "core/tensor_view.h"
+extern "C" void name_of_dtype(int code, int bits, int lanes, char* name) {
+  const uint32_t dtype = code | bits << 8 | lanes << 16;
+  std::snprintf(name, 64, "%s", merge_attn_states::dtype_name(dtype).c_str());
+}
+"""
+
+
+def test_every_dtype_has_a_name(tmp_path):
+    """Also one that says something else than its code: a message must not contradict itself."""
+    library = compiled(tmp_path, NAME_OF_DTYPE, "core/tensor_view.cpp")
+    expected = {
+        (0, 32, 1): "int32",
+        (2, 16, 1): "float16",
+        (4, 16, 1): "bfloat16",
+        (4, 16, 4): "bfloat16_x4",
+        (3, 64, 1): "a dtype without a DLPack code",
+        (6, 8, 1): "bool",
+        (10, 8, 1): "float8_e4m3fn",
+        (10, 16, 1): "float8_e4m3fn of 16 bits",
+        (17, 4, 2): "float4_e2m1fn_x2",
+        (99, 8, 1): "dtype code 99",
+    }
+    name = ctypes.create_string_buffer(64)
+    for dtype, text in expected.items():
+        library.name_of_dtype(*dtype, name)
+        assert name.value.decode() == text

@@ -158,6 +158,19 @@ def test_a_weight_that_underflows_still_multiplies(lse, head_size, dtype, device
         assert torch.equal(call.output.isnan(), hit)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("difference", [87.0, 87.1, 88.0, 103.0])  # normal and subnormal in float32
+def test_the_smallest_weights_are_not_nothing(difference, dtype, device):
+    """Infinity times one of them is infinity, not NaN."""
+    for side in ("prefix", "suffix"):
+        call = make_call((9, 2, 16), dtype, device, empty=False)
+        call.prefix_lse.fill_(0), call.suffix_lse.fill_(0)
+        getattr(call, f"{side}_lse").fill_(-difference)
+        getattr(call, f"{side}_output")[4, 1, 7] = INF
+        check(call)
+        assert call.output[4, 1, 7] == INF
+
+
 def test_a_single_row_that_saw_nothing(device, entry):
     """The smallest call there is: both empty, one element, lse in both spellings."""
     for lse_p, lse_s in itertools.product((-INF, INF), repeat=2):

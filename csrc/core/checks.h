@@ -37,7 +37,7 @@ inline void check_described(const Operand& operand) {
   if (view.rank < 0 || (view.rank > 0 && (view.sizes == nullptr || view.strides == nullptr))) {
     refuse(operand.name(), [&] {
       return "expected a rank of 0 or more with its sizes and strides, got rank " +
-             std::to_string(view.rank);
+             std::to_string(view.rank) + (view.rank < 0 ? "" : " and a null pointer to them");
     });
   }
 }

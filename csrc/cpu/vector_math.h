@@ -30,15 +30,16 @@ struct VectorMath<float> {
 
   static Floats reciprocal(Floats x) { return 1.0f / x; }
 
-  // exp(x) for x <= 0, within 2 ulp; 0 below the normal numbers, where nothing of it is left in a
-  // weight. x = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of exp(r) to r^7 (5e-9).
+  // exp(x) for x <= 0, within 2 ulp. Below the normal numbers it is the smallest of these as long
+  // as float32 has a number there, so that it times infinity is infinity and no mode flushes it. x
+  // = n ln 2 + r, |r| <= ln 2 / 2, and the Taylor series of exp(r) to r^7 (5e-9).
   static Floats exp(Floats x) {
     constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-    constexpr float kSmallest = -87.0f;    // about ln 2^-126
+    constexpr float kSmallest = -87.33f;   // about ln 2^-126
+    constexpr float kNothing = -103.972f;  // about ln 2^-150, which rounds to 0
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     constexpr uint32_t kRoundBits = 0x4b400000u;
-    const auto tiny = x < kSmallest;  // false for NaN, which the series carries on
-    const Floats safe = tiny ? Floats{} + kSmallest : x;
+    const Floats safe = x < kSmallest ? Floats{} + kSmallest : x;
     const Floats rounded = safe * kLog2E + kRound;
     const Floats n = rounded - kRound;
     const Floats r = (safe - n * kLn2High) - n * kLn2Low;
@@ -50,7 +51,7 @@ struct VectorMath<float> {
     series = series * r * r + r + 1.0f;
     const Words power = (bits_as<Words>(rounded) - kRoundBits) << 23;
     const Floats scaled = bits_as<Floats>(bits_as<Words>(series) + power);
-    return tiny ? Floats{} : (x == x ? scaled : x);
+    return x < kNothing ? Floats{} : (x == x ? scaled : x);
   }
 
   // larger + log(1 + e) for e in [0, 1], the logarithm within 3 ulp: 2 atanh(s) with
