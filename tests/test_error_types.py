@@ -7,6 +7,8 @@ import pytest
 import torch
 from support import F32, OPERATOR_ERROR, make_call, refusal_of, run_command
 
+from merge_attn_states import merge_attn_states
+
 N, H, D = 4, 2, 64
 LSE_AXES = "[num_heads, num_tokens]"
 
@@ -47,3 +49,20 @@ def test_a_refusal_keeps_its_text_everywhere(context, way):
     ):
         way.run(lambda *args: way.merge(*args))(*call._replace(prefix_lse=call.prefix_lse.T)[:6])
     assert call.output.isnan().all()
+
+
+class Forbidden(torch.Tensor):
+    """Of a library that says no to the merge and does not know what else this package asks."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if "merge_attn_states.merge_attn_states" in str(function):
+            raise RuntimeError("merges are forbidden here")
+        return NotImplemented
+
+
+def test_an_error_of_somebody_else_is_kept():
+    call = make_call((N, H, D), F32, "cpu")
+    operands = call._replace(prefix_output=call.prefix_output.as_subclass(Forbidden))
+    with pytest.raises(RuntimeError, match=r"^merges are forbidden here$"):
+        merge_attn_states(*operands)

@@ -80,22 +80,12 @@ REFUSED_OUTPUT = {
 }
 
 
-# A null pointer with an offset, which every operand here has, is not null.
-BEHIND_AN_OFFSET = (
-    "a freed storage behind an offset",
-    "a functional wrapper",
-    "a functional wrapper with an offset",
-)
-
-
 @pytest.mark.filterwarnings("ignore:.*(nested|quantiz).*")
 @pytest.mark.parametrize(("kind", "name"), [
     *((kind, name) for kind in REFUSED for name in ("output", "suffix_output")),
     *((kind, "output") for kind in REFUSED_OUTPUT),
 ])  # fmt: skip
 def test_an_operand_without_plain_memory_is_refused(kind, name, taken):
-    if kind in BEHIND_AN_OFFSET:
-        needs_bounds(merge)
     make, error, text = (REFUSED | REFUSED_OUTPUT)[kind]
     call = plain(empty=False)
     values = getattr(call, name)

@@ -24,6 +24,12 @@ bool has_what_it_needs(const TensorView& view) {
   return view.data != nullptr || std::count(view.sizes, view.sizes + view.rank, 0) > 0;
 }
 
+// DLPack gives the sum of a storage's address and an offset: where the storage has no memory, the
+// offset alone, which has an address's look. Programs have nothing so low, with few exceptions.
+bool may_be_an_offset(const void* data) {
+  return data != nullptr && reinterpret_cast<uintptr_t>(data) < uint64_t{1} << 32;
+}
+
 // A view that PyTorch reads with the other sign is every second float of complex memory, so that
 // none of its strides is 1; asking every tensor would cost as much as all else.
 bool may_be_negative(const TensorView& view) {
@@ -96,6 +102,7 @@ bool PythonTensors::describe_by_dlpack(PyObject* object, TensorView& view) const
     PyErr_Clear();  // a layout or a dtype that DLPack has no words for
     return false;
   }
+  if (may_be_an_offset(tensor.data)) return false;
   static_assert(sizeof(tensor.dtype) == sizeof(view.dtype));
   view = {.struct_size = sizeof(view),
           .data = tensor.data,

@@ -61,7 +61,7 @@ def _refusal(check: Op, args: Args) -> Exception | None:
     """Say what is wrong with the arguments; None where it is not for the C entry to say."""
     try:
         status, sentence = check(*args)
-    except RuntimeError:  # an operand that no kernel gets to see
+    except Exception:  # an operand that no kernel gets to see, or a mode that does not know `check`
         return None
     # enum merge_attn_states_status in include/merge_attn_states.h
     return {1: ValueError(sentence), 2: UnavailableError(sentence)}.get(status)

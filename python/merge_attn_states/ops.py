@@ -155,7 +155,7 @@ prefill_tokens_with_context, output_scale
     Raises
     ------
     TypeError, ValueError, UnavailableError
-        As for `merge_attn_states`.
+        As for `merge_attn_states`, but for what autograd refuses: nothing is written here.
     """
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     args = _checked((*operands, output_scale), prefill_tokens_with_context)
