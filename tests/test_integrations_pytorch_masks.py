@@ -5,7 +5,7 @@ import torch
 from attention_support import additive, check, operands
 from hypothesis import given
 from hypothesis import strategies as st
-from support import BF16, F32, INF, NAN
+from support import BF16, F16, F32, F64, INF, NAN
 
 from merge_attn_states.integrations import _pytorch_kernels as kernels
 from merge_attn_states.integrations import pytorch
@@ -91,6 +91,27 @@ def test_a_hidden_key_changes_no_bit(dtype, kind, where, broken, path, device):
     sees[7 if kind == "causal" else 8 :] = kind != "a mask for all rows"
     assert not unlike(state, clean)[..., ~sees].any()
     assert unlike(state, clean)[..., sees].all()
+
+
+@pytest.mark.parametrize("scale", [None, 1e-3, 1e3])
+@pytest.mark.parametrize("where", ["key", "both"])
+@pytest.mark.parametrize(
+    "kind", ["causal", "bool", "additive", "a mask for all rows", "a mask beside causality"]
+)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=str)
+def test_a_hidden_key_may_be_huge(dtype, kind, where, scale, path, device):
+    """So large, and finite, that its score is infinite: of no bit of a row that does not see it."""
+    query, key, value = operands((2, 4, 2, 9, 9, 16, 24), dtype, device)
+    options = hide(kind, dtype, device) | {"scale": scale}
+    clean = attention_with_lse(query, key, value, **options)
+    key[:, :, 7:] = torch.finfo(dtype).max
+    if where == "both":
+        value[:, :, 7:] = torch.finfo(dtype).max
+    query[0, 0, 8, 0] = INF  # of the last row alone, which sees every key
+    state = attention_with_lse(query, key, value, **options)
+    sees = torch.zeros(9, dtype=torch.bool, device=device)
+    sees[7 if kind == "causal" else 8 :] = True
+    assert not unlike(state, clean)[..., ~sees].any()
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_forward_with_masked_rows(parts, as_sum, device):
         (7, 7, True, False, True),
         (1, 7, None, True, False),  # decode
         (7, 12, None, True, True),  # prefill into a static cache: later keys are unused
+        (7, 4, None, True, True),
     ],
 )
 def test_is_causal(queries, keys, of_the_call, of_the_layer, causal, device):
@@ -56,6 +57,39 @@ def test_is_causal(queries, keys, of_the_call, of_the_layer, causal, device):
     mask = torch.ones(queries, keys, dtype=torch.bool).tril() if causal else None
     expected, _ = reference(query, key, value, mask)
     torch.testing.assert_close(output.cpu().to(F64), expected.transpose(1, 2), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("width", [1, "queries", "keys"])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (7, 12), (7, 4)])
+def test_a_bias_leaves_causality_as_it_is(queries, keys, parts, width, device):
+    """One for all keys too; of a static cache it may be as wide as what is used, or as all."""
+    query, key, value = operands((2, 4, 2, queries, keys, 16, 16), F32, device)
+    used = min(queries, keys)
+    bias = torch.randn(1, 4, queries, {1: 1, "queries": used, "keys": keys}[width], device=device)
+    layer = torch.nn.Module()
+    output, _ = split_attention_forward(
+        layer, query, key, value, None, is_causal=True, position_bias=bias, parts=parts
+    )
+    mask = torch.ones(queries, used, dtype=torch.bool).tril()
+    seen = torch.where(mask, bias[..., :used].cpu(), -torch.inf)
+    expected, _ = reference(query, key[:, :, :used], value[:, :, :used], seen)
+    torch.testing.assert_close(output.cpu().to(F64), expected.transpose(1, 2), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("width", [4, 6, 9])
+def test_a_mask_or_bias_of_other_keys_is_refused(width, parts):
+    inputs = operands((2, 4, 2, 7, 7, 8, 8), F32, "cpu")
+    layer = torch.nn.Module()
+    expected = rf"^attn_mask: expected a last size of 1 or 7 = num_keys, got \[.*{width}\]$"
+    mask = torch.ones(2, 1, 7, width, dtype=torch.bool)
+    with pytest.raises(ValueError, match=expected):
+        split_attention_forward(layer, *inputs, mask, parts=parts)
+    with pytest.raises(ValueError, match=expected):
+        split_attention_forward(
+            layer, *inputs, None, is_causal=False, position_bias=additive(mask, F32), parts=parts
+        )
 
 
 REFUSED = [

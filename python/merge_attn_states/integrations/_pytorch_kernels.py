@@ -7,6 +7,8 @@ on CUDA nothing does, since to look at a value is to wait for the GPU.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (the name that PyTorch's documentation gives it)
 
@@ -53,8 +55,11 @@ def cpu_flash(
     scale: float,
 ) -> State:
     """A mask, or a causal square, or neither."""
-    # The kernel multiplies hidden values by 0 and adds -inf to hidden scores: it must not meet NaN.
+    # The kernel multiplies hidden values by 0 and adds -inf to hidden scores: it must not meet NaN,
+    # nor infinity, which the score of a finite key may be too.
     broken = _broken(key, value)
+    if mask is not None:
+        broken = _or_too_large(broken, query, key, scale)
     clean = [key, value]
     if broken is not None:
         clean = [x.masked_fill(broken[..., None], 0.0) for x in clean]
@@ -191,6 +196,29 @@ def _broken(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
         return None
     broken = ~(key.isfinite().all(-1) & value.isfinite().all(-1))
     return broken if broken.any() else None
+
+
+def _or_too_large(
+    broken: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, scale: float
+) -> torch.Tensor | None:
+    """`broken`, and the keys whose score with a finite query might not be finite."""
+    if key.dtype == torch.float16:  # scores are float32
+        return broken
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    of_score = max(1.0, abs(scale)) * query.shape[3] * _largest(query)
+    limit = torch.finfo(dtype).max / of_score if of_score else math.inf
+    if _largest(key) <= limit:
+        return broken
+    large = key.abs().amax(-1) > limit
+    return large if broken is None else large | broken
+
+
+def _largest(operand: torch.Tensor) -> float:
+    """The largest finite magnitude."""
+    low, high = (float(x) for x in operand.aminmax())
+    if math.isfinite(low + high):
+        return max(-low, high)
+    return float(operand.abs().nan_to_num(0.0, 0.0, 0.0).amax())
 
 
 def _sees_one_of(

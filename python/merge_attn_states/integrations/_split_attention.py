@@ -53,6 +53,12 @@ def split_attention(
             "is_causal: expected as many queries as keys and no attn_mask, got "
             f"{num_queries} queries, {num_keys} keys"
         )
+    # Cut to a part, a mask of other keys would fit.
+    if attn_mask is not None and attn_mask.dim() and attn_mask.shape[-1] not in (1, num_keys):
+        raise ValueError(
+            f"attn_mask: expected a last size of 1 or {num_keys} = num_keys, "
+            f"got {list(attn_mask.shape)}"
+        )
     # A chain of merges rounds its output once a step: 16-bit outputs run in float32 and are
     # rounded at the end. A single merge rounds once anyway.
     running = query.dtype if parts <= 2 else torch.promote_types(query.dtype, torch.float32)

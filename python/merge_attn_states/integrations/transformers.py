@@ -187,9 +187,14 @@ def split_attention_forward(
     is_causal = is_causal and attention_mask is None and num_queries > 1
     if is_causal and num_keys > num_queries:
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
+        if position_bias is not None and position_bias.shape[-1] == num_keys:
+            position_bias = position_bias[..., :num_queries]
+    if is_causal and (position_bias is not None or num_keys < num_queries):
+        size = (num_queries, key.shape[2])
+        attention_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+        is_causal = False
     if position_bias is not None:
-        bias = position_bias[..., : key.shape[2]]
-        attention_mask, is_causal = _joined(bias, attention_mask, is_causal, query), False
+        attention_mask = _joined(position_bias, attention_mask)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
     output, _ = split_attention(
@@ -205,13 +210,8 @@ def split_attention_forward(
     return output.view(query.shape[0], num_queries, *output.shape[1:]), None
 
 
-def _joined(
-    bias: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor
-) -> torch.Tensor:
-    """One additive mask of the bias and of what the mask or the causal half hides."""
-    if is_causal:
-        size = (query.shape[2], bias.shape[-1])
-        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+def _joined(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """One additive mask of the bias and of what the mask hides."""
     if mask is None:
         return bias
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
