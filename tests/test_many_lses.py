@@ -17,34 +17,58 @@ NAMES = {E: "e", TWO: "2"}
 EPS = {F32: 2.0**-23, F64: 2.0**-52}
 
 SOURCE = """
-#include "core/state.h"
+#include <algorithm>
+#include <vector>
 
-using namespace merge_attn_states;
+#include "cpu/kernels.h"
 
-// As a kernel does: `bases` of each part where they differ, else null; the sink last.
-template <class Acc>
-void weigh(const Acc* lses, const int* bases, int count, const Acc* sink, Base base, Acc* weights,
-           Acc* lse) {
-  using Math = ScalarMath<Acc>;
-  const auto part = [&](int k) -> PartLse<Acc> {
-    if (bases != nullptr && bases[k] == int(Base::kTwo)) return natural(lses[k]);
-    return {lses[k], Acc(0)};
-  };
-  ManyLses<Math, Acc> merged(base);
-  for (int k = 0; k < count; ++k) merged.find(part(k));
-  if (sink != nullptr) merged.find({*sink, Acc(0)});
-  for (int k = 0; k < count; ++k) weights[k] = merged.add(part(k));
-  if (sink != nullptr) merged.add({*sink, Acc(0)});
-  for (int k = 0; k < count; ++k) weights[k] = merged.weight(weights[k]);
-  *lse = merged.lse();
+namespace merge_attn_states::cpu::test {
+#include "cpu/pack.h"
+#include "cpu/vector_math.h"
 }
 
-template <class Acc>
-void pair(const Acc* lses, Acc* weights, Acc* lse) {
-  const auto merged = merge_lse<ScalarMath<Acc>>(lses[0], lses[1]);
-  weights[0] = merged.weights.prefix;
-  weights[1] = merged.weights.suffix;
-  *lse = merged.lse();
+using namespace merge_attn_states;
+using cpu::test::Vector;
+using cpu::test::VectorMath;
+
+template <class V, class Acc>
+V all(Acc value) {
+  return -V{} + value;  // -0 changes no sum
+}
+
+template <class Acc, class V>
+Acc first(V v) {
+  Acc result;
+  memcpy(&result, &v, sizeof(result));
+  return result;
+}
+
+// As a kernel does, of one row or of eight: `bases` of each part where they differ, else null; the
+// sink last.
+template <class Math, class V, class Acc>
+void weigh(const Acc* lses, const int* bases, int count, const Acc* sink, Base base, Acc* weights,
+           Acc* lse) {
+  const auto part = [&](int k) -> PartLse<V> {
+    PartLse<Acc> one{lses[k], Acc(0)};
+    if (bases != nullptr && bases[k] == int(Base::kTwo)) one = natural(lses[k]);
+    return {all<V>(one.high), all<V>(one.low)};
+  };
+  const PartLse<V> logit{all<V>(sink ? *sink : Acc(0)), V{}};
+  ManyLses<Math, V> merged(base);
+  for (int k = 0; k < count; ++k) merged.find(part(k));
+  if (sink != nullptr) merged.find(logit);
+  std::vector<V> terms;
+  for (int k = 0; k < count; ++k) terms.push_back(merged.add(part(k)));
+  if (sink != nullptr) merged.add(logit);
+  for (int k = 0; k < count; ++k) weights[k] = first<Acc>(merged.weight(terms[k]));
+  *lse = first<Acc>(merged.lse());
+}
+
+template <class Math, class V, class Acc>
+void pair(const Acc* lses, Acc* weights) {
+  const auto merged = merge_lse<Math>(all<V>(lses[0]), all<V>(lses[1]));
+  weights[0] = first<Acc>(merged.weights.prefix);
+  weights[1] = first<Acc>(merged.weights.suffix);
 }
 
 template <class Acc>
@@ -57,10 +81,17 @@ Acc sum(const Acc* weights, const Acc* values, int count) {
 #define FUNCTIONS(Acc, name)                                                                    \\
   extern "C" void weigh_##name(const Acc* lses, const int* bases, int count, const Acc* sink,   \\
                                int base, Acc* weights, Acc* lse) {                              \\
-    weigh(lses, bases, count, sink, Base(base), weights, lse);                                  \\
+    weigh<ScalarMath<Acc>, Acc>(lses, bases, count, sink, Base(base), weights, lse);            \\
   }                                                                                             \\
-  extern "C" void pair_##name(const Acc* lses, Acc* weights, Acc* lse) {                        \\
-    pair(lses, weights, lse);                                                                   \\
+  extern "C" void weigh_eight_##name(const Acc* lses, const int* bases, int count,              \\
+                                     const Acc* sink, int base, Acc* weights, Acc* lse) {       \\
+    weigh<VectorMath<Acc>, Vector<Acc>>(lses, bases, count, sink, Base(base), weights, lse);    \\
+  }                                                                                             \\
+  extern "C" void pair_weigh_##name(const Acc* lses, Acc* weights) {                            \\
+    pair<ScalarMath<Acc>, Acc>(lses, weights);                                                  \\
+  }                                                                                             \\
+  extern "C" void pair_weigh_eight_##name(const Acc* lses, Acc* weights) {                      \\
+    pair<VectorMath<Acc>, Vector<Acc>>(lses, weights);                                          \\
   }                                                                                             \\
   extern "C" void sum_##name(const Acc* weights, const Acc* values, int count, Acc* result) {   \\
     *result = sum(weights, values, count);                                                      \\
@@ -83,12 +114,15 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def weigh(state, lses, bases=None, sink=None, base=E):
+WAYS = ["weigh", "weigh_eight"]  # a GPU's thread, and eight rows of a CPU at once
+
+
+def weigh(way, state, lses, bases=None, sink=None, base=E):
     """Weights and LSE, in `base`; `bases` of each part where these are mixed, then natural."""
     weights, lse = torch.empty_like(lses), torch.empty(1, dtype=lses.dtype)
     of_parts = None if bases is None else torch.tensor(bases, dtype=torch.int32)
     of_sink = None if sink is None else torch.tensor([sink], dtype=lses.dtype)
-    getattr(state, f"weigh_{name_of(lses.dtype)}")(
+    getattr(state, f"{way}_{name_of(lses.dtype)}")(
         *(pointer(lses), pointer(of_parts), len(lses), pointer(of_sink), base),
         *(pointer(weights), pointer(lse)),
     )
@@ -116,8 +150,8 @@ def expected(lses, bases=None, sink=None, base=E):
     return output[0], lse
 
 
-def assert_as_expected(state, lses, **options):
-    weights, lse = weigh(state, lses, **options)
+def assert_as_expected(way, state, lses, **options):
+    weights, lse = weigh(way, state, lses, **options)
     exact, exact_lse = expected(lses, **options)
     bound = 4 * EPS[lses.dtype]
     seen = ~lses.isinf()
@@ -132,9 +166,10 @@ SPECIAL = (0.0, -0.0, 1.0, 88.0, -104.0, 1e5, -1e5, 3e38, -3e38, math.inf, -math
 @pytest.mark.parametrize("dtype", [F32, F64], ids=name_of)
 @pytest.mark.parametrize("base", [E, TWO])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_combination(count, base, dtype, state):
+@pytest.mark.parametrize("way", WAYS)
+def test_every_combination(way, count, base, dtype, state):
     for lses in itertools.product(SPECIAL, repeat=count):
-        assert_as_expected(state, torch.tensor(lses, dtype=dtype), base=base)
+        assert_as_expected(way, state, torch.tensor(lses, dtype=dtype), base=base)
 
 
 @st.composite
@@ -159,26 +194,29 @@ def calls(draw):
     }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @given(call=calls())
-def test_any_number_of_parts(call, state):
+def test_any_number_of_parts(call, way, state):
     lses, options = call
-    assert_as_expected(state, lses, **options)
+    assert_as_expected(way, state, lses, **options)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=name_of)
-def test_two_weigh_what_the_pair_weighs(dtype, state):
+@pytest.mark.parametrize("way", WAYS)
+def test_two_weigh_what_the_pair_weighs(way, dtype, state):
     generator = torch.Generator().manual_seed(0)
     for lses in 40 * torch.randn(2000, 2, dtype=dtype, generator=generator):
-        weights, lse = torch.empty_like(lses), torch.empty(1, dtype=dtype)
-        getattr(state, f"pair_{name_of(dtype)}")(pointer(lses), pointer(weights), pointer(lse))
-        assert_bits(weigh(state, lses)[0], weights)
+        weights = torch.empty_like(lses)
+        getattr(state, f"pair_{way}_{name_of(dtype)}")(pointer(lses), pointer(weights))
+        assert_bits(weigh(way, state, lses)[0], weights)
 
 
 @pytest.mark.parametrize("lse", [0.1, -0.0, 3e38])
 @pytest.mark.parametrize("base", [E, TWO])
 def test_the_lse_of_a_part_alone_is_what_it_was(lse, base, state):
     lses = torch.tensor([-math.inf, lse, math.inf])
-    assert_bits(weigh(state, lses, base=base)[1], lses[1:2])
+    for way in WAYS:
+        assert_bits(weigh(way, state, lses, base=base)[1], lses[1:2])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=name_of)

@@ -6,8 +6,8 @@
 //
 // With e = exp(-|lse_p - lse_s|) the larger part weighs 1 / (1 + e), the smaller e / (1 + e), and
 // lse = m + log1p(e): one exponential, no overflow, and an exact sum of weights within an ulp. A
-// GPU computes that logarithm from the LSEs themselves (log_sum_exp.h). Any number of
-// parts take the exponential of each; two natural LSEs without a sink are the pair's there too.
+// GPU computes that logarithm from the LSEs themselves (log_sum_exp.h). Of many parts each has its
+// exponential; of two, the weights are the pair's bit for bit.
 //
 // The empty rule. A part whose lse is -inf or +inf saw no keys:
 //

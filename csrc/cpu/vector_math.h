@@ -17,6 +17,9 @@ struct VectorMath {  // double: for gradient checks, not for speed
   static V exp(V x) {
     return each(x, [](Acc value) { return std::exp(value); });
   }
+  static V log(V x) {
+    return each(x, [](Acc value) { return std::log(value); });
+  }
   static V log_sum_exp(V larger, V, V e, V) {
     return larger + each(e, [](Acc value) { return std::log1p(value); });
   }
@@ -52,6 +55,25 @@ struct VectorMath<float> {
     const Words power = (bits_as<Words>(rounded) - kRoundBits) << 23;
     const Floats scaled = bits_as<Floats>(bits_as<Words>(series) + power);
     return x < kNothing ? Floats{} : (x == x ? scaled : x);
+  }
+
+  // log(x) for normal x, within 2 ulp: x = 2^n m with m in [0.7, 1.42), and 2 atanh(s) with
+  // s = (m - 1) / (m + 1) <= 0.18, whose series to s^11 leaves 1e-10.
+  static Floats log(Floats x) {
+    constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+    constexpr uint32_t kSmallestM = 0x3f333333u;  // 0.7
+    constexpr uint32_t kExponent = 0xff800000u;
+    const Words above = bits_as<Words>(x) - kSmallestM;
+    const Floats m = bits_as<Floats>((above & ~kExponent) + kSmallestM);
+    const Floats n = __builtin_convertvector(bits_as<Vector<int32_t>>(above) >> 23, Floats);
+    const Floats s = (m - 1.0f) / (m + 1.0f), square = s * s;
+    Floats series = square * (1.0f / 11.0f) + 1.0f / 9.0f;
+    series = series * square + 1.0f / 7.0f;
+    series = series * square + 0.2f;
+    series = series * square + 1.0f / 3.0f;
+    const Floats twice = s + s;
+    const Floats of_m = series * square * twice + twice;
+    return x == x ? n * kLn2High + (n * kLn2Low + of_m) : x;
   }
 
   // larger + log(1 + e) for e in [0, 1], the logarithm within 3 ulp: 2 atanh(s) with

@@ -7,9 +7,9 @@ What `aten::_scaled_dot_product_flash_attention_for_cpu` (CPU) and
 | PyTorch's kernel                                           | here                              |
 | ---------------------------------------------------------- | --------------------------------- |
 | CPU refuses a bool mask, CUDA takes no mask                | additive -inf mask; matmul        |
-| a key that is NaN or infinite reaches rows that it is      | hidden keys and values are never  |
-|   hidden from (CPU, by a mask), and a value too (CPU;      |   used, whatever they hold; rows  |
-|   CUDA, causal)                                            |   that see them show them         |
+| a key that is NaN, infinite or so large that its score is  | hidden keys and values are never  |
+|   reaches rows that it is hidden from (CPU, by a mask),    |   used, whatever they hold; rows  |
+|   and a value that is not finite too (CPU; CUDA, causal)   |   that see them show them         |
 | CPU, fully masked row: lse = 0.0, a finite lie             | lse = -inf, output zeros          |
 | CPU, fewer keys than a vector has lanes, every score NaN:  | lse and output NaN; a row whose   |
 |   lse = 0.0 and zeros                                      |   lse is 0.0 is computed again    |
@@ -93,9 +93,10 @@ def attention_with_lse(
 
     Notes
     -----
-    A key or value that a row does not see changes nothing in that row, be it NaN or infinite, as
-    in the slots of a cache that nobody has written. On the CPU that costs a sum over both, and the
-    rows that see such a key, or whose LSE is exactly 0, are computed again by matmul. On CUDA,
+    A key or value that a row does not see changes nothing in that row, be it NaN, infinite or
+    huge, as in the slots of a cache that nobody has written. On the CPU that costs a sum over both,
+    beside a mask the extremes of query and key too, and the rows that see such a key, or whose LSE
+    is exactly 0, are computed again by matmul. On CUDA,
     where no value is looked at, it costs passes over the values where `is_causal`, and where there
     is a mask a product twice as wide as the one with the values.
 

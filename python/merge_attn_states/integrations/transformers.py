@@ -9,8 +9,8 @@ What transformers' attention functions get, and what the merge wants:
 | one mask format an implementation                          | sdpa's: bool, True where seen     |
 | sdpa's mask is left out where nothing or only the causal   | is_causal of the call or of the   |
 |   half is masked                                           |   module; the causal half by rows |
-| sdpa's is_causal is aligned top-left: keys past the last   | cut off first                     |
-|   query are the unused end of a static cache               |                                   |
+| sdpa's is_causal is aligned top-left: keys past the last   | cut off first; where keys are     |
+|   query are the unused end of a static cache               |   fewer, by a mask                |
 | position_bias, added to the scores (T5 and its kin)        | joined with the mask              |
 | grouped queries: num_key_value_groups                      | from the shapes                   |
 | learned queries with a batch of one                        | expanded to the batch of the keys |
