@@ -57,9 +57,8 @@ def cpu_flash(
     """A mask, or a causal square, or neither."""
     # The kernel multiplies hidden values by 0 and adds -inf to hidden scores: it must not meet NaN,
     # nor infinity, which the score of a finite key may be too.
-    broken = _broken(key, value)
-    if mask is not None:
-        broken = _or_too_large(broken, query, key, scale)
+    limit = math.inf if mask is None else _largest_of_finite_scores(query, scale)
+    broken = _broken(key, value, limit)
     clean = [key, value]
     if broken is not None:
         clean = [x.masked_fill(broken[..., None], 0.0) for x in clean]
@@ -187,38 +186,35 @@ def _recompute(
                 whole[at] = part[0, 0]
 
 
-def _broken(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
-    """Which keys [batch, num_kv_heads, num_keys] are not finite in key and value; None: none."""
-    # A sum is finite only where all its summands are, and is the fastest way through memory. One
-    # that overflows costs no more than the second look; in float16 it often would.
+def _broken(key: torch.Tensor, value: torch.Tensor, limit: float) -> torch.Tensor | None:
+    """Which keys [batch, num_kv_heads, num_keys] are not finite in key and value or beyond the limit.
+
+    None: none.
+    """
+    # A sum and a norm are finite only where all elements are, no element exceeds the norm, and they
+    # are the fastest ways through memory. Where they overflow, as in float16 a sum often would,
+    # that costs no more than the second look.
     dtype = torch.float32 if key.dtype == torch.float16 else None
-    if (key.sum(dtype=dtype) + value.sum(dtype=dtype)).isfinite():
+    total = value.sum(dtype=dtype)
+    if math.isinf(limit):
+        if (key.sum(dtype=dtype) + total).isfinite():
+            return None
+    elif total.isfinite() and torch.linalg.vector_norm(key) <= limit:
         return None
     broken = ~(key.isfinite().all(-1) & value.isfinite().all(-1))
+    if not math.isinf(limit):
+        broken |= key.abs().amax(-1) > limit
     return broken if broken.any() else None
 
 
-def _or_too_large(
-    broken: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, scale: float
-) -> torch.Tensor | None:
-    """`broken`, and the keys whose score with a finite query might not be finite."""
-    if key.dtype == torch.float16:  # scores are float32
-        return broken
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    of_score = max(1.0, abs(scale)) * query.shape[3] * _largest(query)
-    limit = torch.finfo(dtype).max / of_score if of_score else math.inf
-    if _largest(key) <= limit:
-        return broken
-    large = key.abs().amax(-1) > limit
-    return large if broken is None else large | broken
-
-
-def _largest(operand: torch.Tensor) -> float:
-    """The largest finite magnitude."""
-    low, high = (float(x) for x in operand.aminmax())
-    if math.isfinite(low + high):
-        return max(-low, high)
-    return float(operand.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+def _largest_of_finite_scores(query: torch.Tensor, scale: float) -> float:
+    """How large a key's elements may be while no score with what is finite of `query` overflows."""
+    largest = float(torch.linalg.vector_norm(query))  # or less
+    if not math.isfinite(largest):
+        largest = float(query.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+    of_score = max(1.0, abs(scale)) * query.shape[3] * largest
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.finfo(dtype).max / max(2 * of_score, 1.0)  # 2: norms are rounded
 
 
 def _sees_one_of(
