@@ -187,9 +187,9 @@ def _recompute(
 
 
 def _broken(key: torch.Tensor, value: torch.Tensor, limit: float) -> torch.Tensor | None:
-    """Which keys [batch, num_kv_heads, num_keys] are not finite in key and value or beyond the limit.
+    """Which keys are not finite in key and value, or beyond the limit; None: none.
 
-    None: none.
+    bool [batch, num_kv_heads, num_keys].
     """
     # A sum and a norm are finite only where all elements are, no element exceeds the norm, and they
     # are the fastest ways through memory. Where they overflow, as in float16 a sum often would,

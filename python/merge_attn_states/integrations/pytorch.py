@@ -96,9 +96,9 @@ def attention_with_lse(
     A key or value that a row does not see changes nothing in that row, be it NaN, infinite or
     huge, as in the slots of a cache that nobody has written. On the CPU that costs a sum over both
     (beside a mask norms of query and key), and the rows that see such a key, or whose LSE is
-    exactly 0, are computed again by matmul. On CUDA,
-    where no value is looked at, it costs passes over the values where `is_causal`, and where there
-    is a mask a product twice as wide as the one with the values.
+    exactly 0, are computed again by matmul. On CUDA, where no value is looked at, it costs passes
+    over the values where `is_causal`, and where there is a mask a product twice as wide as the one
+    with the values.
 
     In a graph of `torch.compile` or `torch.export` all of it is one operator,
     `torch.ops.merge_attn_states.attention_with_lse`, which importing this module registers: a
