@@ -32,7 +32,7 @@ test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/built  ## run every test
 test-torch: $(VENV)/built  ## run every test on another PyTorch, with the op library of .venv; RELEASE=2.15.0
 	@$(PYTHON) scripts/environment.py $(TORCH_VENV) --release $(RELEASE) \
 	  --extra test --extra demo
-	scripts/test_torch.sh $(abspath $(TORCH_VENV))/bin/python $(RELEASE) \
+	scripts/test_torch.sh "$(abspath $(TORCH_VENV))/bin/python" $(RELEASE) \
 	  python/merge_attn_states/libmerge_attn_states.so $(PYTEST)
 
 bench: $(VENV)/built  ## measure on this machine; BENCH="--only cold --output FILE"

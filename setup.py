@@ -72,10 +72,15 @@ def commit() -> str:
     """The commit of these sources: from git, else from the file that an sdist carries."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         git = ["git", "-C", str(ROOT), "-c", f"safe.directory={ROOT}"]
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ran.returncode == 0:
-            return ran.stdout.strip()
+
+        def said(*command: str) -> str | None:
+            ran = subprocess.run([*git, *command], capture_output=True, text=True, check=False)
+            return ran.stdout.strip() if ran.returncode == 0 else None
+
+        if head := said("rev-parse", "HEAD"):
+            # What is built, and new files there, which are built too.
+            changed = said("status", "--porcelain", "--", "csrc", "include", "python", "setup.py")
+            return f"{head}-dirty" if changed else head
     carried = ROOT / "COMMIT"
     return carried.read_text().strip() if carried.is_file() else "unknown"
 
@@ -101,9 +106,11 @@ class BuildBinaries(cpp_extension.BuildExtension if torch else build_ext):
             refuse("PyTorch 2.11 or newer is needed to build, and this Python has none.")
         if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
             refuse(f"PyTorch 2.11 or newer is needed to build, and this is {torch.__version__}.")
-        compiler = shlex.split(cpp_extension.get_cxx_compiler())[0]
+        compiler = (shlex.split(cpp_extension.get_cxx_compiler()) or [""])[0]
         if not shutil.which(compiler):
             refuse(f"no C++ compiler {compiler!r}: install the package g++ or build-essential.")
+        if not importlib.util.find_spec("pybind11"):
+            refuse("pybind11 is missing: pip install pybind11 ninja.")
         if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
             refuse("Python.h is missing: install the package python3-dev or python3-devel.")
         # The environment's own ninja first: another release would start its log, and so the build,

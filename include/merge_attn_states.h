@@ -103,7 +103,7 @@ merge_attn_states_select(const merge_attn_states_args* args, merge_attn_states_s
 
 // What this library was built from and with: one JSON object, UTF-8, alive as long as the library.
 // Keys: version, commit, torch, compiler, cuda (toolkit version or null), architectures (as built,
-// spaced), cpu (the instruction set chosen on this machine).
+// spaced), cpu (the instruction set chosen on this machine, or why there is none).
 MERGE_ATTN_STATES_API const char* merge_attn_states_build_info(void) MERGE_ATTN_STATES_NOEXCEPT;
 
 #ifdef __cplusplus

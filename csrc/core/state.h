@@ -1,5 +1,5 @@
 // The only formula, for host and device: section 2.2 of arXiv 2501.01005, for two parts and for any
-// number of them.
+// number of them (which no kernel merges yet).
 //
 //     m = max(lse_p, lse_s)      w_i = exp(lse_i - m) / sum_j exp(lse_j - m)
 //     O = w_p O_p + w_s O_s      lse = m + log(sum_j exp(lse_j - m))

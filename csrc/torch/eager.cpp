@@ -25,8 +25,9 @@ PythonTensors python_tensors;
 
 void find() {
   const char* const wanted = std::getenv("MERGE_ATTN_STATES_FAST_PATH");
-  if (wanted != nullptr && std::string_view(wanted) == "0") {
-    why_not = "MERGE_ATTN_STATES_FAST_PATH=0";
+  for (const std::string_view off : {"0", "off", "no", "false"}) {
+    if (wanted == nullptr || wanted != off) continue;
+    why_not = std::string("MERGE_ATTN_STATES_FAST_PATH=") + wanted;
     return;
   }
   std::string lacks = thread_questions.find();

@@ -17,7 +17,8 @@ try:
     load_op_library()
 except ImportError as error:
     # `python -m merge_attn_states` imports this file first; its user gets the message alone.
-    if sys.argv[:1] == ["-m"] and "merge_attn_states" in sys.orig_argv:
+    runs_module = "-m" in sys.orig_argv and sys.argv[:1] == ["-m"]
+    if runs_module and sys.orig_argv[sys.orig_argv.index("-m") + 1] == "merge_attn_states":
         raise SystemExit(str(error)) from None
     raise
 

@@ -5,6 +5,7 @@ Where something does not work, its line says why.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -52,13 +53,11 @@ def _describe_gpu(index: int) -> str:
 
 
 def _paths(cuda: str | None, architectures: list[str], cpu: str) -> Iterator[str]:
-    yield _line("cpu kernel", f"yes, {cpu}")
+    yield _line("cpu kernel", f"no: {cpu}" if cpu.startswith("none") else f"yes, {cpu}")
     no_cuda = _why_no_cuda(cuda, architectures)
     yield _line("cuda kernels", no_cuda or "yes")
     yield _line("eager fast path", _fast_path())
-    found = importlib.util.find_spec("transformers") is not None
-    hint = "no: pip install 'merge-attn-states[transformers]' brings it"
-    yield _line("transformers", "yes" if found else hint)
+    yield _line("transformers", _transformers())
     yield _line("vllm", _why_not_in_vllm() or (no_cuda if _device_count() else "") or _in_vllm())
 
 
@@ -67,6 +66,16 @@ def _fast_path() -> str:
     if path is None:
         return f"no: {remark}; calls go through torch.ops"
     return f"yes, {remark}" if remark else "yes"
+
+
+def _transformers() -> str:
+    if importlib.util.find_spec("transformers") is None:
+        return "no: pip install 'merge-attn-states[transformers]' brings it"
+    try:
+        importlib.import_module("merge_attn_states.integrations.transformers")
+    except Exception as error:
+        return f"no: {error}"
+    return "yes"
 
 
 def _why_not_in_vllm() -> str:

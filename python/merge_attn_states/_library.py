@@ -58,8 +58,10 @@ def load_op_library() -> None:
     """
     try:
         import torch
-    except ImportError as error:
-        raise ImportError(_NO_TORCH) from error
+    except (ImportError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise ImportError(_NO_TORCH) from error
+        raise ImportError(f"merge_attn_states cannot import PyTorch: {error}") from error
     _check_torch_version(torch.__version__)
     if not OP_LIBRARY.is_file():
         raise ImportError(
@@ -69,8 +71,9 @@ def load_op_library() -> None:
     try:
         torch.ops.load_library(str(OP_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
+        said = str(error.__cause__ or error)  # PyTorch puts a sentence of its own in front
         raise ImportError(
-            f"{OP_LIBRARY.name} cannot be loaded: {_explain(str(error))} ({error})."
+            f"{OP_LIBRARY.name} cannot be loaded: {_explain(said)} ({said})."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Split attention for any model of Hugging Face transformers: keys in parts, merged exactly.
+"""Split attention for models of Hugging Face transformers: keys in parts, merged exactly.
 
 What transformers' attention functions get, and what the merge wants:
 

@@ -271,9 +271,11 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
         return
     if isinstance(error, UnavailableError):
         # No kernel for this GPU or driver: the next call would be refused too, and cost twice.
-        _cannot_run = f"{type(error).__name__}: {error}"
-        _log.warning("merge_attn_states cannot run here, vLLM merges as before: %s", error)
-        _give_back(_cannot_run)
+        with _lock:
+            is_known, _cannot_run = bool(_cannot_run), f"{type(error).__name__}: {error}"
+        if not is_known:  # what is no module may hold this function still
+            _log.warning("merge_attn_states cannot run here, vLLM merges as before: %s", error)
+            _give_back(_cannot_run)
         yield
         return
     reason = re.sub(r"(?<![A-Za-z0-9])-?\d+", "#", f"{type(error).__name__}: {error}")
