@@ -38,6 +38,21 @@ def test_compiled(way, backend, device):
         assert_bits(result, plain.output + 1)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("way", [merge, OP], ids=["python", "torch.ops"])
+def test_a_number_of_tokens_that_is_not_known(way, backend, device):
+    """Whether an output of so many is expanded cannot be asked while compiling."""
+    call = make_call((6, 2, 16), F32, device)
+    for operand in call[:6]:
+        torch._dynamo.decorators.mark_unbacked(operand, 0 if operand.dim() == 3 else 1)
+
+    def step(*operands):
+        way(*operands)
+
+    with torch.no_grad():
+        check(call, lambda *args: compiled(step, backend, dynamic=None)(*args[:6]))
+
+
 def in_place(x, x_lse, y, y_lse):
     merge(x, x, x_lse, y, y_lse, x_lse)
 

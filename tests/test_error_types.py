@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 
 import pytest
 import torch
@@ -66,3 +67,34 @@ def test_an_error_of_somebody_else_is_kept():
     operands = call._replace(prefix_output=call.prefix_output.as_subclass(Forbidden))
     with pytest.raises(RuntimeError, match=r"^merges are forbidden here$"):
         merge_attn_states(*operands)
+
+
+def test_another_thread_that_compiles_changes_nothing():
+    """PyTorch's is_compiling() is true in every thread meanwhile."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def backend(module, _):
+        inside.set()
+        go_on.wait(60)
+        return module
+
+    call = make_call((N, H, D), F32, "cpu", empty=False)
+    # Legal, and of a type that goes through the operator.
+    by_operator = torch.nn.Parameter(call.suffix_output.clone(), requires_grad=False)
+    call = call._replace(suffix_output=by_operator)
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    thread = threading.Thread(target=compiled, args=(torch.ones(3),))
+    thread.start()
+    try:
+        assert inside.wait(60)
+        for count in (99, 2**70):
+            refused = call._replace(prefill_tokens_with_context=count)
+            with pytest.raises(ValueError, match=r"^prefill_tokens_with_context: expected a count"):
+                merge_attn_states(*refused)
+        with torch.inference_mode():
+            output = torch.empty_like(call.output)
+        merge_attn_states(*call._replace(output=output))
+        assert not output.isnan().any()
+    finally:
+        go_on.set()
+        thread.join()

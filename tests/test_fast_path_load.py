@@ -8,7 +8,18 @@ import time
 
 import pytest
 import torch
-from support import F32, Recording, assert_bits, check, cloned, make_call, plain, resident_bytes
+from support import (
+    F32,
+    Recording,
+    assert_bits,
+    check,
+    cloned,
+    make_call,
+    needs_bounds,
+    plain,
+    resident_bytes,
+    run_command,
+)
 
 from merge_attn_states import merge_attn_states as merge
 from merge_attn_states._library import fast_path
@@ -141,3 +152,29 @@ def test_other_threads_run_while_a_launch_waits(cuda, taken):
     torch.cuda.synchronize()
     assert waited > 1, "the queue was not full"
     assert max(gaps) < waited / 2
+
+
+SWAP = """
+import threading
+import torch
+from merge_attn_states import merge_attn_states as merge
+
+torch.set_num_threads(1)
+part, lse = torch.ones(1, 1, 128).expand(32768, 16, 128), torch.zeros(1, 1).expand(16, 32768)
+output, other, refused = torch.empty(32768, 16, 128), torch.empty(0), 0
+thread = threading.Thread(target=merge, args=(output, part, lse, part, lse))
+thread.start()
+while thread.is_alive():
+    try:
+        torch.utils.swap_tensors(output, other)
+        torch.utils.swap_tensors(output, other)
+    except RuntimeError:
+        refused += 1
+assert refused, "nobody tried while it merged"
+"""
+
+
+def test_a_tensor_is_not_swapped_while_it_is_merged(child_environment):
+    """By another thread, once the interpreter's lock is given back: it would free the memory."""
+    needs_bounds(merge)
+    run_command(sys.executable, "-c", SWAP, **child_environment)

@@ -19,6 +19,7 @@ from support import (
 )
 
 from merge_attn_states import merge_attn_states as merge
+from merge_attn_states import selected_kernel
 from merge_attn_states._library import fast_path
 
 N, H, D = 4, 2, 64
@@ -52,6 +53,14 @@ def test_a_negated_view_is_no_output(name, kind, device, way):
     with torch.no_grad(), refused:
         way.run(lambda *args: way.merge(*args))(*call._replace(**{name: negated})[:6])
     assert (negated == 1).all()
+
+
+@pytest.mark.parametrize("name", ["output", "output_lse"])
+def test_no_kernel_is_selected_for_a_negated_output(name, device):
+    call = make_call((N, H, D), F32, device)
+    negated = NEGATED["an imaginary part"](torch.ones_like(getattr(call, name)))
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*negative bit"):
+        selected_kernel(*call._replace(**{name: negated}))
 
 
 @pytest.mark.parametrize("kind", NEGATED)

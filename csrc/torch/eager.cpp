@@ -46,15 +46,22 @@ bool bind_count(PyObject* count, merge_attn_states_args& args) {
   return overflow == 0;
 }
 
+// What the C entry's arguments point at.
+struct Operands {
+  std::array<TensorView, kNumOperands> views;
+  std::array<HeldTensor, kNumOperands> held;
+};
+
 // The arguments as the C entry has them; false where torch.ops has to answer.
-bool fill(merge_attn_states_args& args, std::array<TensorView, kNumOperands>& views,
-          Arguments arguments, ThreadState state) {
+bool fill(merge_attn_states_args& args, Operands& operands, Arguments arguments,
+          ThreadState state) {
   const auto describe = [&](auto i) {
     constexpr const OperandSpec& spec = kOperands[i];
     PyObject* const object = arguments[position(i)];
     if (spec.optional && object == Py_None) return true;
-    args.*spec.field = &views[i];
-    return python_tensors.describe(object, spec.written, state == ThreadState::kGrad, views[i]);
+    args.*spec.field = &operands.views[i];
+    return python_tensors.describe(object, spec.written, state == ThreadState::kGrad,
+                                   operands.views[i], operands.held[i]);
   };
   // Outputs first: see stable_tensor.h.
   return all_operands([&](auto i) { return !kOperands[i].written || describe(i); }) &&
@@ -88,9 +95,9 @@ PyObject* merge_attn_states_fast(PyObject*, Arguments arguments, Py_ssize_t coun
   if (!why_not.empty() || count != kNumArguments) Py_RETURN_FALSE;
   const ThreadState state = thread_questions.ask();
   if (state == ThreadState::kWatched) Py_RETURN_FALSE;
-  std::array<TensorView, kNumOperands> views;
+  Operands operands;
   merge_attn_states_args args{.struct_size = sizeof(args)};
-  if (!fill(args, views, arguments, state) || !find_stream(args)) Py_RETURN_FALSE;
+  if (!fill(args, operands, arguments, state) || !find_stream(args)) Py_RETURN_FALSE;
 
   char message[1024];
   merge_attn_states_status status;

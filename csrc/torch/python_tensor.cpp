@@ -77,23 +77,22 @@ std::string PythonTensors::find() {
   return "";
 }
 
-bool PythonTensors::describe(PyObject* object, bool written, bool grad_mode,
-                             TensorView& view) const {
+bool PythonTensors::describe(PyObject* object, bool written, bool grad_mode, TensorView& view,
+                             HeldTensor& held) const {
   if (Py_TYPE(object) != type_) return false;
   if (grad_mode && is_true(PyObject_GetAttr(object, requires_grad_name_))) return false;
-  const bool described = handle_of_ != nullptr ? describe_by_handle(object, written, view)
+  const bool described = handle_of_ != nullptr ? describe_by_handle(object, written, view, held)
                                                : describe_by_dlpack(object, view);
   return described && may_be_merged(view) && has_what_it_needs(view) &&
          !(may_be_negative(view) && is_true(PyObject_CallOneArg(is_neg_, object)));
 }
 
-bool PythonTensors::describe_by_handle(PyObject* object, bool written, TensorView& view) const {
+bool PythonTensors::describe_by_handle(PyObject* object, bool written, TensorView& view,
+                                       HeldTensor& held) const {
   void* handle = nullptr;
   if (handle_of_(object, &handle) != 0) return false;
-  const auto tensor = static_cast<AtenTensorHandle>(handle);
-  const bool described = merge_attn_states::describe(tensor, written, view);
-  aoti_torch_delete_tensor_object(tensor);
-  return described;
+  held.reset(static_cast<AtenTensorHandle>(handle));
+  return merge_attn_states::describe(held.get(), written, view);
 }
 
 bool PythonTensors::describe_by_dlpack(PyObject* object, TensorView& view) const {

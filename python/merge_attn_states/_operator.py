@@ -15,7 +15,10 @@ from torch.autograd import forward_ad
 
 from ._errors import UnavailableError
 
-__all__ = ["Args", "Op", "call", "given", "named_tensors", "operands", "register", "written"]
+__all__ = [
+    *("Args", "Op", "call", "given", "named_tensors"),
+    *("operands", "register", "register_negative", "written"),
+]
 
 Args = tuple[Any, ...]  # an operator's, in its order
 Op = torch._ops.OpOverload[..., Any]
@@ -72,8 +75,17 @@ def register(op: Op, because: str = "the merge writes in place and has no gradie
 
     Of what has or wants a derivative it says that there is none, `because` of something.
     """
-    for key, kernel in (("Autograd", _autograd(op, because)), ("Negative", _negative(op))):
-        _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
+    _implement(op, "Autograd", _autograd(op, because))
+    register_negative(op, written(op))
+
+
+def register_negative(op: Op, outputs: list[int]) -> None:
+    """Let `op` read an input with its sign and refuse an output that has the negative bit."""
+    _implement(op, "Negative", _negative(op, outputs))
+
+
+def _implement(op: Op, key: str, kernel: Callable[..., Any]) -> None:
+    _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _autograd(op: Op, because: str) -> Callable[..., Any]:
@@ -114,9 +126,8 @@ def _refuse_derivatives(names: list[str], args: Args, because: str) -> None:
             )
 
 
-def _negative(op: Op) -> Callable[..., Any]:
+def _negative(op: Op, positions: list[int]) -> Callable[..., Any]:
     """Make the kernel that reads an input with its sign and refuses an output that has one."""
-    positions = written(op)
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.Negative)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:

@@ -121,7 +121,7 @@ def merge_attn_states(
         return
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     args = _checked((*operands, output_scale), prefill_tokens_with_context)
-    if torch.compiler.is_compiling():
+    if _is_in_a_graph():
         _merge_compiled(args)
     else:
         _operator.call(_op.merge_attn_states.default, args, _op.check.default)
@@ -138,6 +138,8 @@ def selected_kernel(
     output_scale: torch.Tensor | None = None,
 ) -> SelectedKernel:
     """Tell which kernel `merge_attn_states` runs for these arguments; nothing is read or written.
+
+    (An output that is a copy-on-write clone gets its own memory, as the merge would give it.)
 
     Parameters
     ----------
@@ -187,12 +189,22 @@ def _checked_count(
         count = operator.index(count)
     # Too long for the operator's schema to carry to C++, where a count is checked. Compiled code
     # has none so long, and a comparison here would tie its graph to the count.
-    if not torch.compiler.is_compiling() and not -(2**63) <= count < 2**63:
+    if not _is_in_a_graph() and not -(2**63) <= count < 2**63:
         num_tokens = output.shape[0] if output is not None else 0
         raise ValueError(
             f"{_COUNT}: expected a count in [0, {num_tokens}] = [0, num_tokens], got {count}"
         )
     return count
+
+
+def _is_in_a_graph() -> bool:
+    """Whether this very call is being traced by torch.compile or torch.export.
+
+    `is_compiling` is true in every thread while one compiles; an export has modes of its thread.
+    """
+    return _is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _merge_compiled(args: _operator.Args) -> None:
@@ -217,6 +229,7 @@ def _merge_compiled(args: _operator.Args) -> None:
 
 _operator.register(_op.merge_attn_states.default)
 _operator.register(_op.fresh_outputs.default)
+_operator.register_negative(_op.selected_kernel.default, _WRITTEN)
 
 
 @torch.library.register_fake("merge_attn_states::merge_attn_states")  # type: ignore[untyped-decorator]
@@ -248,8 +261,10 @@ def _fake(*args: Any) -> None:
 def _is_expanded(tensor: torch.Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    return any(stride == 0 and statically_known_true(size > 1) for size, stride in strides)
+    return any(
+        statically_known_true(stride == 0) and statically_known_true(size > 1)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 @torch.library.register_fake("merge_attn_states::fresh_outputs")  # type: ignore[untyped-decorator]

@@ -103,7 +103,8 @@ def attention_with_lse(
     In a graph of `torch.compile` or `torch.export` all of it is one operator,
     `torch.ops.merge_attn_states.attention_with_lse`, which importing this module registers: a
     program that was exported and loaded elsewhere needs the import. Errors are RuntimeErrors
-    there that contain the same sentence. Under autocast nothing is lowered.
+    there that contain the same sentence. Sizes may be dynamic there but not unbacked. Under
+    autocast nothing is lowered.
 
     Raises
     ------
