@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     options.add_measuring(parser)
     parser.add_argument("--turns", type=options.positive, default=3, help="processes of each")
     chosen = parser.parse_args(arguments)
+    if len(chosen.libraries) < 2 or not all(path.is_file() for path in chosen.libraries):
+        parser.error("LIBRARY: expected two or more files")
     chosen.only = chosen.only or ["neighbours" if chosen.device.type == "cuda" else "cpu"]
     given = [*passed_on(chosen), "--only-ours"]
     seen: list[list[Any]] = [[] for _ in chosen.libraries]

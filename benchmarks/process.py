@@ -31,10 +31,8 @@ def run_processes(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     answers = []
     for _ in range(count):
-        ran = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            stdout=subprocess.PIPE, text=True, check=False, env=environment,
-        )  # fmt: skip
+        command = [sys.executable, "-m", module, *arguments]
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if ran.returncode:
             raise SystemExit(f"benchmarks: a process of {module} failed")
         answers.append(json.loads(ran.stdout.splitlines()[-1]))

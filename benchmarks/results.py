@@ -41,8 +41,7 @@ class Results:
             results = cls(data["environment"])
             results.runs, results.records = data["runs"], data["records"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise SystemExit(f"{path} is no results file: {said}") from error
+            raise SystemExit(f"{path} is no results file: {error!r}") from error
         return results
 
     def save(self, path: Path) -> None:
@@ -51,6 +50,7 @@ class Results:
         records = ",\n".join(map(json.dumps, self.records))
         head = f'"schema": {SCHEMA},\n"environment": {json.dumps(self.environment, indent=1)}'
         body = f'"runs": {{\n{", ".join(runs)}\n}},\n"records": [\n{records}\n]'
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{{{head},\n{body}}}\n", encoding="utf-8")
 
     def add(self, group: str, run: Record, made: Iterable[Record]) -> None:

@@ -23,8 +23,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_results(made)
     made.add_argument("--vllm-version", metavar="VERSION", help="of --vllm-op-library")
     made.add_argument("--dirty", action="store_true", help="record results of changed sources")
-    count = options.positive
-    made.add_argument("--processes", type=count, default=PROCESSES, help=f"default {PROCESSES}")
+    made.add_argument("--processes", type=options.positive, default=PROCESSES, metavar="COUNT")
     return made
 
 
@@ -32,8 +31,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser().parse_args(arguments)
     if chosen.output and chosen.case:
         raise SystemExit("benchmarks: --output takes whole groups, --case some of their cases")
-    groups = options.groups(chosen)
-    device: torch.device = chosen.device
+    groups, device = options.groups(chosen), chosen.device
     if device.type == "cuda":
         if merge_attn_states.build_info()["cuda"] is None:
             raise SystemExit("benchmarks: merge_attn_states was built without CUDA kernels")
@@ -50,6 +48,8 @@ def main(arguments: list[str]) -> int:
     for group in groups:
         results.add(group, run, joined([answer["groups"][group] for answer in answers]))
         print(f"\n{group}\n{markdown(*group_table(results, group))}")
+    if not results.records:
+        raise SystemExit(f"benchmarks: --case: no case's name holds {chosen.case!r}")
     if chosen.output:
         results.save(chosen.output)
     print(f"\n{markdown(*targets_table(results))}\n{run}\n{results.environment}")
@@ -73,8 +73,8 @@ def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
     results = Results.load(chosen.output)
     for key, there in results.environment.items():
         if here.get(key) != there:
-            said = f"{key} is {here.get(key)!r} now and {there!r} in the file"
-            raise SystemExit(f"benchmarks: {chosen.output} holds other results: {said}")
+            said = f"holds other results: {key} is {here.get(key)!r} now and {there!r} in the file"
+            raise SystemExit(f"benchmarks: {chosen.output} {said}")
     return results, measured["commit"]
 
 
@@ -87,4 +87,4 @@ def report_failures(results: Results) -> int:
         if not why.startswith("not supported")
     ]
     print("\n".join(map(": ".join, bad)))
-    return int(any(provider.startswith("ours") for provider, _, _ in bad))
+    return int(any(provider.startswith("ours") for provider, *_ in bad))

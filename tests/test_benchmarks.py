@@ -247,8 +247,23 @@ def test_op_libraries_side_by_side(capfd, tmp_path):
     broken = tmp_path / "broken.so"  # the library that is named is the one that is measured
     broken.write_text("no library")
     with pytest.raises(SystemExit, match=r"a process of benchmarks\.process failed"):
-        compare.main([*SMOKE, "--turns", "1", str(broken)])
+        compare.main([*SMOKE, "--turns", "1", str(broken), str(OP_LIBRARY)])
     assert "cannot be loaded" in capfd.readouterr().err
+    for others in ([], [str(tmp_path / "not there.so")]):
+        with pytest.raises(SystemExit):
+            compare.main([*SMOKE, str(OP_LIBRARY), *others])
+        assert "LIBRARY: expected two or more files" in capfd.readouterr().err
+
+
+def test_a_case_that_is_none_is_said():
+    with pytest.raises(SystemExit, match="no case's name holds 'none such'"):
+        run.main(["--device", "cpu", "--only", "cpu", "--processes", "1", "--case", "none such"])
+
+
+def test_results_make_their_folder(tmp_path):
+    path = tmp_path / "new" / "mine.json"
+    Results({"gpu": None}).save(path)
+    assert Results.load(path).environment == {"gpu": None}
 
 
 @pytest.mark.parametrize(
