@@ -178,3 +178,28 @@ def test_autocast_lowers_nothing(dtype, lower, path, device, monkeypatch):
                 state = check(query, key, value, given, **options)
                 assert torch.is_autocast_enabled(device)
             assert_same(state, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
+@pytest.mark.parametrize("unknown", ["batch", "queries", "keys"])
+def test_sizes_that_are_not_known_while_compiling(unknown, kind, backend, device):
+    query, key, value = operands((3, 4, 2, 12, 12, 16, 16), F32, device)
+    mask = torch.rand(12, 12, device=device) < 0.6 if kind == "mask" else None
+
+    def attend(query, key, value):
+        return attention_with_lse(query, key, value, mask, is_causal=kind == "causal")
+
+    expected = attend(query, key, value)
+    marked = {
+        "batch": [(query, 0), (key, 0), (value, 0)],
+        "queries": [(query, 2)],
+        "keys": [(key, 2), (value, 2)],
+    }[unknown]
+    for operand, dimension in marked:
+        torch._dynamo.decorators.mark_unbacked(operand, dimension)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        state = torch.compile(attend, fullgraph=True, backend=backend)(query, key, value)
+    for mine, other in zip(state, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)

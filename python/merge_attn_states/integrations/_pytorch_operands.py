@@ -20,6 +20,15 @@ def check_tensors(
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(operand).__name__}")
 
 
+def is_known(condition: bool | torch.SymBool) -> bool:
+    """Whether it holds; what cannot be known while compiling, of unbacked sizes, does not."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # slow to import
+
+    return guard_or_false(condition)
+
+
 def validate(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,16 +51,20 @@ def validate(
             raise ValueError(f"{name}: expected device {query.device}, got {operand.device}")
     batch, num_heads, num_queries, head_size = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
-    if head_size == 0:
+    if is_known(head_size == 0):
         raise ValueError(f"query: expected a head_size of at least 1, got {list(query.shape)}")
-    if key.shape[0] != batch or key.shape[3] != head_size:
+    if is_known(key.shape[0] != batch) or is_known(key.shape[3] != head_size):
         raise ValueError(
             f"key: expected shape [{batch}, num_kv_heads, num_keys, {head_size}], "
             f"got {list(key.shape)}"
         )
-    if num_heads % num_kv_heads if num_kv_heads else num_heads:
+    if is_known(num_kv_heads == 0):
+        divides = is_known(num_heads == 0)
+    else:
+        divides = not is_known(num_heads % num_kv_heads != 0)
+    if not divides:
         raise ValueError(f"key: expected num_kv_heads to divide {num_heads}, got {num_kv_heads}")
-    if value.shape[:3] != key.shape[:3]:
+    if any(is_known(a != b) for a, b in zip(value.shape[:3], key.shape[:3], strict=True)):
         raise ValueError(
             f"value: expected shape [{batch}, {num_kv_heads}, {num_keys}, value_head_size], "
             f"got {list(value.shape)}"
@@ -62,7 +75,7 @@ def validate(
         return
     scores = [batch, num_heads, num_queries, num_keys]
     if attn_mask.dim() > 4 or any(
-        size not in (1, full)
+        is_known(size != 1) and is_known(size != full)
         for size, full in zip(attn_mask.shape[::-1], scores[::-1], strict=False)
     ):
         raise ValueError(

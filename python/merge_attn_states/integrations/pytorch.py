@@ -38,7 +38,7 @@ import torch
 
 from .. import _operator
 from . import _pytorch_kernels as kernels
-from ._pytorch_operands import check_tensors, validate
+from ._pytorch_operands import check_tensors, is_known, validate
 
 __all__ = ["AttentionKernel", "attention_kernel", "attention_with_lse", "token_layout"]
 
@@ -103,8 +103,7 @@ def attention_with_lse(
     In a graph of `torch.compile` or `torch.export` all of it is one operator,
     `torch.ops.merge_attn_states.attention_with_lse`, which importing this module registers: a
     program that was exported and loaded elsewhere needs the import. Errors are RuntimeErrors
-    there that contain the same sentence. Sizes may be dynamic there but not unbacked. Under
-    autocast nothing is lowered.
+    there that contain the same sentence. Under autocast nothing is lowered.
 
     Raises
     ------
@@ -260,7 +259,7 @@ def _choose(
     attn_mask: torch.Tensor | None,
     scale: float | None,
 ) -> AttentionKernel:
-    if query.numel() == 0 or key.shape[2] == 0:
+    if any(is_known(size == 0) for size in (*query.shape, key.shape[2])):
         return "none"
     if query.device.type == "cpu":
         return "cpu_flash"
