@@ -52,7 +52,7 @@ def test_a_program_without_python_merges(change, tmp_path):
     flags = ["-std=c++17", *WARNINGS, f"-I{tmp_path}"]
     if change:
         flags.append(f"-D{change.__name__.upper()}")
-    run_command(compiler("CXX", "c++", "g++"), *flags, source, "-o", program, "-ldl")
+    run_command(compiler("CXX", "c++", "g++"), *flags, source, "-o", program, "-ldl", "-rdynamic")
     paths = os.pathsep.join([str(TORCH_LIBRARIES), os.environ.get("LD_LIBRARY_PATH", "")])
     shown = run_command(program, OP_LIBRARY, LD_LIBRARY_PATH=paths.rstrip(os.pathsep))
     lines = shown.splitlines()

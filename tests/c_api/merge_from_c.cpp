@@ -12,9 +12,20 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "merge_attn_states.h"
+
+// The library's too: the program exports them.
+static bool out_of_memory = false;
+void* operator new(size_t size) {
+  void* memory = out_of_memory ? nullptr : std::malloc(size);
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -167,6 +178,12 @@ int main(int count, char** arguments) {
          "a message is cut to its buffer");
   expect(merge(&refused.args, nullptr, 0) == MERGE_ATTN_STATES_INVALID_ARGUMENT,
          "a message may be left out");
+  out_of_memory = true;  // for the sentence
+  const auto status = merge(&refused.args, message, sizeof(message));
+  out_of_memory = false;
+  expect(status == MERGE_ATTN_STATES_INTERNAL_ERROR && std::strstr(message, "bad_alloc") &&
+             is_untouched(refused.output),
+         "no memory is not the call's fault");
   expect(merge(nullptr, message, sizeof(message)) == MERGE_ATTN_STATES_INVALID_ARGUMENT &&
              std::strncmp(message, "args: ", 6) == 0,
          "null arguments are refused");

@@ -17,6 +17,7 @@ UNKNOWN = {
     "another order": "output, output_lse, prefix_output, prefix_lse, suffix_output, suffix_lse",
     "other names": standin.parameters(8).replace("prefix_lse", "prefix_softmax_lse"),
     "by keyword only": standin.parameters(8).replace("output_lse", "*, output_lse"),
+    "another default": standin.parameters(8).replace("context=None", "context=0"),
 }
 
 
@@ -37,7 +38,7 @@ def assert_left_alone(stand_in, log, reason):
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_an_unknown_shape_is_left_alone(kind, vllm, log):
-    assert_left_alone(vllm(signature=UNKNOWN[kind]), log, "has other parameters: output, ")
+    assert_left_alone(vllm(signature=UNKNOWN[kind]), log, "is called otherwise: output, ")
 
 
 def test_an_unknown_place_is_left_alone(vllm, log):

@@ -252,9 +252,11 @@ def _known_parameters(original: _Merge, home: str) -> int:
     parameters = inspect.signature(original).parameters
     names = tuple(parameters)
     by_position = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
-    if len(names) < _FEWEST or names != _PARAMETERS[: len(names)] or not by_position:
+    defaults = {p.default for p in parameters.values()} <= {None, inspect.Parameter.empty}
+    fits = by_position and defaults and not inspect.iscoroutinefunction(original)
+    if len(names) < _FEWEST or names != _PARAMETERS[: len(names)] or not fits:
         said = ", ".join(map(str, parameters.values()))
-        raise LookupError(f"{home}.{_NAME} has other parameters: {said}")
+        raise LookupError(f"{home}.{_NAME} is called otherwise: {said}")
     return len(names)
 
 
@@ -278,11 +280,12 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
             _give_back(_cannot_run)
         yield
         return
-    reason = re.sub(r"(?<![A-Za-z0-9])-?\d+", "#", f"{type(error).__name__}: {error}")
+    said = str(error).partition("\n")[0]  # PyTorch's dispatcher adds a page
+    reason = re.sub(r"(?<![A-Za-z0-9])-?\d+", "#", f"{type(error).__name__}: {said}")
     with _lock:
         count = _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
     if count == 1:
-        _log.warning("merge_attn_states refuses a call, vLLM's own %s gets it: %s", home, error)
+        _log.warning("merge_attn_states refuses a call, vLLM's own %s gets it: %s", home, said)
     _thread.is_falling_back = True
     try:
         yield
