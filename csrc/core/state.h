@@ -200,7 +200,8 @@ class ManyLses {
     const V sum = sum_.value();
     const V merged = largest_.high + (largest_.low + Math::log(sum) * (Acc(1) / ln_base_));
     const auto is_alone = (sum == Acc(1)) & (largest_.low == Acc(0));
-    return is_alone | (largest_.high == -kInf) ? largest_.high : merged;
+    const auto is_as_it_was = is_alone | (largest_.high == -kInf);
+    return is_as_it_was ? largest_.high : merged;
   }
 
  private:
