@@ -77,10 +77,11 @@ def commit() -> str:
             ran = subprocess.run([*git, *command], capture_output=True, text=True, check=False)
             return ran.stdout.strip() if ran.returncode == 0 else None
 
-        if head := said("rev-parse", "HEAD"):
-            # What is built, and new files there, which are built too.
-            changed = said("status", "--porcelain", "--", "csrc", "include", "python", "setup.py")
-            return f"{head}-dirty" if changed else head
+        if described := said("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"):
+            # New files there are built too, and are no change that `describe` sees.
+            folders = ("csrc", "include", "python")
+            new = said("ls-files", "--others", "--exclude-standard", "--", *folders)
+            return f"{described.removesuffix('-dirty')}-dirty" if new else described
     carried = ROOT / "COMMIT"
     return carried.read_text().strip() if carried.is_file() else "unknown"
 

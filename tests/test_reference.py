@@ -24,31 +24,26 @@ def attention(scores, value):
 
 
 def parts_of(scores, value, base="e"):
+    """Outputs [Q, H, D] and LSEs [Q, H]: the query axis of `attention` has one entry."""
     outputs, lses = [], []
     for part, of_values in zip(scores.split(CHUNKS, -1), value.split(CHUNKS, -2), strict=True):
         output, lse = attention(part, of_values)
-        outputs.append(output)
-        lses.append(lse / LN[base])
+        outputs.append(output.squeeze(-2))
+        lses.append(lse.squeeze(-1) / LN[base])
     return outputs, lses
 
 
-def scores_and_values(seed=0, heads=HEADS, spread=30.0):
-    generator = torch.Generator().manual_seed(seed)
+def scores_and_values(spread=30.0):
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, dtype=F64, generator=generator)
 
     # Rows are [Q, H]: the last row dimension is the heads'.
     return (
-        spread * draw(QUERIES, heads, 1, sum(CHUNKS)),
-        draw(QUERIES, heads, sum(CHUNKS), HEAD_SIZE),
+        spread * draw(QUERIES, HEADS, 1, sum(CHUNKS)),
+        draw(QUERIES, HEADS, sum(CHUNKS), HEAD_SIZE),
     )
-
-
-def one_row(scores, value, base="e"):
-    """The same with [Q, H, D] and [Q, H]: the query axis of `attention` has one entry."""
-    outputs, lses = parts_of(scores, value, base)
-    return [x.squeeze(-2) for x in outputs], [x.squeeze(-1) for x in lses]
 
 
 def assert_same(actual, expected):
@@ -61,7 +56,7 @@ def assert_same(actual, expected):
 def test_parts_are_one_attention(base, unit):
     scores, value = scores_and_values()
     output, lse = attention(scores, value)
-    outputs, lses = one_row(scores, value, base)
+    outputs, lses = parts_of(scores, value, base)
     lses = [x[..., None] if unit else x for x in lses]
     merged = merge_states_reference(outputs, lses, lse_base=base)
     assert_same(merged, (output.squeeze(-2), lse.squeeze(-1) / LN[base]))
@@ -69,7 +64,7 @@ def test_parts_are_one_attention(base, unit):
 
 def test_bases_may_be_mixed():
     scores, value = scores_and_values()
-    outputs, lses = one_row(scores, value)
+    outputs, lses = parts_of(scores, value)
     bases = ["2", "e", "2", "e", "e"]
     mixed = [lse / LN[base] for lse, base in zip(lses, bases, strict=True)]
     expected, expected_lse = merge_states_reference(outputs, lses)
@@ -80,7 +75,7 @@ def test_bases_may_be_mixed():
 
 
 def test_any_grouping_gives_the_same():
-    outputs, lses = one_row(*scores_and_values())
+    outputs, lses = parts_of(*scores_and_values())
 
     def merge(*states):
         return merge_states_reference([s[0] for s in states], [s[1] for s in states])
@@ -92,7 +87,7 @@ def test_any_grouping_gives_the_same():
 
 
 def test_two_parts_are_the_pair():
-    outputs, lses = one_row(*scores_and_values())
+    outputs, lses = parts_of(*scores_and_values())
     expected = merge_attn_states_reference(outputs[0], lses[0].T, outputs[3], lses[3].T)
     output, lse = merge_states_reference(outputs[::3], lses[::3])
     assert_same((output, lse.T), expected)
@@ -102,7 +97,7 @@ def test_two_parts_are_the_pair():
 def test_a_sink_is_one_more_key_without_a_value(base):
     scores, value = scores_and_values(spread=1.0)
     sink = torch.tensor([0.5, -torch.inf, 3.0], dtype=F64)  # of each head; the second has none
-    outputs, lses = one_row(scores, value, base)
+    outputs, lses = parts_of(scores, value, base)
     logit = (sink * LN[base])[:, None, None].expand(QUERIES, HEADS, 1, 1)
     key = torch.zeros(QUERIES, HEADS, 1, HEAD_SIZE, dtype=F64)
     output, lse = attention(torch.cat([scores, logit], -1), torch.cat([value, key], -2))
@@ -121,7 +116,7 @@ def test_a_sink_beside_nothing():
 
 def test_rows_declared_empty_are_left_out_whatever_they_hold():
     scores, value = scores_and_values()
-    outputs, lses = one_row(scores, value)
+    outputs, lses = parts_of(scores, value)
     empty = torch.rand(QUERIES, HEADS, generator=torch.Generator().manual_seed(1)) < 0.5
     lies = torch.where(empty, 0.0, lses[3])  # a kernel's LSE of an empty row is often 0
     lies[0, 0] = torch.where(empty[0, 0], torch.nan, lies[0, 0])
@@ -137,7 +132,7 @@ def test_rows_declared_empty_are_left_out_whatever_they_hold():
 
 
 def test_an_index_says_which_row_of_a_part():
-    outputs, lses = one_row(*scores_and_values())
+    outputs, lses = parts_of(*scores_and_values())
     index = torch.tensor([4, -1, 0, 0, 99])
     seen = (index >= 0) & (index < QUERIES)
     moved = outputs[1][index.clamp(0, QUERIES - 1)]
@@ -165,7 +160,7 @@ def test_one_part_alone_is_itself():
 
 
 def test_a_nan_lse_is_its_own_rows():
-    outputs, lses = one_row(*scores_and_values())
+    outputs, lses = parts_of(*scores_and_values())
     expected, expected_lse = merge_states_reference(outputs, lses)
     lses[1][2, 1] = torch.nan
     output, lse = merge_states_reference(outputs, lses)
@@ -177,7 +172,7 @@ def test_a_nan_lse_is_its_own_rows():
 def test_derivatives(kind):
     """By finite differences; whatever has no weight has a derivative of exactly 0, not NaN."""
     scores, value = scores_and_values(spread=1.0)
-    outputs, lses = one_row(scores, value, "2" if kind == "base 2" else "e")
+    outputs, lses = parts_of(scores, value, "2" if kind == "base 2" else "e")
     outputs, lses = [outputs[0], outputs[3]], [lses[0], lses[3]]
     for lse in lses:
         lse[1, 1] = -torch.inf  # a row that nobody saw

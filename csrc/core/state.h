@@ -122,12 +122,17 @@ MERGE_ATTN_STATES_HOST_DEVICE MergedLse<ScalarMath<Acc>, Acc> take_suffix(Acc su
 
 // V is Acc or a vector of values in one row.
 template <class V, class Acc>
-MERGE_ATTN_STATES_HOST_DEVICE V blend(Weights<Acc> weights, V prefix, V suffix) {
+MERGE_ATTN_STATES_HOST_DEVICE V add_product(V sum, Acc weight, V value) {
 #ifdef __CUDA_ARCH__
-  return fma(weights.suffix, suffix, weights.prefix * prefix);
+  return fma(weight, value, sum);
 #else
-  return weights.prefix * prefix + weights.suffix * suffix;
+  return sum + weight * value;
 #endif
+}
+
+template <class V, class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE V blend(Weights<Acc> weights, V prefix, V suffix) {
+  return add_product(weights.prefix * prefix, weights.suffix, suffix);
 }
 
 // A sum over the parts in their order, as sums of sixteen and the sum of these: it is rounded as
@@ -144,11 +149,7 @@ class SumOfParts {
   template <class Acc>
   MERGE_ATTN_STATES_HOST_DEVICE void add(Acc weight, V value) {
     make_room();
-#ifdef __CUDA_ARCH__
-    sixteen_ = fma(weight, value, sixteen_);
-#else
-    sixteen_ = sixteen_ + weight * value;
-#endif
+    sixteen_ = add_product(sixteen_, weight, value);
   }
   MERGE_ATTN_STATES_HOST_DEVICE V value() const { return total_ + sixteen_; }
 
