@@ -14,6 +14,8 @@ from .results import Results
 from .tables import group_table, markdown
 from .targets import targets_table
 
+PROCESSES = 3
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -21,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_results(made)
     made.add_argument("--vllm-version", metavar="VERSION", help="of --vllm-op-library")
     made.add_argument("--dirty", action="store_true", help="record results of changed sources")
-    made.add_argument("--processes", type=options.positive, default=3, help="default %(default)s")
+    made.add_argument("--processes", type=options.positive, default=PROCESSES, metavar="COUNT")
     return made
 
 
