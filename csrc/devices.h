@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/merge_call.h"
+#include "core/parts_call.h"
 
 namespace merge_attn_states {
 
@@ -21,12 +22,15 @@ inline Selection selection(const char* kernel, const char* variant) {
 namespace cpu {
 Selection choose();
 void run(const MergeCall& call);
+void run(const PartsCall& call);
 }  // namespace cpu
 
 namespace cuda {
 // Throw Unavailable in a build without CUDA.
 Selection choose(const MergeCall& call);
 void run(const MergeCall& call);
+Selection choose(const PartsCall& call);
+void run(const PartsCall& call);
 }  // namespace cuda
 
 // This build or machine lacks what the call needs.

@@ -53,11 +53,18 @@ MergeCall validated(const merge_attn_states_args* args) {
   return call;
 }
 
-Selection choose(const MergeCall& call) {
+template <class Args>
+PartsCall validated(const Args* args) {
+  return validate(args);
+}
+
+template <class Call>
+Selection choose(const Call& call) {
   return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::choose() : cuda::choose(call);
 }
 
-void run(const MergeCall& call) {
+template <class Call>
+void run(const Call& call) {
   return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(call) : cuda::run(call);
 }
 
@@ -68,6 +75,20 @@ void fill(merge_attn_states_selection* to, Selection chosen) {
   chosen.struct_size = checked_struct_size(to, "selection", kSmallest);
   std::memset(static_cast<void*>(to), 0, chosen.struct_size);
   std::memcpy(static_cast<void*>(to), &chosen, std::min(chosen.struct_size, sizeof(chosen)));
+}
+
+template <class Args>
+merge_attn_states_status merge(const Args* args, char* message, size_t message_size) noexcept {
+  return guarded(message, message_size, [&] {
+    const auto call = validated(args);
+    if (!call.nothing_to_do()) run(call);
+  });
+}
+
+template <class Args>
+merge_attn_states_status select(const Args* args, merge_attn_states_selection* selection,
+                                char* message, size_t message_size) noexcept {
+  return guarded(message, message_size, [&] { fill(selection, choose(validated(args))); });
 }
 
 }  // namespace
@@ -81,6 +102,8 @@ namespace cuda {
 }
 Selection choose(const MergeCall&) { refuse(); }
 void run(const MergeCall&) { refuse(); }
+Selection choose(const PartsCall&) { refuse(); }
+void run(const PartsCall&) { refuse(); }
 }  // namespace cuda
 #endif
 
@@ -88,18 +111,38 @@ void run(const MergeCall&) { refuse(); }
 
 merge_attn_states_status merge_attn_states_merge(const merge_attn_states_args* args, char* message,
                                                  size_t message_size) noexcept {
-  using namespace merge_attn_states;
-  return guarded(message, message_size, [&] {
-    const MergeCall call = validated(args);
-    if (!call.nothing_to_do()) run(call);
-  });
+  return merge_attn_states::merge(args, message, message_size);
 }
 
 merge_attn_states_status merge_attn_states_select(const merge_attn_states_args* args,
                                                   merge_attn_states_selection* selection,
                                                   char* message, size_t message_size) noexcept {
-  using namespace merge_attn_states;
-  return guarded(message, message_size, [&] { fill(selection, choose(validated(args))); });
+  return merge_attn_states::select(args, selection, message, message_size);
+}
+
+merge_attn_states_status merge_attn_states_merge_parts(const merge_attn_states_parts_args* args,
+                                                       char* message,
+                                                       size_t message_size) noexcept {
+  return merge_attn_states::merge(args, message, message_size);
+}
+
+merge_attn_states_status merge_attn_states_select_parts(const merge_attn_states_parts_args* args,
+                                                        merge_attn_states_selection* selection,
+                                                        char* message,
+                                                        size_t message_size) noexcept {
+  return merge_attn_states::select(args, selection, message, message_size);
+}
+
+merge_attn_states_status merge_attn_states_update(const merge_attn_states_update_args* args,
+                                                  char* message, size_t message_size) noexcept {
+  return merge_attn_states::merge(args, message, message_size);
+}
+
+merge_attn_states_status merge_attn_states_select_update(const merge_attn_states_update_args* args,
+                                                         merge_attn_states_selection* selection,
+                                                         char* message,
+                                                         size_t message_size) noexcept {
+  return merge_attn_states::select(args, selection, message, message_size);
 }
 
 const char* merge_attn_states_build_info() noexcept {

@@ -75,7 +75,10 @@ void pair(const Acc* lses, Acc* weights) {
 template <class Acc>
 Acc sum(const Acc* weights, const Acc* values, int count) {
   SumOfParts<Acc> result;
-  for (int k = 0; k < count; ++k) result.add(weights[k], values[k]);
+  for (int k = 0; k < count; ++k) {
+    if (k % result.kAtOnce == 0) result.end_sixteen();
+    result.add(weights[k], values[k]);
+  }
   return result.value();
 }
 
@@ -175,6 +178,10 @@ def assert_as_expected(way, state, lses, **options):
         exact, exact_lse = expected(lses, sink, base)
     bound = 4 * EPS[lses.dtype]
     seen = ~lses.isinf()
+    if exact_lse.isnan():
+        assert weights.isnan().all()
+        assert lse.isnan()
+        return
     assert (weights[~seen] == -1).all(), "an empty part is skipped"
     assert_within(weights[seen], exact[seen], torch.full_like(exact[seen], bound))
     assert_within(lse, exact_lse, bound * exact_lse.abs().clamp(min=1))

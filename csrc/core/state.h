@@ -1,5 +1,5 @@
 // The only formula, for host and device: section 2.2 of arXiv 2501.01005, for two parts and for any
-// number of them (which no kernel merges yet).
+// number of them.
 //
 //     m = max(lse_p, lse_s)      w_i = exp(lse_i - m) / sum_j exp(lse_j - m)
 //     O = w_p O_p + w_s O_s      lse = m + log(sum_j exp(lse_j - m))
@@ -136,36 +136,27 @@ MERGE_ATTN_STATES_HOST_DEVICE V blend(Weights<Acc> weights, V prefix, V suffix) 
 }
 
 // A sum over the parts in their order, as sums of sixteen and the sum of these: it is rounded as
-// often as K / 16 + 16 says and not K times. -0 is what changes no sum, not even -0.
+// often as K / 16 + 16 says and not K times. Whoever adds calls end_sixteen() in front of each
+// part whose number is a multiple of kAtOnce. -0 is what changes no sum, not even -0.
 template <class V>
 class SumOfParts {
  public:
   static constexpr int kAtOnce = 16;
 
-  MERGE_ATTN_STATES_HOST_DEVICE void add(V term) {
-    make_room();
-    sixteen_ = sixteen_ + term;
+  MERGE_ATTN_STATES_HOST_DEVICE void end_sixteen() {
+    total_ = total_ + sixteen_;
+    sixteen_ = -V{};
   }
+  MERGE_ATTN_STATES_HOST_DEVICE void add(V term) { sixteen_ = sixteen_ + term; }
   template <class Acc>
   MERGE_ATTN_STATES_HOST_DEVICE void add(Acc weight, V value) {
-    make_room();
     sixteen_ = add_product(sixteen_, weight, value);
   }
   MERGE_ATTN_STATES_HOST_DEVICE V value() const { return total_ + sixteen_; }
 
  private:
-  MERGE_ATTN_STATES_HOST_DEVICE void make_room() {
-    if (count_ == kAtOnce) {
-      total_ = total_ + sixteen_;
-      sixteen_ = -V{};
-      count_ = 0;
-    }
-    ++count_;
-  }
-
   V total_ = -V{};
   V sixteen_ = -V{};
-  int count_ = 0;
 };
 
 // Any number of parts, and a sink, which is one without values. `find` sees every LSE, then `add`,
@@ -188,12 +179,16 @@ class ManyLses {
   MERGE_ATTN_STATES_HOST_DEVICE V add(PartLse<V> part) {
     const auto is_empty = Math::abs(part.high) == kInf;
     const V e = is_empty ? V{} : Math::exp(distance(part, largest_) * ln_base_);
+    if (count_++ % SumOfParts<V>::kAtOnce == 0) sum_.end_sixteen();
     sum_.add(e);
     return is_empty ? V{} + Acc(kSkip) : e;
   }
 
+  // Of an empty part too it is NaN where an LSE, or the sink, is.
   MERGE_ATTN_STATES_HOST_DEVICE V weight(V e) const {
-    return e < Acc(0) ? e : e * Math::reciprocal(sum_.value());
+    const V sum = sum_.value();
+    const auto is_skipped = (e < Acc(0)) & (sum == sum);
+    return is_skipped ? e : e * Math::reciprocal(sum);
   }
 
   // In the base of the parts; -inf where all are empty. A lone part's is what it was.
@@ -215,6 +210,42 @@ class ManyLses {
   Acc ln_base_;
   PartLse<V> largest_{V{} - kInf, V{}};
   SumOfParts<V> sum_;
+  int count_ = 0;
 };
+
+// In which base the LSEs of many parts are compared, and in which the merged one is wanted. Two
+// natural ones without a sink are the pair's, bit for bit.
+struct LseRule {
+  Base base;
+  Base out_base;
+  bool is_pair;
+};
+
+template <class Acc, class V>
+MERGE_ATTN_STATES_HOST_DEVICE V in_out_base(LseRule rule, V lse) {
+  if (rule.base == rule.out_base) return lse;
+  return lse * (rule.base == Base::kE ? 1 / kLn2<Acc> : kLn2<Acc>);
+}
+
+// Weighs `count` parts, and a sink where `sink` points to one. part(k) gives the LSE of part k and
+// is asked twice; weight(k) is where its weight goes. Returns the merged LSE if that is wanted.
+template <class Math, class V, class Part, class Weight>
+MERGE_ATTN_STATES_HOST_DEVICE V weigh_parts(LseRule rule, int count, Part part,
+                                            const PartLse<V>* sink, bool wants_lse, Weight weight) {
+  using Acc = typename Math::Scalar;
+  if (rule.is_pair) {
+    const auto merged = merge_lse<Math>(part(0).high, part(1).high);
+    weight(0) = merged.weights.prefix;
+    weight(1) = merged.weights.suffix;
+    return wants_lse ? in_out_base<Acc>(rule, merged.lse()) : V{};
+  }
+  ManyLses<Math, V> merged(rule.base);
+  for (int k = 0; k < count; ++k) merged.find(part(k));
+  if (sink != nullptr) merged.find(*sink);
+  for (int k = 0; k < count; ++k) weight(k) = merged.add(part(k));
+  if (sink != nullptr) merged.add(*sink);
+  for (int k = 0; k < count; ++k) weight(k) = merged.weight(weight(k));
+  return wants_lse ? in_out_base<Acc>(rule, merged.lse()) : V{};
+}
 
 }  // namespace merge_attn_states

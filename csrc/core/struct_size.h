@@ -14,7 +14,7 @@ inline constexpr size_t kLargestStruct = 4096;
 
 // `smallest` are the bytes that every caller's struct has.
 template <class Struct>
-size_t checked_struct_size(const Struct* given, const char* name, size_t smallest) {
+size_t checked_struct_size(const Struct* given, Name name, size_t smallest) {
   if (given == nullptr) refuse(name, [] { return "expected a struct, got null"; });
   const size_t size = given->struct_size;
   if (size < smallest || size > kLargestStruct) {
@@ -28,8 +28,8 @@ size_t checked_struct_size(const Struct* given, const char* name, size_t smalles
 
 // Not inlined: most callers were compiled against this very header.
 template <class Struct>
-[[gnu::noinline]] const Struct& of_other_version(const Struct* given, const char* name,
-                                                 size_t smallest, Struct& storage) {
+[[gnu::noinline]] const Struct& of_other_version(const Struct* given, Name name, size_t smallest,
+                                                 Struct& storage) {
   const size_t size = checked_struct_size(given, name, smallest);
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
   if (size > sizeof(Struct) &&
@@ -49,8 +49,7 @@ template <class Struct>
 // further fields must be 0, since this library would not do what they ask. `storage` serves where
 // the sizes differ.
 template <class Struct>
-const Struct& of_this_version(const Struct* given, const char* name, size_t smallest,
-                              Struct& storage) {
+const Struct& of_this_version(const Struct* given, Name name, size_t smallest, Struct& storage) {
   if (given != nullptr && given->struct_size == sizeof(Struct)) return *given;
   return of_other_version(given, name, smallest, storage);
 }

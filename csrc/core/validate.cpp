@@ -28,7 +28,7 @@ template <int kIndex>
 void check_presence(const Operand& operand) {
   if (operand.given()) return check_described(operand);
   if constexpr (!kOperands[kIndex].optional) {
-    refuse(operand.name(), [] { return "expected a tensor, got none"; });
+    refuse(operand.name, [] { return "expected a tensor, got none"; });
   }
 }
 
@@ -36,20 +36,14 @@ void check_presence(const Operand& operand) {
 void check_output(const Operand& output) {
   check_rank(output, 3, kRowAxes);
   if ((output.size(0) | output.size(1) | output.size(2)) < 0) {
-    refuse(output.name(), [&] { return "expected sizes of 0 or more, got " + output.sizes(); });
+    refuse(output.name, [&] { return "expected sizes of 0 or more, got " + output.sizes(); });
   }
-  const TensorView& view = *output.view;
-  if (view.device_type != MERGE_ATTN_STATES_CPU && view.device_type != MERGE_ATTN_STATES_CUDA) {
-    refuse(output.name(), [&] {
-      return "expected a CPU or CUDA device, got " +
-             device_name(view.device_type, view.device_index);
-    });
-  }
+  check_device_kind(output);
 }
 
 template <Axes axes>
 void check_place_and_shape(const Operand& operand, const Operand& output) {
-  check_device(operand, *output.view);
+  check_device(operand, *output.view, output.name);
   switch (axes) {
     case Axes::kRows:
       return check_shape<0, 1, 2>(operand, output, kRowAxes);
@@ -64,17 +58,12 @@ void check_place_and_shape(const Operand& operand, const Operand& output) {
 void check_dtypes(const Operands& operands) {
   const Operand &prefix = operands[kPrefixOutput], &output = operands[kOutput],
                 &scale = operands[kOutputScale];
-  if (!is_supported(prefix.dtype())) {
-    refuse(prefix.name(), [&] {
-      return "expected float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2, got " +
-             dtype_name(prefix.view->dtype);
-    });
-  }
+  check_supported(prefix);
   check_dtype(operands[kSuffixOutput], prefix.dtype(), kSameAsPrefix);
 
   const bool converts = output.dtype() != prefix.dtype();
   if (converts && !can_convert(prefix.dtype(), output.dtype())) {
-    refuse(output.name(), [&] {
+    refuse(output.name, [&] {
       const char* others = is_fp8(prefix.dtype()) ? " (or float32, float16 or bfloat16)"
                            : prefix.dtype() != DType::kFloat64
                                ? " (or, with output_scale, an FP8 dtype)"
@@ -84,13 +73,13 @@ void check_dtypes(const Operands& operands) {
     });
   }
   if (converts && is_fp8(output.dtype()) && !scale.given()) {
-    refuse(scale.name(), [&] {
+    refuse(scale.name, [&] {
       return "expected one float32 for a " + dtype_name(output.view->dtype) + " output of " +
              dtype_name(prefix.view->dtype) + " inputs, got none";
     });
   }
   if (scale.given() && !is_fp8(output.dtype())) {
-    refuse(scale.name(), [&] {
+    refuse(scale.name, [&] {
       return "expected none for a " + dtype_name(output.view->dtype) +
              " output, since only an FP8 output is scaled, got a tensor";
     });
@@ -124,7 +113,7 @@ void check_memory_and_overlap(Operands& operands) {
   for_each_operand([&](auto written) {
     constexpr const OperandSpec& spec = kOperands[written];
     if (!spec.written || !operands[written].given()) return;
-    check_written_once<spec.axes>(operands[written]);
+    check_written_once(operands[written], address_rank(spec.axes));
     for_each_operand([&](auto other) {
       // Two that are written stand beside each other once.
       if (other == written || (kOperands[other].written && other > written)) return;
@@ -159,7 +148,7 @@ MergeCall validate(const merge_attn_states_args* given) {
     if (view != nullptr) {
       view = &of_this_version(view, kOperands[i].name, kSmallestTensor, views[i]);
     }
-    operands[i] = {&kOperands[i], view};
+    operands[i] = {kOperands[i].name, address_rank(kOperands[i].axes), view};
   });
 
   for_each_operand([&](auto i) { check_presence<i>(operands[i]); });

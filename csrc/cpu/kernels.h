@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/merge_call.h"
+#include "../core/parts_call.h"
 
 // Clang has no way to switch an instruction set on for the rest of a file, templates from headers
 // included: there the build must say 1 and give kernels_v3.cpp its flags (-mavx2 -mbmi -mbmi2
@@ -38,13 +39,29 @@ MERGE_ATTN_STATES_HOST_DEVICE int64_t tiles(int64_t count, int64_t size) {
   return (count + size - 1) / size;
 }
 
+// Weights that a tile of many parts keeps: those of sixteen rows of the most parts that there are.
+inline constexpr int64_t kTileWeights = kTileTokens * kMaxAlikeParts;
+
+// How the rows of many parts are cut. `along` is the dimension in which LSEs lie closest, `across`
+// the innermost other one; a tile has extents along these two.
+struct PartsTiles {
+  struct {
+    int along, across;
+  } dims;
+  int64_t extents[kMaxRowDims];
+  int64_t counts[kMaxRowDims];
+  bool streams;  // the result may go past the caches
+};
+
 // Tiles [begin, end), the tiles of a token range one after the other.
 namespace baseline {
 void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
+void merge_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 }  // namespace baseline
 
 namespace v3 {  // x86-64-v3: AVX2 and F16C
 void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
+void merge_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 }  // namespace v3
 
 }  // namespace merge_attn_states::cpu

@@ -5,4 +5,5 @@
 
 namespace merge_attn_states::cpu::baseline {
 #include "kernels.inc"
+#include "parts.inc"
 }  // namespace merge_attn_states::cpu::baseline

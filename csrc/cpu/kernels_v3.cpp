@@ -17,5 +17,6 @@
 
 namespace merge_attn_states::cpu::v3 {
 #include "kernels.inc"
+#include "parts.inc"
 }  // namespace merge_attn_states::cpu::v3
 #endif

@@ -18,6 +18,7 @@ namespace {
 struct Build {
   const char* name;
   void (*merge_tiles)(const MergeCall&, int64_t, int64_t);
+  void (*merge_parts)(const PartsCall&, const PartsTiles&, int64_t, int64_t);
 };
 
 #if MERGE_ATTN_STATES_HAS_V3
@@ -33,10 +34,10 @@ bool has_v3() {
 // MERGE_ATTN_STATES_CPU_KERNEL names a build, to compare the two; else the widest that runs here.
 const Build& build() {
   static const Build chosen = [] {
-    const Build baseline = {"baseline", baseline::merge_tiles};
+    const Build baseline = {"baseline", baseline::merge_tiles, baseline::merge_parts};
     Build widest = baseline;
 #if MERGE_ATTN_STATES_HAS_V3
-    if (has_v3()) widest = {"x86-64-v3", v3::merge_tiles};
+    if (has_v3()) widest = {"x86-64-v3", v3::merge_tiles, v3::merge_parts};
 #endif
     const char* wish = std::getenv("MERGE_ATTN_STATES_CPU_KERNEL");
     for (const Build& candidate : {widest, baseline}) {
@@ -51,6 +52,56 @@ const Build& build() {
 // Elements for which a second thread pays: PyTorch's own grain for elementwise kernels.
 constexpr int64_t kElementsPerThread = 32768;
 
+// Calls merge(begin, end) for pieces of [0, count), from several threads where that pays. `merge`
+// is made here, where it may throw: a thread of the pool may not.
+template <class Merge>
+void merge_in_parallel(int64_t count, int64_t elements, const Merge& merge) {
+  parallel_for(
+      count, std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements)),
+      [](const void* context, int64_t begin, int64_t end) {
+        (*static_cast<const Merge*>(context))(begin, end);
+      },
+      &merge);
+}
+
+// Whether rows of the result may go past the caches: where they would not stay there anyway,
+// nothing has brought them there (in place), and each fills whole lines.
+bool streams(const PartsCall& call) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = size_of(call.out_dtype);
+  const auto fills_lines = [=](int64_t elements) { return elements * size % kLine == 0; };
+  bool result = call.num_rows() * call.head_size * size >= kStreamedBytes &&
+                call.out_element_stride == 1 && call.out_index.data == nullptr &&
+                reinterpret_cast<uintptr_t>(call.out.data) % kLine == 0 &&
+                fills_lines(call.head_size);
+  for (const int64_t stride : call.out.strides) result &= fills_lines(stride);
+  for (const Part& part : call.parts) result &= part.output.data != call.out.data;
+  return result && !call.is_stack;
+}
+
+PartsTiles parts_tiles(const PartsCall& call) {
+  PartsTiles result{.dims = {0, kMaxRowDims - 1}, .streams = streams(call)};
+  auto& [along, across] = result.dims;
+  const auto step = [&](int dim) { return std::abs(call.part(0).lse.strides[dim]); };
+  const auto is_closer = [&](int dim) {
+    return call.sizes[dim] > 1 && (call.sizes[along] == 1 || step(dim) <= step(along));
+  };
+  for (int dim = 0; dim < kMaxRowDims; ++dim) along = is_closer(dim) ? dim : along;
+  across = along == kMaxRowDims - 1 ? 0 : kMaxRowDims - 1;
+  for (int dim = 0; dim < kMaxRowDims; ++dim) {
+    across = dim != along && call.sizes[dim] > 1 ? dim : across;
+  }
+  const int64_t most = call.sizes[along] > kTileTokens ? kTileHeads : kTileHeadsOfFewTokens;
+  for (int dim = 0; dim < kMaxRowDims; ++dim) {
+    result.extents[dim] =
+        dim == along    ? kTileTokens
+        : dim == across ? std::clamp<int64_t>(kTileWeights / kTileTokens / call.num_parts, 1, most)
+                        : 1;
+    result.counts[dim] = tiles(call.sizes[dim], result.extents[dim]);
+  }
+  return result;
+}
+
 }  // namespace
 
 Selection choose() { return selection("cpu", build().name); }
@@ -60,19 +111,25 @@ void run(const MergeCall& call) {
                         tiles(call.geometry.num_heads, tile_heads(call));
   const int64_t elements = std::min(call.geometry.num_tokens, kTileTokens) *
                            std::min(call.geometry.num_heads, tile_heads(call)) *
-                           std::max<int64_t>(1, call.geometry.head_size);
-  // Chosen here, where it may throw: a thread of the pool may not.
-  const struct {
-    const MergeCall& call;
-    void (*merge_tiles)(const MergeCall&, int64_t, int64_t);
-  } work{call, build().merge_tiles};
-  parallel_for(
-      count, std::max<int64_t>(1, kElementsPerThread / elements),
-      [](const void* context, int64_t begin, int64_t end) {
-        const auto& mine = *static_cast<const decltype(work)*>(context);
-        mine.merge_tiles(mine.call, begin, end);
-      },
-      &work);
+                           call.geometry.head_size;
+  merge_in_parallel(count, elements,
+                    [&call, merge = build().merge_tiles](int64_t begin, int64_t end) {
+                      merge(call, begin, end);
+                    });
+}
+
+void run(const PartsCall& call) {
+  if (const auto pair = as_pair(call)) return run(*pair);
+  const PartsTiles cut = parts_tiles(call);
+  int64_t count = 1, elements = call.head_size * call.num_parts / 2;
+  for (int dim = 0; dim < kMaxRowDims; ++dim) {
+    count *= cut.counts[dim];
+    elements *= std::min(call.sizes[dim], cut.extents[dim]);
+  }
+  merge_in_parallel(count, elements,
+                    [&call, &cut, merge = build().merge_parts](int64_t begin, int64_t end) {
+                      merge(call, cut, begin, end);
+                    });
 }
 
 }  // namespace merge_attn_states::cpu

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "outcome.h"
 #include "stable_tensor.h"
 
 namespace merge_attn_states {
@@ -90,18 +91,6 @@ class Call {
   std::array<std::optional<Tensor>, kNumOperands> tensors_;
   std::array<TensorView, kNumOperands> views_{};
 };
-
-struct Message {
-  char text[1024] = "";
-};
-
-// A std::invalid_argument arrives in Python as a ValueError up to PyTorch 2.14 and as a
-// RuntimeError from then on, a std::runtime_error as a RuntimeError; both with just their text.
-void expect_ok(merge_attn_states_status status, const Message& message) {
-  if (status == MERGE_ATTN_STATES_OK) return;
-  if (status == MERGE_ATTN_STATES_INVALID_ARGUMENT) throw std::invalid_argument(message.text);
-  throw std::runtime_error(message.text);
-}
 
 void merge(StableIValue* stack, uint64_t, uint64_t) {
   const Call call(stack);

@@ -23,6 +23,7 @@ except ImportError as error:
     raise
 
 from .ops import SelectedKernel, merge_attn_states, selected_kernel
+from .states import merge_states, update_state
 
 __all__ = [
     "SelectedKernel",
@@ -30,7 +31,9 @@ __all__ = [
     "__version__",
     "build_info",
     "merge_attn_states",
+    "merge_states",
     "selected_kernel",
+    "update_state",
 ]
 
 __version__: str = build_info()["version"]

@@ -7,7 +7,7 @@ the operator's schema.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch.autograd import forward_ad
 from ._errors import UnavailableError
 
 __all__ = [
-    *("Args", "Op", "call", "given", "named_tensors"),
-    *("operands", "register", "register_negative", "written"),
+    *("Args", "Op", "call", "filled", "given", "is_in_a_graph", "named_tensors", "operands"),
+    *("register", "register_negative", "write", "written"),
 ]
 
 Args = tuple[Any, ...]  # an operator's, in its order
 Op = torch._ops.OpOverload[..., Any]
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 _library = torch.library.Library("merge_attn_states", "IMPL")  # type: ignore[no-untyped-call]
 
 
@@ -43,27 +44,70 @@ def named_tensors(op: Op, args: Args) -> Iterator[tuple[str, torch.Tensor]]:
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if isinstance(value, torch.Tensor):
             yield argument.name, value
+        elif isinstance(value, (list, tuple)):
+            for k, element in enumerate(value):
+                if isinstance(element, torch.Tensor):
+                    yield f"{argument.name}[{k}]", element
 
 
-def call(op: Op, args: Args, check: Op) -> Any:
+def filled(op: Op, args: Args) -> Args:
+    """Return the arguments with the defaults that the dispatcher left out."""
+    defaults = [argument.default_value for argument in op._schema.arguments]
+    return (*args, *defaults[len(args) :])
+
+
+def call(op: Op, args: Args, check: Op, check_args: Args | None = None) -> Any:
     """Run the operator; what it refuses is a ValueError on every PyTorch.
 
     A std::invalid_argument of an operator is a RuntimeError from PyTorch 2.15 on, so `check` is
-    asked what is wrong with the same arguments: a status and a sentence.
+    asked what is wrong with the same arguments, in its own order: a status and a sentence.
     """
     try:
         return op(*args)
     except RuntimeError:
-        refusal = _refusal(check, args)
+        refusal = _refusal(check, args if check_args is None else check_args)
         if refusal is None:
             raise
         raise refusal from None
 
 
+def write(op: Op, args: Args, fresh: Op, check: Op, check_args: Args | None = None) -> None:
+    """Run an operator that writes in place, eager or inside a graph.
+
+    In a graph and grad mode, into tensors that `fresh` makes of the same arguments: what autograd
+    saves of a graph may be the memory that Inductor lets the operator write, and after the next
+    write to it backward would be an error.
+    """
+    if not is_in_a_graph():
+        call(op, args, check, check_args)
+        return
+    positions = given(written(op), args)
+    # One that requires grad is for the operator to refuse.
+    if not torch.is_grad_enabled() or any(args[i].requires_grad for i in positions):
+        op(*args)
+        return
+    merged = list(args)
+    for i, tensor in zip(positions, fresh(*args), strict=True):
+        merged[i] = tensor
+    op(*merged)
+    for i in positions:
+        args[i].copy_(merged[i])
+
+
+def is_in_a_graph() -> bool:
+    """Whether this very call is being traced by torch.compile or torch.export.
+
+    `is_compiling` is true in every thread while one compiles; an export has modes of its thread.
+    """
+    return _is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def _refusal(check: Op, args: Args) -> Exception | None:
     """Say what is wrong with the arguments; None where it is not for the C entry to say."""
     try:
-        status, sentence = check(*args)
+        status, sentence, *_ = check(*args)
     except Exception:  # an operand that no kernel gets to see, or a mode that does not know `check`
         return None
     # enum merge_attn_states_status in include/merge_attn_states.h
@@ -93,11 +137,10 @@ def _autograd(op: Op, because: str) -> Callable[..., Any]:
 
     In inference mode PyTorch does not call it.
     """
-    names = [argument.name for argument in op._schema.arguments]
     positions = written(op)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        _refuse_derivatives(names, args, because)
+        _refuse_derivatives(named_tensors(op, args), because)
         result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         # Under no_grad too: what was saved for backward before is overwritten all the same. Unlike
         # torch.autograd.graph.increment_version it passes inference tensors by.
@@ -107,13 +150,11 @@ def _autograd(op: Op, because: str) -> Callable[..., Any]:
     return kernel
 
 
-def _refuse_derivatives(names: list[str], args: Args, because: str) -> None:
+def _refuse_derivatives(operands: Iterable[tuple[str, torch.Tensor]], because: str) -> None:
     grad_mode, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
     if not grad_mode and not dual:
         return
-    for name, operand in zip(names, args, strict=False):  # defaults are left out
-        if not isinstance(operand, torch.Tensor):
-            continue
+    for name, operand in operands:
         if grad_mode and operand.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor that does not require grad, since {because}; call it "
@@ -137,10 +178,15 @@ def _negative(op: Op, positions: list[int]) -> Callable[..., Any]:
                     f"{op._schema.arguments[i].name}: expected a tensor that can be written in "
                     "place, got one with the negative bit; call resolve_neg() first"
                 )
-        resolved = (x.resolve_neg() if isinstance(x, torch.Tensor) else x for x in args)
-        return op.redispatch(keyset & below, *resolved)
+        return op.redispatch(keyset & below, *map(_resolved, args))
 
     return kernel
+
+
+def _resolved(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [_resolved(element) for element in argument]
+    return argument.resolve_neg() if isinstance(argument, torch.Tensor) else argument
 
 
 def given(positions: list[int], args: Args) -> list[int]:

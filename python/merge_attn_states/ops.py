@@ -121,10 +121,9 @@ def merge_attn_states(
         return
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     args = _checked((*operands, output_scale), prefill_tokens_with_context)
-    if _is_in_a_graph():
-        _merge_compiled(args)
-    else:
-        _operator.call(_op.merge_attn_states.default, args, _op.check.default)
+    _operator.write(
+        _op.merge_attn_states.default, args, _op.fresh_outputs.default, _op.check.default
+    )
 
 
 def selected_kernel(
@@ -189,42 +188,12 @@ def _checked_count(
         count = operator.index(count)
     # Too long for the operator's schema to carry to C++, where a count is checked. Compiled code
     # has none so long, and a comparison here would tie its graph to the count.
-    if not _is_in_a_graph() and not -(2**63) <= count < 2**63:
+    if not _operator.is_in_a_graph() and not -(2**63) <= count < 2**63:
         num_tokens = output.shape[0] if output is not None else 0
         raise ValueError(
             f"{_COUNT}: expected a count in [0, {num_tokens}] = [0, num_tokens], got {count}"
         )
     return count
-
-
-def _is_in_a_graph() -> bool:
-    """Whether this very call is being traced by torch.compile or torch.export.
-
-    `is_compiling` is true in every thread while one compiles; an export has modes of its thread.
-    """
-    return _is_dynamo_compiling() or (
-        torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def _merge_compiled(args: _operator.Args) -> None:
-    """Merge inside a graph.
-
-    In grad mode, into fresh tensors: what autograd saves of a graph may be the memory that Inductor
-    lets the operator write, and after the next merge into it backward would be an error.
-    """
-    op = _op.merge_attn_states.default
-    written = [i for i in _WRITTEN if args[i] is not None]
-    # One that requires grad is for the operator to refuse.
-    if not torch.is_grad_enabled() or any(args[i].requires_grad for i in written):
-        op(*args)
-        return
-    merged = list(args)
-    for i, fresh in zip(written, _op.fresh_outputs.default(*args), strict=True):
-        merged[i] = fresh
-    op(*merged)
-    for i in written:
-        args[i].copy_(merged[i])
 
 
 _operator.register(_op.merge_attn_states.default)

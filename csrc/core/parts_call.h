@@ -1,0 +1,123 @@
+// A validated call of any number of parts, and the functions that make it: of a merge into tensors
+// of its own, and of an update of a running state.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "dtypes.h"
+#include "host_device.h"
+#include "lse_base.h"
+#include "merge_call.h"
+#include "state.h"
+#include "tensor_view.h"
+
+namespace merge_attn_states {
+
+inline constexpr int kMaxRowDims = 4;
+
+// What a kernel's parameters hold (32,764 bytes): parts that each have a layout, a dtype, a base,
+// an index and a mask of their own, and parts that differ in their addresses alone.
+inline constexpr int kMaxParts = 200;
+inline constexpr int kMaxAlikeParts = 1024;
+
+struct RowCoordinates {
+  int64_t of[kMaxRowDims];
+};
+
+// Something that each row has, at this address for row 0. Strides count elements, or bytes of a
+// mask; that of a dimension of size 1 is 0.
+struct PerRow {
+  void* data = nullptr;  // not given
+  int64_t strides[kMaxRowDims]{};
+
+  MERGE_ATTN_STATES_HOST_DEVICE int64_t offset(const RowCoordinates& row) const {
+    int64_t sum = 0;
+    for (int i = 0; i < kMaxRowDims; ++i) sum += row.of[i] * strides[i];
+    return sum;
+  }
+};
+
+// Which row of an operand serves each place of the first row dimension.
+struct RowIndex {
+  const void* data = nullptr;  // null: its own
+  int64_t stride = 0;          // in elements
+  int64_t num_rows = 0;        // of the operand
+  bool is_64_bit = false;
+
+  // -1: none.
+  MERGE_ATTN_STATES_HOST_DEVICE int64_t at(int64_t place) const {
+    const int64_t row = is_64_bit ? static_cast<const int64_t*>(data)[place * stride]
+                                  : static_cast<const int32_t*>(data)[place * stride];
+    return row < 0 || row >= num_rows ? -1 : row;
+  }
+};
+
+struct Part {
+  PerRow output;
+  int64_t element_stride = 1;
+  PerRow lse;
+  PerRow empty;
+  RowIndex index;
+  DType dtype;
+  Base base;
+};
+
+struct PartsCall {
+  // Row dimensions that continue one another in every operand are one. The others of kMaxRowDims
+  // are 1; the first one stays alone where an index counts along it.
+  int64_t sizes[kMaxRowDims];
+  int64_t head_size;
+
+  std::vector<Part> parts;  // of a stack the first one
+  int num_parts;
+  bool is_stack;
+  int64_t stack_output_stride, stack_lse_stride;  // from part to part
+
+  PerRow out;
+  int64_t out_element_stride;
+  PerRow out_lse;  // may be not given
+  RowIndex out_index;
+  PerRow sink;  // may be not given
+  DType sink_dtype;
+  const float* out_scale;  // null: no scale
+
+  DType out_dtype;
+  DType acc_dtype;   // float32 or float64
+  Base base;         // in which LSEs are compared
+  bool mixes_bases;  // of parts, or of the parts and the sink: then `base` is natural
+  Base out_base;
+  bool invert_empty;
+  bool parts_are_alike;  // in all but their addresses, and without index and mask
+  int32_t device_type;
+  int32_t device_index;
+  bool dependent_launch;
+  void* stream;
+
+  const Part& part(int k) const { return parts[is_stack ? 0 : k]; }
+  // Of a stack's part, in elements, behind what its first one has.
+  int64_t output_offset(int k) const { return is_stack ? k * stack_output_stride : 0; }
+  int64_t lse_offset(int k) const { return is_stack ? k * stack_lse_stride : 0; }
+  LseRule lse_rule() const {
+    const bool is_natural = base == Base::kE && !mixes_bases;
+    return {base, out_base, is_natural && num_parts == 2 && sink.data == nullptr};
+  }
+  int64_t num_rows() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
+  bool nothing_to_do() const {
+    for (const int64_t size : sizes) {
+      if (size == 0) return true;
+    }
+    return head_size == 0 && out_lse.data == nullptr;
+  }
+};
+
+// Check every operand of the call, outputs included, before anything is read or written. Throw
+// std::invalid_argument with a sentence that names the argument, what was expected and what came.
+PartsCall validate(const merge_attn_states_parts_args* args);
+PartsCall validate(const merge_attn_states_update_args* args);
+
+// The same call as one of the pair's, which then gives the same bits.
+std::optional<MergeCall> as_pair(const PartsCall& call);
+
+}  // namespace merge_attn_states

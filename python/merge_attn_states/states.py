@@ -1,0 +1,338 @@
+"""Any number of parts, in any layout, and a running state: the typed, documented functions.
+
+As in ops.py the arguments themselves are checked in C++ (csrc/core/validate_parts.cpp). Here stands
+only what C++ cannot see: that an argument is a tensor, or a sequence of them, at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from . import _operator
+
+__all__ = ["merge_states", "update_state"]
+
+_op = torch.ops.merge_attn_states
+
+Base = Literal["e", "2"]
+Parts = Sequence[torch.Tensor] | torch.Tensor
+PerPart = Sequence[torch.Tensor | None]
+
+
+def merge_states(
+    outputs: Parts,
+    lses: Parts,
+    *,
+    dim: int | None = None,
+    index: PerPart | None = None,
+    empty: PerPart | None = None,
+    sink: torch.Tensor | None = None,
+    lse_base: Base | Sequence[Base] = "e",
+    out_lse_base: Base | None = None,
+    out: torch.Tensor | None = None,
+    out_lse: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_scale: torch.Tensor | None = None,
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Merge any number of attention states of the same queries, exactly, in one launch.
+
+    Each part is a normalised attention output with the log-sum-exp of its scores; the result is
+    what one attention over all parts' keys gives (section 2.2 of arXiv 2501.01005). A part whose
+    LSE is -inf or +inf saw no keys: it has weight 0 and its values are never used. Where all parts
+    are empty, the output is 0 and the LSE -inf; a NaN LSE makes its own row NaN. Parts are summed
+    in their order. Two natural parts give the bits of `merge_attn_states`.
+
+    Parameters
+    ----------
+    outputs : sequence of torch.Tensor, or torch.Tensor
+        Each [*rows, head_size] with one to four row dimensions and any strides: float32, float16
+        and bfloat16, mixed freely; or all float64; or all of one FP8 dtype. Or one tensor with the
+        parts along `dim`. At most 200, and 1,024 where they differ in their memory alone and have
+        neither `index` nor `empty`.
+    lses : sequence of torch.Tensor, or torch.Tensor
+        Each of the shape `output.shape[:-1]`, or that with a trailing 1, and any strides: an LSE
+        [batch, num_heads, num_tokens] beside an output [batch, num_tokens, num_heads, head_size] is
+        `lse.transpose(1, 2)`. (Where num_tokens == num_heads a wrong layout cannot be seen.)
+        float32 (float64 for float64 outputs). Of a stack, the parts lie along `dim` too.
+    dim : int, optional
+        The parts' dimension of a stack, 0 or more.
+    index : sequence of torch.Tensor or None, optional
+        For outputs [num_rows, num_heads, head_size] and each part None or int32 or int64
+        [num_tokens]: for each row of the result the part's row, or -1 where it is absent. Another
+        number is an error on the CPU; on CUDA, where that is not known, the part is absent there.
+    empty : sequence of torch.Tensor or None, optional
+        For each part None or bools of its LSE's shape: rows that saw no keys, whatever their LSE
+        says.
+    sink : torch.Tensor, optional
+        [num_heads], the last row dimension: a logit in the base of the merged LSE that has weight
+        and no values, as attention sinks do. float32, float16 or bfloat16 (float64 for float64
+        outputs). +-inf: none.
+    lse_base : "e", "2" or a sequence of them
+        To which base the LSEs are logarithms: of all parts or of each.
+    out_lse_base : "e" or "2", optional
+        Of the merged LSE. None: the parts' own; where they differ it must be given.
+    out : torch.Tensor, optional
+        [*rows, head_size], written and returned. May be exactly one part.
+    out_lse : torch.Tensor, optional
+        [*rows] or [*rows, 1], written and returned. May be exactly one part's LSE.
+    out_dtype : torch.dtype, optional
+        Of a new output. None: the parts' dtype, float32 where they differ. float32, float16 and
+        bfloat16 may be had of each other and of FP8 parts; an FP8 dtype with `out_scale`.
+    out_scale : torch.Tensor, optional
+        One float32: an FP8 output stores saturate(value / out_scale). None means 1 for an FP8
+        output of FP8 parts.
+    return_lse : bool
+        False: no LSE is computed, and None returned.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Output [*rows, head_size] and LSE [*rows]; contiguous where they are new.
+
+    Raises
+    ------
+    TypeError
+        An operand is no tensor, a list is none, or `outputs` is one tensor and there is no `dim`.
+    ValueError
+        What is wrong with an argument; the message names it, what was expected and what came, and
+        nothing is written.
+    UnavailableError, RuntimeError
+        As for `merge_attn_states`.
+
+    Notes
+    -----
+    Without `out` and `out_lse` the merge has gradients: of outputs, lses and sink. With them, it
+    writes in place and has none, as `merge_attn_states`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from merge_attn_states import merge_states
+    >>> outputs = [torch.full((4, 8, 64), value) for value in (0.0, 1.0, 5.0)]
+    >>> lses = [torch.zeros(4, 8) for _ in outputs]
+    >>> output, lse = merge_states(outputs, lses)
+    >>> float(output[0, 0, 0])
+    2.0
+    """
+    parts = (
+        _tensors("outputs", outputs, dim),
+        _tensors("lses", lses, dim),
+        dim,
+        _per_part("index", index),
+        _per_part("empty", empty),
+        _tensor("sink", sink),
+        _bases(lse_base),
+        out_lse_base,
+    )
+    _tensor("out_scale", out_scale)
+    if out is None and out_lse is None:
+        args = (*parts, out_dtype, out_scale, return_lse)
+        inspect = _op.inspect_merge_states.default
+        new, lse = _operator.call(_op.merge_states.default, args, inspect, (None, None, *args))
+        return new, lse if return_lse else None
+    if out_lse is not None and not return_lse:
+        raise ValueError("out_lse: expected none where return_lse is False, got a tensor")
+    if out is not None and out_dtype is not None:
+        raise ValueError(f"out_dtype: expected none beside out, got {out_dtype}")
+    like = _Result(*parts[:4])
+    _tensor("out", out)
+    out = like.output(out_dtype) if out is None else out
+    out_lse = like.lse() if out_lse is None and return_lse else _tensor("out_lse", out_lse)
+    _operator.write(
+        _op.merge_states_out.default,
+        (out, out_lse, *parts, out_scale),
+        _op.fresh_merge_states.default,
+        _op.inspect_merge_states.default,
+        (out, out_lse, *parts, None, out_scale),
+    )
+    return out, out_lse
+
+
+def update_state(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_out: torch.Tensor,
+    block_lse: torch.Tensor,
+    *,
+    index: torch.Tensor | None = None,
+    empty: torch.Tensor | None = None,
+    lse_base: Base = "e",
+) -> None:
+    """Merge a block into a running state, in place, in one launch.
+
+    The step of a ring, or of a loop over chunks of keys: the state (`out`, `lse`) becomes the merge
+    of itself and the block, as by `merge_states([out, block_out], [lse, block_lse], out=out,
+    out_lse=lse)`. A state begins with an LSE of -inf; what its output holds then is never used. A
+    float32 state beside bfloat16 or float16 blocks does not lose at each step what 16 bits round
+    off. A part of the rows is a view: `out[:, half:]` beside `lse[:, half:]`.
+
+    Parameters
+    ----------
+    out : torch.Tensor
+        [*rows, head_size], one to four row dimensions and any strides, read and written.
+    lse : torch.Tensor
+        [*rows] or [*rows, 1], any strides, float32 (float64 for float64 outputs), read and written.
+    block_out, block_lse : torch.Tensor
+        The same of the block, whose dtype may be another one of float32, float16 and bfloat16.
+    index : torch.Tensor, optional
+        int32 or int64 [num_rows], of outputs [num_rows, num_heads, head_size]: row t of the block
+        is merged into row index[t] of the state, and skipped where that is -1. What becomes of a
+        row that several are merged into is not defined. Another number is an error on the CPU; on
+        CUDA, where that is not known, the row is skipped.
+    empty : torch.Tensor, optional
+        Bools of the shape of `block_lse`: rows of the block that saw no keys, whatever their LSE
+        says.
+    lse_base : "e" or "2"
+        To which base both LSEs are logarithms.
+
+    Raises
+    ------
+    TypeError, ValueError, UnavailableError, RuntimeError
+        As for `merge_states`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from merge_attn_states import update_state
+    >>> out, lse = torch.empty(4, 8, 64), torch.full((4, 8), -torch.inf)
+    >>> for value in (0.0, 1.0, 5.0):
+    ...     block = torch.full((4, 8, 64), value, dtype=torch.bfloat16)
+    ...     update_state(out, lse, block, torch.zeros(4, 8))
+    >>> round(float(out[0, 0, 0]), 5)
+    2.0
+    """
+    operands = {"out": out, "lse": lse, "block_out": block_out, "block_lse": block_lse}
+    for name, operand in operands.items():
+        if _tensor(name, operand) is None:
+            raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
+    args = (*operands.values(), _tensor("index", index), _tensor("empty", empty), _bases(lse_base))
+    _operator.write(
+        _op.update_state.default,
+        args,
+        _op.fresh_update_state.default,
+        _op.inspect_update_state.default,
+    )
+
+
+def _tensor(name: str, operand: torch.Tensor | None) -> torch.Tensor | None:
+    if operand is not None and not isinstance(operand, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(operand).__name__}")
+    return operand
+
+
+def _tensors(name: str, parts: Parts, dim: int | None) -> list[torch.Tensor]:
+    if isinstance(parts, torch.Tensor):
+        if dim is None:
+            raise TypeError(
+                f"{name}: expected a sequence of tensors, or one tensor with dim, got one without"
+            )
+        return [parts]
+    if dim is not None:
+        raise TypeError(f"{name}: expected one tensor with dim, got {type(parts).__name__}")
+    listed = _sequence(name, parts)
+    for k, part in enumerate(listed):
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(f"{name}[{k}]: expected a torch.Tensor, got {type(part).__name__}")
+    return listed
+
+
+def _per_part(name: str, operands: PerPart | None) -> list[torch.Tensor | None] | None:
+    if operands is None:
+        return None
+    listed = _sequence(name, operands)
+    for k, operand in enumerate(listed):
+        _tensor(f"{name}[{k}]", operand)
+    return listed
+
+
+def _sequence(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"{name}: expected a sequence of tensors, got {type(values).__name__}")
+    return list(values)
+
+
+def _bases(lse_base: Base | Sequence[Base]) -> str:
+    """Return a letter for all parts or for each, as the operator has it."""
+    if not isinstance(lse_base, Sequence) or not all(isinstance(base, str) for base in lse_base):
+        expected = '"e", "2" or a sequence of them'
+        raise TypeError(f"lse_base: expected {expected}, got {type(lse_base).__name__}")
+    return "".join(lse_base)
+
+
+class _Result:
+    """The shape and the dtypes of what a merge gives, as far as its operands have them."""
+
+    def __init__(
+        self,
+        outputs: Sequence[torch.Tensor],
+        lses: Sequence[torch.Tensor],
+        dim: int | None = None,
+        index: PerPart | None = None,
+        *_: Any,
+    ):
+        if not outputs:
+            raise ValueError("outputs: expected one part or more, got 0")
+        self.first = outputs[0]
+        self.shape = [size for i, size in enumerate(self.first.shape) if i != dim]
+        if index and index[0] is not None and index[0].dim() == 1 and self.shape:
+            self.shape[0] = index[0].shape[0]
+        self.is_mixed = any(output.dtype != self.first.dtype for output in outputs)
+
+    def output(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        own = torch.float32 if self.is_mixed else self.first.dtype
+        return self.first.new_empty(self.shape, dtype=dtype or own)
+
+    def lse(self) -> torch.Tensor:
+        wide = self.first.dtype == torch.float64
+        return self.first.new_empty(self.shape[:-1], dtype=torch.float64 if wide else torch.float32)
+
+
+_operator.register(_op.merge_states_out.default)
+_operator.register(_op.update_state.default)
+_operator.register(_op.fresh_merge_states.default)
+_operator.register(_op.fresh_update_state.default)
+_operator.register_negative(_op.merge_states.default, [])
+
+
+def _check_devices(op: _operator.Op, args: _operator.Args, reference: torch.Tensor) -> None:
+    """Refuse in a trace what would not reach the kernel: an operand on another device."""
+    for name, operand in _operator.named_tensors(op, args):
+        if operand.device != reference.device:
+            raise ValueError(f"{name}: expected device {reference.device}, got {operand.device}")
+
+
+@torch.library.register_fake("merge_attn_states::merge_states")  # type: ignore[untyped-decorator]
+def _fake_merge_states(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs, lses, dim, index, _, _, _, _, out_dtype, _, return_lse, *_ = _operator.filled(
+        _op.merge_states.default, args
+    )
+    result = _Result(outputs, lses, dim, index)
+    _check_devices(_op.merge_states.default, args, outputs[0])
+    output, lse = result.output(out_dtype), result.lse()
+    return output, lse if return_lse else outputs[0].new_empty([0], dtype=torch.float32)
+
+
+@torch.library.register_fake("merge_attn_states::merge_states_out")  # type: ignore[untyped-decorator]
+def _fake_merge_states_out(*args: Any) -> None:
+    _check_devices(_op.merge_states_out.default, args, args[0])
+
+
+@torch.library.register_fake("merge_attn_states::update_state")  # type: ignore[untyped-decorator]
+def _fake_update_state(*args: Any) -> None:
+    _check_devices(_op.update_state.default, args, args[0])
+
+
+@torch.library.register_fake("merge_attn_states::fresh_merge_states")  # type: ignore[untyped-decorator]
+def _fake_fresh_merge_states(*args: Any) -> list[torch.Tensor]:
+    _fake_merge_states_out(*args)
+    return [torch.empty_like(operand) for operand in args[:2] if operand is not None]
+
+
+@torch.library.register_fake("merge_attn_states::fresh_update_state")  # type: ignore[untyped-decorator]
+def _fake_fresh_update_state(*args: Any) -> list[torch.Tensor]:
+    _fake_update_state(*args)
+    return [operand.clone() for operand in args[:2]]
