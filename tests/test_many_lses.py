@@ -61,8 +61,8 @@ void weigh(const Acc* lses, const int* bases, int count, const Acc* sink, Base b
   std::vector<V> terms;
   for (int k = 0; k < count; ++k) terms.push_back(merged.add(part(k)));
   if (sink != nullptr) merged.add(logit);
-  for (int k = 0; k < count; ++k) weights[k] = first<Acc>(merged.weight(terms[k]));
-  *lse = first<Acc>(merged.lse());
+  for (int k = 0; k < count; ++k) weights[k] = first<Acc>(merged.weight(terms[k], merged.sum()));
+  *lse = first<Acc>(merged.lse(merged.sum()));
 }
 
 template <class Math, class V, class Acc>

@@ -8,8 +8,8 @@ import torch
 from conftest import CUDA
 from hypothesis import given
 from hypothesis import strategies as st
-from states_support import BF16, F16, F32, F64, INF, NAN, States, check, make_states
-from support import E4M3, E5M2, assert_bits, place
+from states_support import States, check, make_states
+from support import BF16, E4M3, E5M2, F16, F32, F64, INF, NAN, assert_bits, place
 
 import merge_attn_states
 from merge_attn_states import merge_states

@@ -160,7 +160,8 @@ class SumOfParts {
 };
 
 // Any number of parts, and a sink, which is one without values. `find` sees every LSE, then `add`,
-// in the parts' order and the sink last; then the weights are known.
+// in the parts' order and the sink last; then the weights are known. Several threads that share a
+// row find the largest of some LSEs each, and add to sums of sixteen each.
 template <class Math, class V>
 class ManyLses {
   using Acc = typename Math::Scalar;
@@ -174,26 +175,31 @@ class ManyLses {
     largest_.high = takes ? part.high : largest_.high;
     largest_.low = takes ? part.low : largest_.low;
   }
+  MERGE_ATTN_STATES_HOST_DEVICE PartLse<V> largest() const { return largest_; }
 
-  // Returns what `weight` wants.
-  MERGE_ATTN_STATES_HOST_DEVICE V add(PartLse<V> part) {
-    const auto is_empty = Math::abs(part.high) == kInf;
-    const V e = is_empty ? V{} : Math::exp(distance(part, largest_) * ln_base_);
-    if (count_++ % SumOfParts<V>::kAtOnce == 0) sum_.end_sixteen();
-    sum_.add(e);
-    return is_empty ? V{} + Acc(kSkip) : e;
+  // What the part adds to the sum, or kSkip: what `weight` wants.
+  MERGE_ATTN_STATES_HOST_DEVICE V term(PartLse<V> part) const {
+    const V e = Math::exp(distance(part, largest_) * ln_base_);
+    return Math::abs(part.high) == kInf ? V{} + Acc(kSkip) : e;
   }
+  static MERGE_ATTN_STATES_HOST_DEVICE V summand(V term) { return term < Acc(0) ? V{} : term; }
+
+  MERGE_ATTN_STATES_HOST_DEVICE V add(PartLse<V> part) {
+    if (count_++ % SumOfParts<V>::kAtOnce == 0) sum_.end_sixteen();
+    const V e = term(part);
+    sum_.add(summand(e));
+    return e;
+  }
+  MERGE_ATTN_STATES_HOST_DEVICE V sum() const { return sum_.value(); }
 
   // Of an empty part too it is NaN where an LSE, or the sink, is.
-  MERGE_ATTN_STATES_HOST_DEVICE V weight(V e) const {
-    const V sum = sum_.value();
-    const auto is_skipped = (e < Acc(0)) & (sum == sum);
-    return is_skipped ? e : e * Math::reciprocal(sum);
+  static MERGE_ATTN_STATES_HOST_DEVICE V weight(V term, V sum) {
+    const auto is_skipped = (term < Acc(0)) & (sum == sum);
+    return is_skipped ? term : term * Math::reciprocal(sum);
   }
 
   // In the base of the parts; -inf where all are empty. A lone part's is what it was.
-  MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
-    const V sum = sum_.value();
+  MERGE_ATTN_STATES_HOST_DEVICE V lse(V sum) const {
     const V merged = largest_.high + (largest_.low + Math::log(sum) * (Acc(1) / ln_base_));
     const auto is_alone = (sum == Acc(1)) & (largest_.low == Acc(0));
     const auto is_as_it_was = is_alone | (largest_.high == -kInf);
@@ -240,12 +246,16 @@ MERGE_ATTN_STATES_HOST_DEVICE V weigh_parts(LseRule rule, int count, Part part,
     return wants_lse ? in_out_base<Acc>(rule, merged.lse()) : V{};
   }
   ManyLses<Math, V> merged(rule.base);
+  MERGE_ATTN_STATES_UNROLL
   for (int k = 0; k < count; ++k) merged.find(part(k));
   if (sink != nullptr) merged.find(*sink);
+  MERGE_ATTN_STATES_UNROLL
   for (int k = 0; k < count; ++k) weight(k) = merged.add(part(k));
   if (sink != nullptr) merged.add(*sink);
-  for (int k = 0; k < count; ++k) weight(k) = merged.weight(weight(k));
-  return wants_lse ? in_out_base<Acc>(rule, merged.lse()) : V{};
+  const V sum = merged.sum();
+  MERGE_ATTN_STATES_UNROLL
+  for (int k = 0; k < count; ++k) weight(k) = merged.weight(weight(k), sum);
+  return wants_lse ? in_out_base<Acc>(rule, merged.lse(sum)) : V{};
 }
 
 }  // namespace merge_attn_states
