@@ -105,4 +105,23 @@ auto dispatch_dtypes(DType input, DType output, F&& f) {
   throw std::logic_error("merge_attn_states: unknown dtype");
 }
 
+// Those that many parts mix freely.
+constexpr bool is_float(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+}
+
+template <class F>
+auto dispatch_floats(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(TypeTag<float>{});
+    case DType::kFloat16:
+      return f(TypeTag<Half>{});
+    case DType::kBFloat16:
+      return f(TypeTag<BFloat16>{});
+    default:
+      throw std::logic_error("merge_attn_states: no kernel for this dtype");
+  }
+}
+
 }  // namespace merge_attn_states

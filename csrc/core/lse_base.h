@@ -10,7 +10,7 @@
 
 namespace merge_attn_states {
 
-enum class Base { kE, kTwo };
+enum class Base : uint8_t { kE, kTwo };
 
 template <class Acc>
 inline constexpr Acc kLn2 = Acc(0.693147180559945309417);

@@ -44,13 +44,17 @@ struct RowIndex {
   const void* data = nullptr;  // null: its own
   int64_t stride = 0;          // in elements
   int64_t num_rows = 0;        // of the operand
-  bool is_64_bit = false;
 
   // -1: none.
-  MERGE_ATTN_STATES_HOST_DEVICE int64_t at(int64_t place) const {
+  MERGE_ATTN_STATES_HOST_DEVICE int64_t at(int64_t place, bool is_64_bit) const {
     const int64_t row = is_64_bit ? static_cast<const int64_t*>(data)[place * stride]
                                   : static_cast<const int32_t*>(data)[place * stride];
     return row < 0 || row >= num_rows ? -1 : row;
+  }
+  // Makes the coordinates those of the operand's own row; false where it has none.
+  MERGE_ATTN_STATES_HOST_DEVICE bool find(RowCoordinates& row, bool is_64_bit) const {
+    if (data != nullptr) row.of[0] = at(row.of[0], is_64_bit);
+    return row.of[0] >= 0;
   }
 };
 
@@ -62,7 +66,9 @@ struct Part {
   RowIndex index;
   DType dtype;
   Base base;
+  bool index_is_64_bit;
 };
+static_assert(sizeof(Part) == 160, "a kernel's parameters hold kMaxParts of them");
 
 struct PartsCall {
   // Row dimensions that continue one another in every operand are one. The others of kMaxRowDims
@@ -79,6 +85,7 @@ struct PartsCall {
   int64_t out_element_stride;
   PerRow out_lse;  // may be not given
   RowIndex out_index;
+  bool out_index_is_64_bit;
   PerRow sink;  // may be not given
   DType sink_dtype;
   const float* out_scale;  // null: no scale

@@ -144,9 +144,11 @@ class SumOfParts {
   static constexpr int kAtOnce = 16;
 
   MERGE_ATTN_STATES_HOST_DEVICE void end_sixteen() {
-    total_ = total_ + sixteen_;
+    add_sixteen(sixteen_);
     sixteen_ = -V{};
   }
+  // What another thread has summed.
+  MERGE_ATTN_STATES_HOST_DEVICE void add_sixteen(V sum) { total_ = total_ + sum; }
   MERGE_ATTN_STATES_HOST_DEVICE void add(V term) { sixteen_ = sixteen_ + term; }
   template <class Acc>
   MERGE_ATTN_STATES_HOST_DEVICE void add(Acc weight, V value) {

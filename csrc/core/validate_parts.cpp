@@ -225,10 +225,6 @@ void check_devices(Operands& operands) {
   for_each_input(operands, check);
 }
 
-constexpr bool is_float(DType dtype) {  // those that mix freely
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
 void check_part_dtypes(const Operands& operands) {
   const Operand& first = operands.parts[0].output;
   for (const PartOperands& part : operands.parts) {
@@ -436,13 +432,13 @@ Part part_of(const PartOperands& part, const Operands& operands) {
               .empty = per_row(part.empty, dims),
               .index = {},
               .dtype = part.output.dtype(),
-              .base = part.base};
+              .base = part.base,
+              .index_is_64_bit = false};
   if (part.index.given()) {
     result.index = {.data = part.index.view->data,
                     .stride = part.index.stride(0),
-                    .num_rows = part.output.size(0),
-                    .is_64_bit = part.index.view->dtype == MERGE_ATTN_STATES_INT64};
-    // A state of no rows has no strides either, and every row of its index is absent.
+                    .num_rows = part.output.size(0)};
+    result.index_is_64_bit = part.index.view->dtype == MERGE_ATTN_STATES_INT64;
   }
   return result;
 }
@@ -541,7 +537,10 @@ PartsCall call_of(Operands& operands) {
     call.mixes_bases |= call.base != call.out_base;
   }
   if (call.mixes_bases) call.base = Base::kE;
-  if (operands.state >= 0) call.out_index = call.parts[operands.state].index;
+  if (operands.state >= 0) {
+    call.out_index = call.parts[operands.state].index;
+    call.out_index_is_64_bit = call.parts[operands.state].index_is_64_bit;
+  }
   join_dimensions(call, operands);
   return call;
 }

@@ -1,11 +1,12 @@
-// The kernel families of the pair: how each cuts a call (shapes.cpp) and its launch, which stands
-// in a file of its own. launch.cu asks them in turn.
+// The kernel families: how each cuts a call (shapes.cpp) and its launch, which stands in a file of
+// its own. launch.cu asks them in turn.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 
 #include "../core/merge_call.h"
+#include "../core/parts_call.h"
 
 namespace merge_attn_states::cuda {
 
@@ -38,5 +39,26 @@ struct GenericShape {
 
 GenericShape generic_shape(const MergeCall& call);
 void launch_generic(const MergeCall& call, const GenericShape& shape);
+
+// parts.cu. Many parts that lie alike.
+struct AlikeShape {
+  int packs_per_row;
+  int rows;     // of a block; of more than kFewParts one
+  int threads;  // of a block
+};
+
+// Nothing where the parts differ in more than their addresses, or rows do not consist of aligned
+// packs of 16 bytes, or are out of 32 bits' reach.
+std::optional<AlikeShape> alike_shape(const PartsCall& call);
+void launch_alike(const PartsCall& call, const AlikeShape& shape);
+
+// parts_any.cu. Takes every call of many parts.
+struct AnyShape {
+  int rows;      // of a block
+  int elements;  // read at a time; 1: any layout
+};
+
+AnyShape any_shape(const PartsCall& call);
+void launch_any(const PartsCall& call, const AnyShape& shape);
 
 }  // namespace merge_attn_states::cuda

@@ -79,12 +79,12 @@ Device device_of(int index) {
   return device;
 }
 
-bool wants_dependent_launch(const MergeCall& call) {
+bool wants_dependent_launch(bool of_this_call) {
   static const bool of_all_calls = [] {
     const char* wish = std::getenv("MERGE_ATTN_STATES_PDL");
     return wish != nullptr && std::strcmp(wish, "1") == 0;
   }();
-  return call.dependent_launch || of_all_calls;
+  return of_this_call || of_all_calls;
 }
 
 }  // namespace
@@ -116,14 +116,14 @@ void check(cudaError_t status, int device) {
   throw CudaError("cuda:" + std::to_string(device) + ": " + what);
 }
 
-void launch(const void* function, cudaKernel_t handle, const Grid& grid, const MergeCall& call,
+void launch(const void* function, cudaKernel_t handle, const Grid& grid, const Target& target,
             const void* parameters) {
   const dim3 blocks(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.blocks_y));
   const dim3 threads(static_cast<unsigned>(grid.threads));
   void* arguments[] = {const_cast<void*>(parameters)};
   // What the driver refuses did not run.
-  if (handle != nullptr && !call.dependent_launch &&
-      driver().launch(handle, blocks, threads, arguments, call.stream)) {
+  if (handle != nullptr && !target.dependent_launch &&
+      driver().launch(handle, blocks, threads, arguments, target.stream)) {
     return;
   }
   cudaLaunchAttribute dependent{};
@@ -132,10 +132,10 @@ void launch(const void* function, cudaKernel_t handle, const Grid& grid, const M
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
-  config.stream = static_cast<cudaStream_t>(call.stream);
+  config.stream = static_cast<cudaStream_t>(target.stream);
   config.attrs = &dependent;
-  config.numAttrs = call.dependent_launch ? 1 : 0;
-  check(cudaLaunchKernelExC(&config, function, arguments), call.device_index);
+  config.numAttrs = target.dependent_launch ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, function, arguments), target.device_index);
 }
 
 Selection choose(const MergeCall& call) {
@@ -159,11 +159,41 @@ void run(const MergeCall& given) {
   const DeviceGuard guard(given.device_index);
   const Device device = device_of(given.device_index);
   MergeCall call = given;
-  call.dependent_launch = device.has_dependent_launch && wants_dependent_launch(given);
+  call.dependent_launch =
+      device.has_dependent_launch && wants_dependent_launch(given.dependent_launch);
   if (const auto shape = pair_shape(call, device.capability)) {
     launch_pair(call, *shape);
   } else {
     launch_generic(call, generic_shape(call));
+  }
+}
+
+Selection choose(const PartsCall& call) {
+  if (call.nothing_to_do()) return selection("generic", "nothing to do");
+  if (const auto pair = as_pair(call)) return choose(*pair);
+  char variant[sizeof(Selection::variant)];
+  if (const auto shape = alike_shape(call)) {
+    std::snprintf(variant, sizeof(variant), "%d parts, %d rows in a block of %d threads",
+                  call.num_parts, shape->rows, shape->threads);
+    return selection("vectorized", variant);
+  }
+  const AnyShape shape = any_shape(call);
+  std::snprintf(variant, sizeof(variant), "%d parts, %d rows a block, %d elements at a time",
+                call.num_parts, shape.rows, shape.elements);
+  return selection(shape.elements > 1 ? "vectorized" : "generic", variant);
+}
+
+void run(const PartsCall& given) {
+  if (const auto pair = as_pair(given)) return run(*pair);
+  const DeviceGuard guard(given.device_index);
+  const Device device = device_of(given.device_index);
+  PartsCall call = given;
+  call.dependent_launch =
+      device.has_dependent_launch && wants_dependent_launch(given.dependent_launch);
+  if (const auto shape = alike_shape(call)) {
+    launch_alike(call, *shape);
+  } else {
+    launch_any(call, any_shape(call));
   }
 }
 

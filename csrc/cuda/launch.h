@@ -35,13 +35,21 @@ const auto& kernel() {
   return found;
 }
 
-void launch(const void* function, cudaKernel_t handle, const Grid& grid, const MergeCall& call,
+// Where a kernel is launched, and how.
+struct Target {
+  int32_t device_index;
+  bool dependent_launch;
+  void* stream;
+};
+
+void launch(const void* function, cudaKernel_t handle, const Grid& grid, const Target& target,
             const void* parameters);
 
-template <class Parameters>
-void launch(const Kernel<Parameters>& kernel, const Grid& grid, const MergeCall& call,
+template <class Parameters, class Call>
+void launch(const Kernel<Parameters>& kernel, const Grid& grid, const Call& call,
             const Parameters& parameters) {
-  launch(kernel.function, kernel.handle, grid, call, &parameters);
+  launch(kernel.function, kernel.handle, grid,
+         Target{call.device_index, call.dependent_launch, call.stream}, &parameters);
 }
 
 #ifdef __CUDACC__

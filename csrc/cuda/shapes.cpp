@@ -112,4 +112,72 @@ GenericShape generic_shape(const MergeCall& call) {
           .pack_elements = static_cast<int>(elements)};
 }
 
+namespace {
+
+bool is_multiple(int64_t value, int64_t of) { return value % of == 0; }
+
+// Whether each row of an output consists of aligned packs of so many elements.
+bool has_packs(const PerRow& output, int64_t element_stride, int64_t element_bytes,
+               int64_t elements) {
+  const int64_t bytes = std::min<int64_t>(16, elements * element_bytes);
+  bool all = element_stride == 1 && is_multiple(reinterpret_cast<intptr_t>(output.data), bytes);
+  for (const int64_t stride : output.strides) all &= is_multiple(stride * element_bytes, bytes);
+  return all;
+}
+
+// The offset of each row, in units of so many elements, has 32 bits.
+bool reaches_at_most_32_bits(const PartsCall& call, const PerRow& operand, int64_t unit) {
+  int64_t reach = 0;
+  for (int dim = 0; dim < kMaxRowDims; ++dim) {
+    if (operand.strides[dim] < 0) return false;
+    reach += (call.sizes[dim] - 1) * operand.strides[dim];
+  }
+  return reach / unit <= UINT32_MAX - call.head_size;
+}
+
+}  // namespace
+
+std::optional<AlikeShape> alike_shape(const PartsCall& call) {
+  const Part& first = call.part(0);
+  const int64_t size = size_of(call.out_dtype), elements = 16 / size;
+  if (!call.parts_are_alike || !is_float(call.out_dtype) || first.dtype != call.out_dtype ||
+      call.mixes_bases || call.sizes[2] != 1 || call.sizes[3] != 1 || call.num_rows() > kMaxGridX ||
+      !is_multiple(call.head_size, elements) || call.head_size == 0 ||
+      call.head_size / elements > kMaxThreads ||
+      !has_packs(call.out, call.out_element_stride, size, elements) ||
+      !reaches_at_most_32_bits(call, call.out, elements) ||
+      !reaches_at_most_32_bits(call, first.output, elements)) {
+    return std::nullopt;
+  }
+  for (const PerRow* each : {&call.out_lse, &first.lse, &call.sink}) {
+    if (!reaches_at_most_32_bits(call, *each, 1)) return std::nullopt;
+  }
+  for (const Part& part : call.parts) {
+    if (!has_packs(part.output, part.element_stride, size, elements)) return std::nullopt;
+  }
+  if (call.is_stack && !is_multiple(call.stack_output_stride, elements)) return std::nullopt;
+  const int packs = static_cast<int>(call.head_size / elements);
+  if (call.num_parts > kFewParts) return AlikeShape{packs, 1, kManyThreads};
+  const int rows =
+      static_cast<int>(std::min<int64_t>(std::max(1, kFewThreads / packs), call.num_rows()));
+  return AlikeShape{packs, rows, (rows * packs + 31) / 32 * 32};
+}
+
+AnyShape any_shape(const PartsCall& call) {
+  constexpr int64_t kPack = 8;
+  bool packs = call.acc_dtype == DType::kFloat32 && is_multiple(call.head_size, kPack) &&
+               call.head_size > 0 &&
+               has_packs(call.out, call.out_element_stride, size_of(call.out_dtype), kPack);
+  for (const Part& part : call.parts) {
+    packs &= has_packs(part.output, part.element_stride, size_of(part.dtype), kPack);
+  }
+  if (call.is_stack) packs &= is_multiple(call.stack_output_stride, kPack);
+  const int64_t most =
+      std::clamp<int64_t>(call.num_rows() / kGenericBlocks, 1, kAnyWeights / call.num_parts);
+  const int64_t wanted = kAnyElements / std::max<int64_t>(1, call.head_size);
+  return {.rows = static_cast<int>(
+              std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, kAnyThreads))),
+          .elements = packs ? static_cast<int>(kPack) : 1};
+}
+
 }  // namespace merge_attn_states::cuda

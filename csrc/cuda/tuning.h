@@ -60,4 +60,17 @@ inline constexpr int64_t kGenericMaxRows = 64;
 inline constexpr int64_t kGenericElements = 4096;
 inline constexpr int64_t kGenericBlocks = 132;
 
+// Many parts that lie alike: up to so many are listed in a small block of parameters and held in
+// registers; threads of a block.
+inline constexpr int kFewParts = 16;
+inline constexpr int kFewThreads = 256;
+// Beyond them: threads of a block, which is one row's, and packs of that row at a time.
+inline constexpr int kManyThreads = 256;
+inline constexpr int kManyPacks = 16;
+
+// Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
+inline constexpr int kAnyThreads = 256;
+inline constexpr int kAnyWeights = 1024;
+inline constexpr int64_t kAnyElements = 2048;
+
 }  // namespace merge_attn_states::cuda
