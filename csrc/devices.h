@@ -23,6 +23,7 @@ namespace cpu {
 Selection choose();
 void run(const MergeCall& call);
 void run(const PartsCall& call);
+void run_backward(const PartsCall& call);
 }  // namespace cpu
 
 namespace cuda {
@@ -31,6 +32,7 @@ Selection choose(const MergeCall& call);
 void run(const MergeCall& call);
 Selection choose(const PartsCall& call);
 void run(const PartsCall& call);
+void run_backward(const PartsCall& call);
 }  // namespace cuda
 
 // This build or machine lacks what the call needs.

@@ -104,6 +104,7 @@ Selection choose(const MergeCall&) { refuse(); }
 void run(const MergeCall&) { refuse(); }
 Selection choose(const PartsCall&) { refuse(); }
 void run(const PartsCall&) { refuse(); }
+void run_backward(const PartsCall&) { refuse(); }
 }  // namespace cuda
 #endif
 
@@ -143,6 +144,16 @@ merge_attn_states_status merge_attn_states_select_update(const merge_attn_states
                                                          char* message,
                                                          size_t message_size) noexcept {
   return merge_attn_states::select(args, selection, message, message_size);
+}
+
+merge_attn_states_status merge_attn_states_backward(const merge_attn_states_backward_args* args,
+                                                    char* message, size_t message_size) noexcept {
+  using namespace merge_attn_states;
+  return guarded(message, message_size, [&] {
+    const PartsCall call = validate(args);
+    if (call.nothing_to_do()) return;
+    call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run_backward(call) : cuda::run_backward(call);
+  });
 }
 
 const char* merge_attn_states_build_info() noexcept {

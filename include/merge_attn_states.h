@@ -137,6 +137,19 @@ typedef struct merge_attn_states_update_args {
   int32_t reserved;  // 0
 } merge_attn_states_update_args;
 
+// The gradients of a merge, from those of its results. All that is written is contiguous.
+typedef struct merge_attn_states_backward_args {
+  size_t struct_size;                            // sizeof(merge_attn_states_backward_args)
+  const merge_attn_states_parts_args* forward;   // the merge; its out, out_lse and out_scale unread
+  const merge_attn_states_tensor* grad_out;      // [*rows, D]
+  const merge_attn_states_tensor* grad_out_lse;  // [*rows] or [*rows, 1]; may be null
+  // [num_parts, *rows, D] in the parts' dtype, float32 where they differ; may be null. Of a part
+  // with an index, row n is what row n of the merge gives to the part's row index[n].
+  const merge_attn_states_tensor* grad_outputs;
+  const merge_attn_states_tensor* grad_lses;  // [num_parts, *rows]; may be null
+  const merge_attn_states_tensor* grad_sink;  // [*rows]: of each row, to be summed; may be null
+} merge_attn_states_backward_args;
+
 typedef enum merge_attn_states_status {
   MERGE_ATTN_STATES_OK = 0,
   MERGE_ATTN_STATES_INVALID_ARGUMENT = 1,  // the message names the argument; nothing was written
@@ -177,6 +190,11 @@ merge_attn_states_update(const merge_attn_states_update_args* args, char* messag
 MERGE_ATTN_STATES_API merge_attn_states_status merge_attn_states_select_update(
     const merge_attn_states_update_args* args, merge_attn_states_selection* selection,
     char* message, size_t message_size) MERGE_ATTN_STATES_NOEXCEPT;
+
+// Writes the gradients of a merge.
+MERGE_ATTN_STATES_API merge_attn_states_status
+merge_attn_states_backward(const merge_attn_states_backward_args* args, char* message,
+                           size_t message_size) MERGE_ATTN_STATES_NOEXCEPT;
 
 // What this library was built from and with: one JSON object, UTF-8, alive as long as the library.
 // Keys: version, commit, torch, compiler, cuda (toolkit version or null), architectures (as built,

@@ -1,5 +1,5 @@
 // A validated call of any number of parts, and the functions that make it: of a merge into tensors
-// of its own, and of an update of a running state.
+// of its own, of an update of a running state, and of a merge's gradients.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +70,16 @@ struct Part {
 };
 static_assert(sizeof(Part) == 160, "a kernel's parameters hold kMaxParts of them");
 
+// What a backward call writes, dense: [num_parts, *rows, D], [num_parts, *rows] and [*rows]. Null:
+// not asked for.
+struct Gradients {
+  void* outputs;
+  void* lses;
+  void* sink;  // of each row; their sum is for the caller
+  DType outputs_dtype;
+};
+
+// A merge; or the backward call of one, which reads the gradients of its results in their place.
 struct PartsCall {
   // Row dimensions that continue one another in every operand are one. The others of kMaxRowDims
   // are 1; the first one stays alone where an index counts along it.
@@ -101,6 +111,7 @@ struct PartsCall {
   int32_t device_index;
   bool dependent_launch;
   void* stream;
+  Gradients gradients;  // of a backward call
 
   const Part& part(int k) const { return parts[is_stack ? 0 : k]; }
   // Of a stack's part, in elements, behind what its first one has.
@@ -115,7 +126,8 @@ struct PartsCall {
     for (const int64_t size : sizes) {
       if (size == 0) return true;
     }
-    return head_size == 0 && out_lse.data == nullptr;
+    return head_size == 0 && out_lse.data == nullptr && gradients.lses == nullptr &&
+           gradients.sink == nullptr;
   }
 };
 
@@ -123,6 +135,7 @@ struct PartsCall {
 // std::invalid_argument with a sentence that names the argument, what was expected and what came.
 PartsCall validate(const merge_attn_states_parts_args* args);
 PartsCall validate(const merge_attn_states_update_args* args);
+PartsCall validate(const merge_attn_states_backward_args* args);
 
 // The same call as one of the pair's, which then gives the same bits.
 std::optional<MergeCall> as_pair(const PartsCall& call);

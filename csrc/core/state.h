@@ -236,7 +236,8 @@ MERGE_ATTN_STATES_HOST_DEVICE V in_out_base(LseRule rule, V lse) {
 }
 
 // Weighs `count` parts, and a sink where `sink` points to one. part(k) gives the LSE of part k and
-// is asked twice; weight(k) is where its weight goes. Returns the merged LSE if that is wanted.
+// is asked twice; weight(k) is where its weight goes, and weight(count) where that of the sink
+// does. Returns the merged LSE if that is wanted.
 template <class Math, class V, class Part, class Weight>
 MERGE_ATTN_STATES_HOST_DEVICE V weigh_parts(LseRule rule, int count, Part part,
                                             const PartLse<V>* sink, bool wants_lse, Weight weight) {
@@ -253,11 +254,23 @@ MERGE_ATTN_STATES_HOST_DEVICE V weigh_parts(LseRule rule, int count, Part part,
   if (sink != nullptr) merged.find(*sink);
   MERGE_ATTN_STATES_UNROLL
   for (int k = 0; k < count; ++k) weight(k) = merged.add(part(k));
-  if (sink != nullptr) merged.add(*sink);
+  V of_sink{};
+  if (sink != nullptr) of_sink = merged.add(*sink);
   const V sum = merged.sum();
   MERGE_ATTN_STATES_UNROLL
   for (int k = 0; k < count; ++k) weight(k) = merged.weight(weight(k), sum);
+  if (sink != nullptr) weight(count) = merged.weight(of_sink, sum);
   return wants_lse ? in_out_base<Acc>(rule, merged.lse(sum)) : V{};
+}
+
+// What the gradient of a row's merged output gives to its parts: the output's times the weight, and
+// to the LSE of a part what follows. `dot` is the product of the part's values with the output's
+// gradient, `mean` the weighted sum of these products, and `of_lse` the gradient of the merged LSE.
+// A sink is a part whose values are 0.
+template <class Acc>
+MERGE_ATTN_STATES_HOST_DEVICE Acc lse_gradient(Base base, Base out_base, Acc weight, Acc dot,
+                                               Acc mean, Acc of_lse) {
+  return ln_of<Acc>(base) * weight * ((dot - mean) + of_lse / ln_of<Acc>(out_base));
 }
 
 }  // namespace merge_attn_states

@@ -39,8 +39,8 @@ MERGE_ATTN_STATES_HOST_DEVICE int64_t tiles(int64_t count, int64_t size) {
   return (count + size - 1) / size;
 }
 
-// Weights that a tile of many parts keeps: those of sixteen rows of the most parts that there are.
-inline constexpr int64_t kTileWeights = kTileTokens * kMaxAlikeParts;
+// Parts, and a sink, times rows across: of so many a tile keeps the weights of sixteen rows.
+inline constexpr int64_t kTileParts = kMaxAlikeParts + 1;
 
 // How the rows of many parts are cut. `along` is the dimension in which LSEs lie closest, `across`
 // the innermost other one; a tile has extents along these two.
@@ -57,11 +57,13 @@ struct PartsTiles {
 namespace baseline {
 void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
 void merge_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
+void backward_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 }  // namespace baseline
 
 namespace v3 {  // x86-64-v3: AVX2 and F16C
 void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
 void merge_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
+void backward_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 }  // namespace v3
 
 }  // namespace merge_attn_states::cpu

@@ -19,6 +19,7 @@ struct Build {
   const char* name;
   void (*merge_tiles)(const MergeCall&, int64_t, int64_t);
   void (*merge_parts)(const PartsCall&, const PartsTiles&, int64_t, int64_t);
+  void (*backward_parts)(const PartsCall&, const PartsTiles&, int64_t, int64_t);
 };
 
 #if MERGE_ATTN_STATES_HAS_V3
@@ -34,10 +35,11 @@ bool has_v3() {
 // MERGE_ATTN_STATES_CPU_KERNEL names a build, to compare the two; else the widest that runs here.
 const Build& build() {
   static const Build chosen = [] {
-    const Build baseline = {"baseline", baseline::merge_tiles, baseline::merge_parts};
+    const Build baseline = {"baseline", baseline::merge_tiles, baseline::merge_parts,
+                            baseline::backward_parts};
     Build widest = baseline;
 #if MERGE_ATTN_STATES_HAS_V3
-    if (has_v3()) widest = {"x86-64-v3", v3::merge_tiles, v3::merge_parts};
+    if (has_v3()) widest = {"x86-64-v3", v3::merge_tiles, v3::merge_parts, v3::backward_parts};
 #endif
     const char* wish = std::getenv("MERGE_ATTN_STATES_CPU_KERNEL");
     for (const Build& candidate : {widest, baseline}) {
@@ -93,10 +95,10 @@ PartsTiles parts_tiles(const PartsCall& call) {
   }
   const int64_t most = call.sizes[along] > kTileTokens ? kTileHeads : kTileHeadsOfFewTokens;
   for (int dim = 0; dim < kMaxRowDims; ++dim) {
-    result.extents[dim] =
-        dim == along    ? kTileTokens
-        : dim == across ? std::clamp<int64_t>(kTileWeights / kTileTokens / call.num_parts, 1, most)
-                        : 1;
+    result.extents[dim] = dim == along ? kTileTokens
+                          : dim == across
+                              ? std::clamp<int64_t>(kTileParts / (call.num_parts + 1), 1, most)
+                              : 1;
     result.counts[dim] = tiles(call.sizes[dim], result.extents[dim]);
   }
   return result;
@@ -118,18 +120,24 @@ void run(const MergeCall& call) {
                     });
 }
 
-void run(const PartsCall& call) {
-  if (const auto pair = as_pair(call)) return run(*pair);
+static void run_tiles(const PartsCall& call,
+                      void (*tiles)(const PartsCall&, const PartsTiles&, int64_t, int64_t)) {
   const PartsTiles cut = parts_tiles(call);
   int64_t count = 1, elements = call.head_size * call.num_parts / 2;
   for (int dim = 0; dim < kMaxRowDims; ++dim) {
     count *= cut.counts[dim];
     elements *= std::min(call.sizes[dim], cut.extents[dim]);
   }
-  merge_in_parallel(count, elements,
-                    [&call, &cut, merge = build().merge_parts](int64_t begin, int64_t end) {
-                      merge(call, cut, begin, end);
-                    });
+  merge_in_parallel(count, elements, [&call, &cut, tiles](int64_t begin, int64_t end) {
+    tiles(call, cut, begin, end);
+  });
 }
+
+void run(const PartsCall& call) {
+  if (const auto pair = as_pair(call)) return run(*pair);
+  run_tiles(call, build().merge_parts);
+}
+
+void run_backward(const PartsCall& call) { run_tiles(call, build().backward_parts); }
 
 }  // namespace merge_attn_states::cpu

@@ -61,4 +61,8 @@ struct AnyShape {
 AnyShape any_shape(const PartsCall& call);
 void launch_any(const PartsCall& call, const AnyShape& shape);
 
+// backward.cu. Takes every merge's gradients.
+AnyShape backward_shape(const PartsCall& call);
+void launch_backward(const PartsCall& call, const AnyShape& shape);
+
 }  // namespace merge_attn_states::cuda

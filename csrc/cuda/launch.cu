@@ -183,13 +183,27 @@ Selection choose(const PartsCall& call) {
   return selection(shape.elements > 1 ? "vectorized" : "generic", variant);
 }
 
+namespace {
+
+PartsCall with_launch_attribute(const PartsCall& given) {
+  PartsCall call = given;
+  call.dependent_launch = device_of(given.device_index).has_dependent_launch &&
+                          wants_dependent_launch(given.dependent_launch);
+  return call;
+}
+
+}  // namespace
+
+void run_backward(const PartsCall& given) {
+  const DeviceGuard guard(given.device_index);
+  const PartsCall call = with_launch_attribute(given);
+  launch_backward(call, backward_shape(call));
+}
+
 void run(const PartsCall& given) {
   if (const auto pair = as_pair(given)) return run(*pair);
   const DeviceGuard guard(given.device_index);
-  const Device device = device_of(given.device_index);
-  PartsCall call = given;
-  call.dependent_launch =
-      device.has_dependent_launch && wants_dependent_launch(given.dependent_launch);
+  const PartsCall call = with_launch_attribute(given);
   if (const auto shape = alike_shape(call)) {
     launch_alike(call, *shape);
   } else {

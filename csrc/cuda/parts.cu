@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads) merge_few(const __grid_constant__
   const Row row(call.rows, exists ? number : 0);
   wait_for_previous();
 
-  float weights[kMost];
+  float weights[kMost], weight_of_sink;
   PackT packs[kMost];
   PartLse<float> sink{};
   if (exists) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMaxThreads) merge_few(const __grid_constant__
         return PartLse<float>{weights[k], 0.0f};
       },
       call.sink.data != nullptr ? &sink : nullptr, wants_lse,
-      [&](int k) -> float& { return weights[k]; });
+      [&](int k) -> float& { return k < kMost ? weights[k] : weight_of_sink; });
 
   SumOfParts<float> sums[kElements<T>];
   int seen = 0;

@@ -163,21 +163,32 @@ std::optional<AlikeShape> alike_shape(const PartsCall& call) {
   return AlikeShape{packs, rows, (rows * packs + 31) / 32 * 32};
 }
 
-AnyShape any_shape(const PartsCall& call) {
-  constexpr int64_t kPack = 8;
-  bool packs = call.acc_dtype == DType::kFloat32 && is_multiple(call.head_size, kPack) &&
+namespace {
+
+AnyShape shape_with(const PartsCall& call, int64_t pack) {
+  bool packs = call.acc_dtype == DType::kFloat32 && is_multiple(call.head_size, pack) &&
                call.head_size > 0 &&
-               has_packs(call.out, call.out_element_stride, size_of(call.out_dtype), kPack);
+               has_packs(call.out, call.out_element_stride, size_of(call.out_dtype), pack);
   for (const Part& part : call.parts) {
-    packs &= has_packs(part.output, part.element_stride, size_of(part.dtype), kPack);
+    packs &= has_packs(part.output, part.element_stride, size_of(part.dtype), pack);
   }
-  if (call.is_stack) packs &= is_multiple(call.stack_output_stride, kPack);
-  const int64_t most =
-      std::clamp<int64_t>(call.num_rows() / kGenericBlocks, 1, kAnyWeights / call.num_parts);
+  if (call.is_stack) packs &= is_multiple(call.stack_output_stride, pack);
+  const int64_t most = std::clamp<int64_t>(call.num_rows() / kGenericBlocks, 1,
+                                           std::min(kAnyWeights / call.num_parts, kAnyThreads));
   const int64_t wanted = kAnyElements / std::max<int64_t>(1, call.head_size);
-  return {.rows = static_cast<int>(
-              std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, kAnyThreads))),
-          .elements = packs ? static_cast<int>(kPack) : 1};
+  return {.rows = static_cast<int>(std::clamp<int64_t>(wanted, 1, most)),
+          .elements = packs ? static_cast<int>(pack) : 1};
+}
+
+}  // namespace
+
+AnyShape any_shape(const PartsCall& call) { return shape_with(call, kAnyPack); }
+
+AnyShape backward_shape(const PartsCall& call) {
+  AnyShape shape = shape_with(call, kBackwardPack);
+  const auto is_aligned = reinterpret_cast<intptr_t>(call.gradients.outputs) % 16 == 0;
+  if (!is_aligned) shape.elements = 1;
+  return shape;
 }
 
 }  // namespace merge_attn_states::cuda

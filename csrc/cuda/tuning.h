@@ -72,5 +72,8 @@ inline constexpr int kManyPacks = 16;
 inline constexpr int kAnyThreads = 256;
 inline constexpr int kAnyWeights = 1024;
 inline constexpr int64_t kAnyElements = 2048;
+inline constexpr int kAnyPack = 8;
+// Of gradients a warp takes a row: 32 packs are one of 128 elements.
+inline constexpr int kBackwardPack = 4;
 
 }  // namespace merge_attn_states::cuda

@@ -144,6 +144,10 @@ class MergeStates {
             .dependent_launch = 0};
   }
 
+  int64_t num_parts() const {
+    return is_stack_ ? given_.outputs[0].size(*given_.dim) : parts_.size();
+  }
+
   std::vector<Tensor> written() const {
     std::vector<Tensor> tensors = {*out_.tensor};
     if (is_given(out_lse_.tensor)) tensors.push_back(*out_lse_.tensor);
@@ -397,6 +401,48 @@ void merge_states(StableIValue* values, uint64_t, uint64_t) {
   values[1] = from(*results.lse);
 }
 
+// The gradients of outputs, LSEs and sink: of all parts in one tensor, and of each row's sink.
+void merge_states_backward(StableIValue* values, uint64_t, uint64_t) {
+  Stack stack(values);
+  Operand grad_out{stack.take<Tensor>()}, grad_out_lse{stack.take<OptionalTensor>()};
+  Parts parts(stack);
+  const bool invert_empty = stack.take<bool>();
+  const bool has_sink = is_given(parts.sink.tensor);
+  const Tensor first = parts.outputs.at(0);
+  const ScalarType dtype = result_dtype(parts);
+  const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  std::vector<int64_t> shape = result_shape(parts);
+  const MergeStates call(std::move(parts), std::nullopt, std::nullopt, std::nullopt, invert_empty);
+
+  shape.insert(shape.begin(), call.num_parts());
+  Operand outputs{torch::stable::new_empty(first, shape, dtype)};
+  shape.pop_back();
+  Operand lses{torch::stable::new_empty(first, shape, wide)};
+  shape.erase(shape.begin());
+  if (!has_sink) shape = {0};
+  Operand sink{torch::stable::new_empty(first, shape, wide)};
+  grad_out.describe("grad_out", false);
+  grad_out_lse.describe("grad_out_lse", false);
+  outputs.describe("grad_outputs", true);
+  lses.describe("grad_lses", true);
+  sink.describe("grad_sink", true);
+
+  merge_attn_states_parts_args forward = call.args();
+  forward.stream = current_stream(grad_out.view);
+  const merge_attn_states_backward_args args{.struct_size = sizeof(args),
+                                             .forward = &forward,
+                                             .grad_out = grad_out.get(),
+                                             .grad_out_lse = grad_out_lse.get(),
+                                             .grad_outputs = outputs.get(),
+                                             .grad_lses = lses.get(),
+                                             .grad_sink = has_sink ? sink.get() : nullptr};
+  Message message;
+  expect_ok(merge_attn_states_backward(&args, message.text, sizeof(message.text)), message);
+  values[0] = from(*outputs.tensor);
+  values[1] = from(*lses.tensor);
+  values[2] = from(*sink.tensor);
+}
+
 MergeStates merge_states_out_call(StableIValue* values) {
   Stack stack(values);
   auto out = stack.take<Tensor>();
@@ -499,6 +545,7 @@ void inspect_update_state(StableIValue* values, uint64_t, uint64_t) {
 
 void implement_states(torch::stable::detail::StableLibrary& library) {
   library.impl("merge_states", &merge_states);
+  library.impl("merge_states_backward", &merge_states_backward);
   library.impl("merge_states_out", &merge_states_out);
   library.impl("update_state", &update_state);
   library.impl("fresh_merge_states", &fresh_merge_states);
@@ -521,6 +568,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(merge_attn_states, m) {
   const std::string into = parts + "Tensor? out_scale=None, bool invert_empty=False)";
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   define("merge_states(" + parts + result + " -> (Tensor, Tensor)");
+  define("merge_states_backward(Tensor grad_out, Tensor? grad_out_lse, " + parts +
+         "bool invert_empty=False) -> (Tensor, Tensor, Tensor)");
   define("merge_states_out(Tensor(a!) out, Tensor(b!)? out_lse, " + into + " -> ()");
   define("update_state(Tensor(a!) out, Tensor(b!) lse, " + update + " -> ()");
   define("fresh_merge_states(Tensor out, Tensor? out_lse, " + into + " -> Tensor[]");

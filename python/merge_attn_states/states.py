@@ -291,6 +291,95 @@ class _Result:
         return self.first.new_empty(self.shape[:-1], dtype=torch.float64 if wide else torch.float32)
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    outputs, lses, dim, index, empty, sink, bases, out_base, *_, invert = inputs
+    for name, operand in (
+        *((f"outputs[{k}]", x) for k, x in enumerate(outputs)),
+        ("out", output[0]),
+    ):
+        if operand.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            raise ValueError(
+                f"{name}: expected a dtype that has gradients, got {operand.dtype}; call it under "
+                "torch.no_grad() or on detached tensors"
+            )
+    per_part = [*(index or []), *(empty or [])]
+    ctx.save_for_backward(*outputs, *lses, *per_part, sink)
+    ctx.set_materialize_grads(False)
+    ctx.counts = [len(outputs), len(lses), len(index or []), len(empty or [])]
+    ctx.given = [index is not None, empty is not None]
+    ctx.options = dim, bases, out_base, invert
+    ctx.like = output[0].shape, output[0].dtype
+
+
+def _backward(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[Any, ...]:
+    *saved, sink = ctx.saved_tensors
+    lists = []
+    for count in ctx.counts:
+        lists.append(saved[:count])
+        saved = saved[count:]
+    outputs, lses = lists[:2]
+    index, empty = (
+        each if is_given else None for each, is_given in zip(lists[2:], ctx.given, strict=True)
+    )
+    dim, bases, out_base, invert = ctx.options
+    if grad_out is None:
+        shape, dtype = ctx.like
+        grad_out = outputs[0].new_zeros((), dtype=dtype).expand(shape)
+    parts = (outputs, lses, dim, index, empty, sink, bases, out_base)
+    of_outputs, of_lses, of_sink = _op.merge_states_backward.default(
+        grad_out, grad_lse, *parts, invert
+    )
+    num_rows = [x.shape[0] for x in (outputs if dim is None else outputs[0].unbind(dim))]
+    of_parts: list[list[torch.Tensor]] = []
+    for grads in (of_outputs, of_lses):
+        of_parts.append(
+            [
+                _scattered(grad, index[k] if index else None, num_rows[k])
+                for k, grad in enumerate(grads.unbind())
+            ]
+        )
+    grad_outputs, grad_lses = (
+        grads if dim is None else [torch.stack(grads, dim)] for grads in of_parts
+    )
+    if sink is not None:
+        of_sink = of_sink.reshape(-1, sink.shape[0]).sum(0).to(sink.dtype)
+    gradients = (
+        [grad.to(x.dtype) for grad, x in zip(grad_outputs, outputs, strict=True)],
+        [grad.reshape(x.shape) for grad, x in zip(grad_lses, lses, strict=True)],
+        None,
+        _no_gradient(index),
+        _no_gradient(empty),
+        of_sink if sink is not None else None,
+        *[None] * 6,
+    )
+    return gradients[: len(ctx.needs_input_grad)]  # of the arguments that are no defaults
+
+
+def _scattered(grads: torch.Tensor, index: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """Add each row's gradient to the part's row that it came from; an absent one's is 0."""
+    if index is None:
+        return grads
+    whole = grads.new_zeros(num_rows, *grads.shape[1:])
+    if num_rows == 0:
+        return whole
+    return whole.index_add(0, index.where((index >= 0) & (index < num_rows), 0), grads)
+
+
+def _no_gradient(operands: list[torch.Tensor | None] | None) -> list[None] | None:
+    """Return None in the structure that autograd expects: a list of tensors is one of None."""
+    if operands is None or any(operand is None for operand in operands):
+        return None
+    return [None] * len(operands)
+
+
+torch.library.register_autograd(
+    "merge_attn_states::merge_states", _backward, setup_context=_setup_context
+)
+_operator.register(
+    _op.merge_states_backward.default, because="merge_states has no second derivative"
+)
 _operator.register(_op.merge_states_out.default)
 _operator.register(_op.update_state.default)
 _operator.register(_op.fresh_merge_states.default)
@@ -314,6 +403,19 @@ def _fake_merge_states(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     _check_devices(_op.merge_states.default, args, outputs[0])
     output, lse = result.output(out_dtype), result.lse()
     return output, lse if return_lse else outputs[0].new_empty([0], dtype=torch.float32)
+
+
+@torch.library.register_fake("merge_attn_states::merge_states_backward")  # type: ignore[untyped-decorator]
+def _fake_merge_states_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad_out, _, outputs, lses, dim, index, _, sink, *_ = _operator.filled(
+        _op.merge_states_backward.default, args
+    )
+    result = _Result(outputs, lses, dim, index)
+    num_parts = len(outputs) if dim is None else outputs[0].shape[dim]
+    output, lse = result.output(), result.lse()
+    of_outputs = output.new_empty([num_parts, *output.shape])
+    of_lses = lse.new_empty([num_parts, *lse.shape])
+    return of_outputs, of_lses, lse if sink is not None else lse.new_empty([0])
 
 
 @torch.library.register_fake("merge_attn_states::merge_states_out")  # type: ignore[untyped-decorator]

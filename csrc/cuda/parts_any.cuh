@@ -1,0 +1,293 @@
+// What the kernels of many parts of any kind share: their parameters, where a row's parts lie, what
+// these weigh, and elements of a dtype that is known only when they run.
+#pragma once
+
+#include <algorithm>
+
+#include "../core/parts_call.h"
+#include "families.h"
+#include "fast_division.h"
+#include "launch.h"
+#include "pack.cuh"
+#include "tuning.h"
+
+namespace merge_attn_states::cuda {
+
+// Parts that each have a layout of their own.
+template <int kMost>
+struct Table {
+  Part parts[kMost];
+
+  __device__ const Part& part(int k) const { return parts[k]; }
+  __device__ const void* output(int k) const { return parts[k].output.data; }
+  __device__ const void* lse(int k) const { return parts[k].lse.data; }
+};
+
+// Parts that differ in their addresses alone.
+struct AlikeTable {
+  Part first;
+  const void* outputs[kMaxAlikeParts];
+  const void* lses[kMaxAlikeParts];
+
+  __device__ const Part& part(int) const { return first; }
+  __device__ const void* output(int k) const { return outputs[k]; }
+  __device__ const void* lse(int k) const { return lses[k]; }
+};
+
+template <class Source>
+struct AnyCall {
+  int64_t sizes[kMaxRowDims];
+  FastDivision divisors[kMaxRowDims];  // of the sizes, used where there are fewer than 2^31 rows
+  FastDivision packs_per_row;          // used where several rows share a block
+  FastDivision parts;
+  int64_t num_rows;
+  int64_t row_packs;
+  int32_t rows;  // of a block
+  int32_t num_parts;
+  LseRule rule;
+  bool few_rows, mixes_bases, invert_empty, out_index_is_64_bit;
+  DType out_dtype, sink_dtype;
+  PerRow out, out_lse, sink;
+  int64_t out_element_stride;
+  RowIndex out_index;
+  const float* out_scale;
+  Gradients gradients;  // of a backward call
+  Source source;
+};
+static_assert(sizeof(AnyCall<Table<kMaxParts>>) <= 32764, "more than a kernel's parameters hold");
+static_assert(sizeof(AnyCall<AlikeTable>) <= 32764, "more than a kernel's parameters hold");
+
+template <class Call>
+__device__ RowCoordinates coordinates(const Call& call, int64_t row) {
+  RowCoordinates result{};
+  for (int dim = kMaxRowDims - 1; dim > 0; --dim) {
+    if (call.sizes[dim] == 1) continue;
+    const int64_t above = call.few_rows
+                              ? int64_t{call.divisors[dim].quotient(static_cast<uint32_t>(row))}
+                              : row / call.sizes[dim];
+    result.of[dim] = row - above * call.sizes[dim];
+    row = above;
+  }
+  result.of[0] = row;
+  return result;
+}
+
+// As it is stored, -inf where the part is absent or declared empty; `row` becomes the part's own.
+template <class Acc, class Call>
+__device__ Acc load_lse(const Call& call, int k, RowCoordinates& row, bool& is_absent) {
+  const Part& part = call.source.part(k);
+  is_absent = !part.index.find(row, part.index_is_64_bit);
+  if (is_absent) return -INFINITY;
+  if (part.empty.data != nullptr) {
+    const bool marked = static_cast<const uint8_t*>(part.empty.data)[part.empty.offset(row)] != 0;
+    if (marked != call.invert_empty) return -INFINITY;
+  }
+  return static_cast<const Acc*>(call.source.lse(k))[part.lse.offset(row)];
+}
+
+template <class Acc, class Call>
+__device__ Acc load_sink(const Call& call, const RowCoordinates& row) {
+  const int64_t offset = call.sink.offset(row);
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    return static_cast<const double*>(call.sink.data)[offset];
+  } else {
+    switch (call.sink_dtype) {
+      case DType::kFloat16:
+        return Element<Half>::load(static_cast<const Half*>(call.sink.data)[offset]);
+      case DType::kBFloat16:
+        return Element<BFloat16>::load(static_cast<const BFloat16*>(call.sink.data)[offset]);
+      default:
+        return static_cast<const float*>(call.sink.data)[offset];
+    }
+  }
+}
+
+// Elements of one part, as they are stored: 1, 2, 4 or 8 bytes each.
+template <int kElements>
+struct Raw {
+  uint4 words[kElements == 8 ? 2 : 1];
+
+  static __device__ Raw load(const char* from, int64_t element_bytes) {
+    Raw raw{};
+    copy(reinterpret_cast<char*>(&raw), from, element_bytes);
+    return raw;
+  }
+  __device__ void store(char* to, int64_t element_bytes) const {
+    copy(to, reinterpret_cast<const char*>(this), element_bytes);
+  }
+
+ private:
+  template <class Word>
+  static __device__ void copy_as(char* to, const char* from) {
+    *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(from);
+  }
+  static __device__ void copy(char* to, const char* from, int64_t element_bytes) {
+    switch (kElements * element_bytes) {
+      case 1:
+        return copy_as<uint8_t>(to, from);
+      case 2:
+        return copy_as<uint16_t>(to, from);
+      case 4:
+        return copy_as<uint32_t>(to, from);
+      case 8:
+        return copy_as<uint2>(to, from);
+      case 32:
+        if constexpr (kElements == 8) copy_as<uint4>(to + 16, from + 16);
+        [[fallthrough]];
+      default:
+        return copy_as<uint4>(to, from);
+    }
+  }
+};
+
+// f(TypeTag<T>) for the dtype of a part or of the result.
+template <class Acc, class F>
+__device__ void with_dtype(DType dtype, F&& f) {
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    f(TypeTag<double>{});
+  } else {
+    switch (dtype) {
+      case DType::kFloat16:
+        return f(TypeTag<Half>{});
+      case DType::kBFloat16:
+        return f(TypeTag<BFloat16>{});
+      case DType::kFloat8E4M3:
+        return f(TypeTag<Float8E4M3>{});
+      case DType::kFloat8E5M2:
+        return f(TypeTag<Float8E5M2>{});
+      default:
+        return f(TypeTag<float>{});
+    }
+  }
+}
+
+template <class Acc, int kElements>
+__device__ void unpack(const Raw<kElements>& raw, DType dtype, Acc (&values)[kElements]) {
+  with_dtype<Acc>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Pack<T, kElements> pack;
+    memcpy(&pack.word, &raw, sizeof(pack.word));
+    pack.unpack(values);
+  });
+}
+
+template <class Acc, int kElements>
+__device__ Raw<kElements> pack(const Acc (&values)[kElements], DType dtype) {
+  Raw<kElements> raw{};
+  with_dtype<Acc>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto packed = Pack<T, kElements>::pack(values);
+    memcpy(&raw, &packed.word, sizeof(packed.word));
+  });
+  return raw;
+}
+
+// The rows that a block has to do with: what each part of each weighs, and where its row lies.
+template <class Acc>
+struct RowsOfBlock {
+  Acc weights[kAnyWeights];        // [rows][num_parts]
+  const char* parts[kAnyWeights];  // null where the part is absent
+
+  // Called by all threads, for rows [first, first + count); between two calls stands a barrier.
+  // Returns what the thread of row threadIdx.x has to know of it.
+  template <class Call>
+  __device__ Acc weigh(const Call& call, int64_t first, int count, bool wants_lse,
+                       Acc& weight_of_sink) {
+    const int num_parts = call.num_parts;
+    for (int i = threadIdx.x; i < count * num_parts; i += kAnyThreads) {
+      const int of_block = static_cast<int>(call.parts.quotient(i)), k = i - of_block * num_parts;
+      RowCoordinates row = coordinates(call, first + of_block);
+      bool is_absent;
+      weights[i] = load_lse<Acc>(call, k, row, is_absent);
+      const Part& part = call.source.part(k);
+      parts[i] = is_absent ? nullptr
+                           : static_cast<const char*>(call.source.output(k)) +
+                                 part.output.offset(row) * size_of(part.dtype);
+    }
+    PartLse<Acc> sink{};
+    const bool has_sink = call.sink.data != nullptr;
+    if (threadIdx.x < count && has_sink) {
+      sink.high = load_sink<Acc>(call, coordinates(call, first + threadIdx.x));
+      if (call.mixes_bases && call.rule.out_base == Base::kTwo) sink = natural(sink.high);
+    }
+    __syncthreads();
+    Acc lse{};
+    weight_of_sink = Acc(kSkip);
+    if (threadIdx.x < count) {
+      Acc* const mine = weights + threadIdx.x * num_parts;
+      const auto part = [&](int k) -> PartLse<Acc> {
+        const bool converts = call.mixes_bases && call.source.part(k).base == Base::kTwo;
+        return converts ? natural(mine[k]) : PartLse<Acc>{mine[k], Acc(0)};
+      };
+      lse = weigh_parts<ScalarMath<Acc>, Acc>(
+          call.rule, num_parts, part, has_sink ? &sink : nullptr, wants_lse,
+          [&](int k) -> Acc& { return k < num_parts ? mine[k] : weight_of_sink; });
+    }
+    __syncthreads();
+    return lse;
+  }
+};
+
+template <class Source>
+void fill(const PartsCall& call, const AnyShape& shape, AnyCall<Source>& parameters) {
+  const int64_t num_rows = call.num_rows(), row_packs = call.head_size / shape.elements;
+  const bool few_rows = num_rows <= kMaxGridX;
+  for (int dim = 0; dim < kMaxRowDims; ++dim) {
+    parameters.sizes[dim] = call.sizes[dim];
+    parameters.divisors[dim] = FastDivision(few_rows ? static_cast<uint32_t>(call.sizes[dim]) : 1);
+  }
+  const bool shares_blocks = shape.rows > 1 && row_packs > 0;
+  parameters.packs_per_row = FastDivision(shares_blocks ? static_cast<uint32_t>(row_packs) : 1);
+  parameters.parts = FastDivision(static_cast<uint32_t>(call.num_parts));
+  parameters.num_rows = num_rows;
+  parameters.row_packs = row_packs;
+  parameters.rows = shape.rows;
+  parameters.num_parts = call.num_parts;
+  parameters.rule = call.lse_rule();
+  parameters.few_rows = few_rows;
+  parameters.mixes_bases = call.mixes_bases;
+  parameters.invert_empty = call.invert_empty;
+  parameters.out_index_is_64_bit = call.out_index_is_64_bit;
+  parameters.out_dtype = call.out_dtype;
+  parameters.sink_dtype = call.sink_dtype;
+  parameters.out = call.out;
+  parameters.out_lse = call.out_lse;
+  parameters.sink = call.sink;
+  parameters.out_element_stride = call.out_element_stride;
+  parameters.out_index = call.out_index;
+  parameters.out_scale = call.out_scale;
+  parameters.gradients = call.gradients;
+}
+
+// Calls f(parameters) with the parameters that hold the parts.
+template <class F>
+void with_parameters(const PartsCall& call, const AnyShape& shape, F&& f) {
+  const auto with_table = [&]<int kMost>(std::integral_constant<int, kMost>) {
+    AnyCall<Table<kMost>> parameters;
+    std::copy(call.parts.begin(), call.parts.end(), parameters.source.parts);
+    fill(call, shape, parameters);
+    f(parameters);
+  };
+  if (!call.is_stack && call.num_parts <= kFewParts) {
+    return with_table(std::integral_constant<int, kFewParts>{});
+  }
+  if (!call.is_stack && call.num_parts <= kMaxParts) {
+    return with_table(std::integral_constant<int, kMaxParts>{});
+  }
+  AnyCall<AlikeTable> parameters;
+  parameters.source.first = call.part(0);
+  for (int k = 0; k < call.num_parts; ++k) {
+    const Part& part = call.part(k);
+    const auto advanced = [](const void* data, int64_t bytes) {
+      return static_cast<const char*>(data) + bytes;
+    };
+    parameters.source.outputs[k] =
+        advanced(part.output.data, call.output_offset(k) * size_of(part.dtype));
+    parameters.source.lses[k] =
+        advanced(part.lse.data, call.lse_offset(k) * size_of(call.acc_dtype));
+  }
+  fill(call, shape, parameters);
+  f(parameters);
+}
+
+}  // namespace merge_attn_states::cuda
