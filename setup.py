@@ -42,7 +42,10 @@ from cuda_toolkit import choose_toolkit, note, refuse  # noqa: E402  pip's sys.p
 OWN_HEADERS = [str(ROOT / "include"), str(ROOT / "csrc")]
 OP_LIBRARY = "libmerge_attn_states.so"
 SERIAL = "csrc/cpu/parallel_serial.cpp"  # threads of a build without PyTorch
-MODULE_ONLY = [f"csrc/torch/{name}.cpp" for name in ("eager", "python_tensor", "thread_state")]
+MODULE_ONLY = [
+    f"csrc/torch/{name}.cpp"
+    for name in ("eager", "eager_path", "eager_states", "python_tensor", "thread_state")
+]
 MODULE_SOURCES = [*MODULE_ONLY, "csrc/torch/stable_tensor.cpp"]  # the last one is in both
 OLDEST_TORCH = (2, 11)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the same release in its own form

@@ -85,17 +85,18 @@ def load_python_module() -> tuple[ModuleType | None, str]:
         return None, str(error)
 
 
-def fast_path() -> tuple[Callable[..., bool] | None, str]:
+def fast_path(name: str = "merge_attn_states") -> tuple[Callable[..., bool] | None, str]:
     """Return the call that merges without PyTorch's dispatcher, and what is to be known of it.
 
-    It takes the op's arguments and returns whether it merged; where it did not, nothing happened
-    and torch.ops has to do it. It is None where there is none, with the reason.
+    It takes the arguments of the function of that name (csrc/torch/eager_path.h) and returns
+    whether it merged; where it did not, nothing happened and torch.ops has to do it. It is None
+    where there is none, with the reason.
     """
     module, why = load_python_module()
     if module is None:
         return None, why
     why = module.why_no_fast_path()
-    return (None, why) if why else (module.merge_attn_states, _why_untried())
+    return (None, why) if why else (getattr(module, name), _why_untried())
 
 
 def _why_untried() -> str:

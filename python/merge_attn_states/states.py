@@ -12,10 +12,14 @@ from typing import Any, Literal
 import torch
 
 from . import _operator
+from ._library import fast_path
 
 __all__ = ["merge_states", "update_state"]
 
 _op = torch.ops.merge_attn_states
+_fast_merge, _ = fast_path("merge_states")  # None where there is none
+_fast_update, _ = fast_path("update_state")
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
 Base = Literal["e", "2"]
 Parts = Sequence[torch.Tensor] | torch.Tensor
@@ -118,6 +122,11 @@ def merge_states(
     >>> float(output[0, 0, 0])
     2.0
     """
+    wanted = (out, out_lse, out_dtype, return_lse)
+    if merged := _merge_eagerly(
+        outputs, lses, dim, index, empty, sink, lse_base, out_lse_base, out_scale, *wanted
+    ):
+        return merged
     parts = (
         _tensors("outputs", outputs, dim),
         _tensors("lses", lses, dim),
@@ -129,19 +138,22 @@ def merge_states(
         out_lse_base,
     )
     _tensor("out_scale", out_scale)
+    if out_lse is not None and not return_lse:
+        raise ValueError("out_lse: expected none where return_lse is False, got a tensor")
+    if out is not None and out_dtype is not None:
+        raise ValueError(f"out_dtype: expected none beside out, got {out_dtype}")
     if out is None and out_lse is None:
         args = (*parts, out_dtype, out_scale, return_lse)
         inspect = _op.inspect_merge_states.default
         new, lse = _operator.call(_op.merge_states.default, args, inspect, (None, None, *args))
         return new, lse if return_lse else None
-    if out_lse is not None and not return_lse:
-        raise ValueError("out_lse: expected none where return_lse is False, got a tensor")
-    if out is not None and out_dtype is not None:
-        raise ValueError(f"out_dtype: expected none beside out, got {out_dtype}")
-    like = _Result(*parts[:4])
     _tensor("out", out)
-    out = like.output(out_dtype) if out is None else out
-    out_lse = like.lse() if out_lse is None and return_lse else _tensor("out_lse", out_lse)
+    _tensor("out_lse", out_lse)
+    shape = _result_shape(parts[0], dim, index)
+    if out is None:
+        out = _new_output(parts[0], shape, out_dtype)
+    if out_lse is None and return_lse:
+        out_lse = _new_lse(parts[0], shape)
     _operator.write(
         _op.merge_states_out.default,
         (out, out_lse, *parts, out_scale),
@@ -205,6 +217,12 @@ def update_state(
     >>> round(float(out[0, 0, 0]), 5)
     2.0
     """
+    if (
+        _fast_update is not None
+        and not _is_dynamo_compiling()
+        and _fast_update(out, lse, block_out, block_lse, index, empty, lse_base)
+    ):
+        return
     operands = {"out": out, "lse": lse, "block_out": block_out, "block_lse": block_lse}
     for name, operand in operands.items():
         if _tensor(name, operand) is None:
@@ -216,6 +234,46 @@ def update_state(
         _op.fresh_update_state.default,
         _op.inspect_update_state.default,
     )
+
+
+def _merge_eagerly(
+    outputs: Any,
+    lses: Any,
+    dim: int | None,
+    index: PerPart | None,
+    empty: PerPart | None,
+    sink: torch.Tensor | None,
+    lse_base: Any,
+    out_lse_base: Base | None,
+    out_scale: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_lse: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Merge lists of plain tensors without PyTorch's dispatcher; None where that steps aside."""
+    # Dynamo takes this test for true while it compiles, so its graph holds the operator.
+    if _fast_merge is None or _is_dynamo_compiling():
+        return None
+    if dim is not None:
+        outputs, lses = [outputs], [lses]
+    contradicts = (out is not None and out_dtype is not None) or (
+        out_lse is not None and not return_lse
+    )
+    plain = type(outputs) is list and outputs and type(outputs[0]) is torch.Tensor
+    if contradicts or not plain:
+        return None
+    if out is None or (out_lse is None and return_lse):
+        shape = _result_shape(outputs, dim, index)
+        if out is None:
+            out = _new_output(outputs, shape, out_dtype)
+        if out_lse is None and return_lse:
+            out_lse = _new_lse(outputs, shape)
+    bases = lse_base if type(lse_base) is str else _bases(lse_base)
+    merged = _fast_merge(
+        out, out_lse, outputs, lses, dim, index, empty, sink, bases, out_lse_base, out_scale
+    )
+    return (out, out_lse) if merged else None
 
 
 def _tensor(name: str, operand: torch.Tensor | None) -> torch.Tensor | None:
@@ -263,32 +321,32 @@ def _bases(lse_base: Base | Sequence[Base]) -> str:
     return "".join(lse_base)
 
 
-class _Result:
-    """The shape and the dtypes of what a merge gives, as far as its operands have them."""
+def _result_shape(
+    outputs: Sequence[torch.Tensor], dim: int | None, index: PerPart | None
+) -> Sequence[int]:
+    """Return the shape of the merged output, as far as its operands have one."""
+    if not outputs:
+        raise ValueError("outputs: expected one part or more, got 0")
+    shape: Sequence[int] = outputs[0].shape
+    if dim is not None:
+        shape = [size for i, size in enumerate(shape) if i != dim]
+    if index and index[0] is not None and index[0].dim() == 1:
+        shape = [index[0].shape[0], *shape[1:]]
+    return shape
 
-    def __init__(
-        self,
-        outputs: Sequence[torch.Tensor],
-        lses: Sequence[torch.Tensor],
-        dim: int | None = None,
-        index: PerPart | None = None,
-        *_: Any,
-    ):
-        if not outputs:
-            raise ValueError("outputs: expected one part or more, got 0")
-        self.first = outputs[0]
-        self.shape = [size for i, size in enumerate(self.first.shape) if i != dim]
-        if index and index[0] is not None and index[0].dim() == 1 and self.shape:
-            self.shape[0] = index[0].shape[0]
-        self.is_mixed = any(output.dtype != self.first.dtype for output in outputs)
 
-    def output(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        own = torch.float32 if self.is_mixed else self.first.dtype
-        return self.first.new_empty(self.shape, dtype=dtype or own)
+def _new_output(
+    outputs: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype | None
+) -> torch.Tensor:
+    first = outputs[0].dtype
+    if dtype is None:
+        dtype = first if all(x.dtype == first for x in outputs) else torch.float32
+    return outputs[0].new_empty(shape, dtype=dtype)
 
-    def lse(self) -> torch.Tensor:
-        wide = self.first.dtype == torch.float64
-        return self.first.new_empty(self.shape[:-1], dtype=torch.float64 if wide else torch.float32)
+
+def _new_lse(outputs: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    wide = outputs[0].dtype == torch.float64
+    return outputs[0].new_empty(shape[:-1], dtype=torch.float64 if wide else torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -396,26 +454,29 @@ def _check_devices(op: _operator.Op, args: _operator.Args, reference: torch.Tens
 
 @torch.library.register_fake("merge_attn_states::merge_states")  # type: ignore[untyped-decorator]
 def _fake_merge_states(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs, lses, dim, index, _, _, _, _, out_dtype, _, return_lse, *_ = _operator.filled(
+    outputs, _, dim, index, _, _, _, _, out_dtype, _, return_lse, *_ = _operator.filled(
         _op.merge_states.default, args
     )
-    result = _Result(outputs, lses, dim, index)
+    shape = _result_shape(outputs, dim, index)
     _check_devices(_op.merge_states.default, args, outputs[0])
-    output, lse = result.output(out_dtype), result.lse()
-    return output, lse if return_lse else outputs[0].new_empty([0], dtype=torch.float32)
+    lse = _new_lse(outputs, shape) if return_lse else outputs[0].new_empty([0], dtype=torch.float32)
+    return _new_output(outputs, shape, out_dtype), lse
 
 
 @torch.library.register_fake("merge_attn_states::merge_states_backward")  # type: ignore[untyped-decorator]
 def _fake_merge_states_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_out, _, outputs, lses, dim, index, _, sink, *_ = _operator.filled(
+    _, _, outputs, _, dim, index, _, sink, *_ = _operator.filled(
         _op.merge_states_backward.default, args
     )
-    result = _Result(outputs, lses, dim, index)
     num_parts = len(outputs) if dim is None else outputs[0].shape[dim]
-    output, lse = result.output(), result.lse()
-    of_outputs = output.new_empty([num_parts, *output.shape])
-    of_lses = lse.new_empty([num_parts, *lse.shape])
-    return of_outputs, of_lses, lse if sink is not None else lse.new_empty([0])
+    shape = _result_shape(outputs, dim, index)
+    of_parts = [num_parts, *shape]
+    of_sink = shape if sink is not None else [0, 0]
+    return (
+        _new_output(outputs, of_parts, None),
+        _new_lse(outputs, of_parts),
+        _new_lse(outputs, of_sink),
+    )
 
 
 @torch.library.register_fake("merge_attn_states::merge_states_out")  # type: ignore[untyped-decorator]
