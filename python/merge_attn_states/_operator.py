@@ -71,8 +71,10 @@ def call(op: Op, args: Args, check: Op, check_args: Args | None = None) -> Any:
         raise refusal from None
 
 
-def write(op: Op, args: Args, fresh: Op, check: Op, check_args: Args | None = None) -> None:
-    """Run an operator that writes in place, eager or inside a graph.
+def write(
+    op: Op, args: Args, positions: list[int], fresh: Op, check: Op, check_args: Args | None = None
+) -> None:
+    """Run an operator that writes the arguments at these positions, eager or inside a graph.
 
     In a graph and grad mode, into tensors that `fresh` makes of the same arguments: what autograd
     saves of a graph may be the memory that Inductor lets the operator write, and after the next
@@ -81,7 +83,7 @@ def write(op: Op, args: Args, fresh: Op, check: Op, check_args: Args | None = No
     if not is_in_a_graph():
         call(op, args, check, check_args)
         return
-    positions = given(written(op), args)
+    positions = given(positions, args)
     # One that requires grad is for the operator to refuse.
     if not torch.is_grad_enabled() or any(args[i].requires_grad for i in positions):
         op(*args)

@@ -122,7 +122,7 @@ def merge_attn_states(
     operands = (output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse)
     args = _checked((*operands, output_scale), prefill_tokens_with_context)
     _operator.write(
-        _op.merge_attn_states.default, args, _op.fresh_outputs.default, _op.check.default
+        _op.merge_attn_states.default, args, _WRITTEN, _op.fresh_outputs.default, _op.check.default
     )
 
 

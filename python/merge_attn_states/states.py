@@ -19,6 +19,7 @@ __all__ = ["merge_states", "update_state"]
 _op = torch.ops.merge_attn_states
 _fast_merge, _ = fast_path("merge_states")  # None where there is none
 _fast_update, _ = fast_path("update_state")
+_WRITTEN = [0, 1]  # output and LSE, by both operators that write in place
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
 Base = Literal["e", "2"]
@@ -157,6 +158,7 @@ def merge_states(
     _operator.write(
         _op.merge_states_out.default,
         (out, out_lse, *parts, out_scale),
+        _WRITTEN,
         _op.fresh_merge_states.default,
         _op.inspect_merge_states.default,
         (out, out_lse, *parts, None, out_scale),
@@ -231,6 +233,7 @@ def update_state(
     _operator.write(
         _op.update_state.default,
         args,
+        _WRITTEN,
         _op.fresh_update_state.default,
         _op.inspect_update_state.default,
     )
