@@ -16,7 +16,17 @@ from torch.autograd import forward_ad
 from ._errors import UnavailableError
 
 __all__ = [
-    *("Args", "Op", "call", "filled", "given", "is_in_a_graph", "named_tensors", "operands"),
+    *(
+        "Args",
+        "Op",
+        "call",
+        "filled",
+        "given",
+        "implement",
+        "is_in_a_graph",
+        "named_tensors",
+        "operands",
+    ),
     *("register", "register_negative", "write", "written"),
 ]
 
@@ -121,16 +131,17 @@ def register(op: Op, because: str = "the merge writes in place and has no gradie
 
     Of what has or wants a derivative it says that there is none, `because` of something.
     """
-    _implement(op, "Autograd", _autograd(op, because))
+    implement(op, "Autograd", _autograd(op, because))
     register_negative(op, written(op))
 
 
 def register_negative(op: Op, outputs: list[int]) -> None:
     """Let `op` read an input with its sign and refuse an output that has the negative bit."""
-    _implement(op, "Negative", _negative(op, outputs))
+    implement(op, "Negative", _negative(op, outputs))
 
 
-def _implement(op: Op, key: str, kernel: Callable[..., Any]) -> None:
+def implement(op: Op, key: str, kernel: Callable[..., Any]) -> None:
+    """Register a kernel that gets the call's dispatch keys first."""
     _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
@@ -153,16 +164,22 @@ def _autograd(op: Op, because: str) -> Callable[..., Any]:
 
 
 def _refuse_derivatives(operands: Iterable[tuple[str, torch.Tensor]], because: str) -> None:
-    grad_mode, dual = torch.is_grad_enabled(), forward_ad._current_level >= 0
-    if not grad_mode and not dual:
+    if torch.is_grad_enabled():
+        for name, operand in (operands := list(operands)):
+            if operand.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a tensor that does not require grad, since {because}; call "
+                    "it under torch.no_grad() or on detached tensors"
+                )
+    refuse_tangents(operands, because)
+
+
+def refuse_tangents(operands: Iterable[tuple[str, torch.Tensor]], because: str) -> None:
+    """Refuse what has a derivative of forward mode, which would be lost."""
+    if forward_ad._current_level < 0:
         return
     for name, operand in operands:
-        if grad_mode and operand.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor that does not require grad, since {because}; call it "
-                "under torch.no_grad() or on detached tensors"
-            )
-        if dual and forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
+        if forward_ad.unpack_dual(operand).tangent is not None:  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"{name}: expected a tensor without a forward-mode tangent, since {because}; call "
                 "it on unpack_dual(...).primal"

@@ -352,70 +352,69 @@ def _new_lse(outputs: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Ten
     return outputs[0].new_empty(shape[:-1], dtype=torch.float64 if wide else torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    outputs, lses, dim, index, empty, sink, bases, out_base, *_, invert = inputs
-    for name, operand in (
-        *((f"outputs[{k}]", x) for k, x in enumerate(outputs)),
-        ("out", output[0]),
-    ):
-        if operand.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            raise ValueError(
-                f"{name}: expected a dtype that has gradients, got {operand.dtype}; call it under "
-                "torch.no_grad() or on detached tensors"
-            )
-    per_part = [*(index or []), *(empty or [])]
-    ctx.save_for_backward(*outputs, *lses, *per_part, sink)
-    ctx.set_materialize_grads(False)
-    ctx.counts = [len(outputs), len(lses), len(index or []), len(empty or [])]
-    ctx.given = [index is not None, empty is not None]
-    ctx.options = dim, bases, out_base, invert
-    ctx.like = output[0].shape, output[0].dtype
+class _MergeStates(torch.autograd.Function):
+    """The merge with its gradients: of outputs, lses and sink, which come one behind the other."""
 
+    @staticmethod
+    def forward(ctx: Any, merge: Any, args: _operator.Args, *operands: torch.Tensor | None) -> Any:
+        merged = merge()
+        outputs, _, _, *_ = args
+        named = {f"outputs[{k}]": x for k, x in enumerate(outputs)} | {"out": merged[0]}
+        for name, operand in named.items():
+            if operand.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+                raise ValueError(
+                    f"{name}: expected a dtype that has gradients, got {operand.dtype}; call it "
+                    "under torch.no_grad() or on detached tensors"
+                )
+        ctx.save_for_backward(*operands)
+        ctx.set_materialize_grads(False)
+        ctx.args = [len(x) if isinstance(x, list) else x for x in args]
+        ctx.like = merged[0].shape, merged[0].dtype
+        return merged
 
-def _backward(
-    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-) -> tuple[Any, ...]:
-    *saved, sink = ctx.saved_tensors
-    lists = []
-    for count in ctx.counts:
-        lists.append(saved[:count])
-        saved = saved[count:]
-    outputs, lses = lists[:2]
-    index, empty = (
-        each if is_given else None for each, is_given in zip(lists[2:], ctx.given, strict=True)
-    )
-    dim, bases, out_base, invert = ctx.options
-    if grad_out is None:
-        shape, dtype = ctx.like
-        grad_out = outputs[0].new_zeros((), dtype=dtype).expand(shape)
-    parts = (outputs, lses, dim, index, empty, sink, bases, out_base)
-    of_outputs, of_lses, of_sink = _op.merge_states_backward.default(
-        grad_out, grad_lse, *parts, invert
-    )
-    num_rows = [x.shape[0] for x in (outputs if dim is None else outputs[0].unbind(dim))]
-    of_parts: list[list[torch.Tensor]] = []
-    for grads in (of_outputs, of_lses):
-        of_parts.append(
-            [
-                _scattered(grad, index[k] if index else None, num_rows[k])
-                for k, grad in enumerate(grads.unbind())
-            ]
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+    ) -> tuple[Any, ...]:
+        num_outputs, num_lses, dim, num_index, num_empty, *_ = ctx.args
+        saved = iter(ctx.saved_tensors)
+        outputs, lses, sink, index, empty = (
+            [next(saved) for _ in range(num_outputs)],
+            [next(saved) for _ in range(num_lses)],
+            next(saved),
+            None if num_index is None else [next(saved) for _ in range(num_index)],
+            None if num_empty is None else [next(saved) for _ in range(num_empty)],
         )
-    grad_outputs, grad_lses = (
-        grads if dim is None else [torch.stack(grads, dim)] for grads in of_parts
-    )
-    if sink is not None:
-        of_sink = of_sink.reshape(-1, sink.shape[0]).sum(0).to(sink.dtype)
-    gradients = (
-        [grad.to(x.dtype) for grad, x in zip(grad_outputs, outputs, strict=True)],
-        [grad.reshape(x.shape) for grad, x in zip(grad_lses, lses, strict=True)],
-        None,
-        _no_gradient(index),
-        _no_gradient(empty),
-        of_sink if sink is not None else None,
-        *[None] * 6,
-    )
-    return gradients[: len(ctx.needs_input_grad)]  # of the arguments that are no defaults
+        if grad_out is None:
+            shape, dtype = ctx.like
+            grad_out = outputs[0].new_zeros((), dtype=dtype).expand(shape)
+        *_, lse_base, out_lse_base, _, _, _, invert_empty = ctx.args
+        parts = (outputs, lses, dim, index, empty, sink, lse_base, out_lse_base, invert_empty)
+        grads = _op.merge_states_backward.default(grad_out, grad_lse, *parts)
+        of_outputs, of_lses = (_of_operands(each, dim, index, outputs) for each in grads[:2])
+        of_sink = None
+        if sink is not None:
+            of_sink = grads[2].reshape(-1, sink.shape[0]).sum(0).to(sink.dtype)
+        return (
+            None,
+            None,
+            *(grad.to(x.dtype) for grad, x in zip(of_outputs, outputs, strict=True)),
+            *(grad.reshape(x.shape) for grad, x in zip(of_lses, lses, strict=True)),
+            of_sink,
+            *[None] * ((num_index or 0) + (num_empty or 0)),
+        )
+
+
+def _of_operands(
+    grads: torch.Tensor, dim: int | None, index: PerPart | None, outputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return each operand's gradient from the parts', which come in the merge's rows."""
+    parts = outputs if dim is None else outputs[0].unbind(dim)
+    of_parts = [
+        _scattered(grad, index[k] if index else None, part.shape[0])
+        for k, (grad, part) in enumerate(zip(grads.unbind(), parts, strict=True))
+    ]
+    return of_parts if dim is None else [torch.stack(of_parts, dim)]
 
 
 def _scattered(grads: torch.Tensor, index: torch.Tensor | None, num_rows: int) -> torch.Tensor:
@@ -428,16 +427,24 @@ def _scattered(grads: torch.Tensor, index: torch.Tensor | None, num_rows: int) -
     return whole.index_add(0, index.where((index >= 0) & (index < num_rows), 0), grads)
 
 
-def _no_gradient(operands: list[torch.Tensor | None] | None) -> list[None] | None:
-    """Return None in the structure that autograd expects: a list of tensors is one of None."""
-    if operands is None or any(operand is None for operand in operands):
-        return None
-    return [None] * len(operands)
+def _merge_states_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+    op = _op.merge_states.default
+    _operator.refuse_tangents(_operator.named_tensors(op, args), "merge_states has none of its own")
+
+    def merge() -> Any:
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    outputs, lses, dim, index, empty, sink, *_ = filled = _operator.filled(op, args)
+    differentiable = [*outputs, *lses, sink]
+    if not torch.is_grad_enabled() or not any(
+        x is not None and x.requires_grad for x in differentiable
+    ):
+        return merge()
+    operands = (*differentiable, *(index or []), *(empty or []))
+    return _MergeStates.apply(merge, filled, *operands)  # type: ignore[no-untyped-call]
 
 
-torch.library.register_autograd(
-    "merge_attn_states::merge_states", _backward, setup_context=_setup_context
-)
+_operator.implement(_op.merge_states.default, "Autograd", _merge_states_kernel)
 _operator.register(
     _op.merge_states_backward.default, because="merge_states has no second derivative"
 )
@@ -502,3 +509,42 @@ def _fake_fresh_merge_states(*args: Any) -> list[torch.Tensor]:
 def _fake_fresh_update_state(*args: Any) -> list[torch.Tensor]:
     _fake_update_state(*args)
     return [operand.clone() for operand in args[:2]]
+
+
+def _batched(operand: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
+    if operand is None:
+        return None
+    return operand.expand(size, *operand.shape) if dim is None else operand.movedim(dim, 0)
+
+
+def _batched_parts(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Return the operator's arguments from `outputs` on with the batch as a first row dimension."""
+    outputs, lses, dim, index, empty, sink, *others = args
+    if index is not None:
+        raise ValueError(
+            "index: expected none under torch.vmap, which adds a row dimension, got a list; index "
+            "the parts before"
+        )
+    if sink is not None and in_dims[5] is not None:
+        raise ValueError(
+            "sink: expected one that vmap does not batch (in_dims None), since all rows share it, "
+            "got one for each"
+        )
+    batched = [
+        None
+        if operands is None
+        else [_batched(x, d, info.batch_size) for x, d in zip(operands, dims, strict=True)]
+        for operands, dims in zip((outputs, lses, empty), (*in_dims[:2], in_dims[4]), strict=True)
+    ]
+    outputs, lses, empty = batched
+    return [outputs, lses, None if dim is None else dim + 1, None, empty, sink, *others]
+
+
+def _vmap_merge_states(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    filled = _operator.filled(_op.merge_states.default, args)
+    in_dims = (*in_dims, *[None] * (len(filled) - len(in_dims)))
+    merged = _op.merge_states.default(*_batched_parts(info, in_dims, filled))
+    return merged, (0, 0 if filled[10] else None)
+
+
+torch.library.register_vmap("merge_attn_states::merge_states", _vmap_merge_states)
