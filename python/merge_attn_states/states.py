@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import _operator
+from . import _operator, _sharded
 from ._library import fast_path
 
 __all__ = ["merge_states", "update_state"]
@@ -143,6 +143,22 @@ def merge_states(
         raise ValueError("out_lse: expected none where return_lse is False, got a tensor")
     if out is not None and out_dtype is not None:
         raise ValueError(f"out_dtype: expected none beside out, got {out_dtype}")
+    if _sharded.are_sharded((*parts[0], *parts[1], out, out_lse)):
+        return _sharded.merge_shards(
+            merge_states,
+            *parts[:2],
+            dim=dim,
+            index=index,
+            empty=empty,
+            sink=sink,
+            out=out,
+            out_lse=out_lse,
+            lse_base=lse_base,
+            out_lse_base=out_lse_base,
+            out_dtype=out_dtype,
+            out_scale=out_scale,
+            return_lse=return_lse,
+        )
     if out is None and out_lse is None:
         args = (*parts, out_dtype, out_scale, return_lse)
         inspect = _op.inspect_merge_states.default
@@ -230,6 +246,8 @@ def update_state(
         if _tensor(name, operand) is None:
             raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
     args = (*operands.values(), _tensor("index", index), _tensor("empty", empty), _bases(lse_base))
+    if _sharded.are_sharded(operands.values()):
+        return _sharded.update_shards(update_state, operands, index, empty, lse_base)
     _operator.write(
         _op.update_state.default,
         args,
