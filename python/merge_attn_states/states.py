@@ -13,6 +13,7 @@ import torch
 
 from . import _operator, _sharded
 from ._library import fast_path
+from ._states_operators import new_lse, new_output, result_shape
 
 __all__ = ["merge_states", "update_state"]
 
@@ -166,11 +167,11 @@ def merge_states(
         return new, lse if return_lse else None
     _tensor("out", out)
     _tensor("out_lse", out_lse)
-    shape = _result_shape(parts[0], dim, index)
+    shape = result_shape(parts[0], dim, index)
     if out is None:
-        out = _new_output(parts[0], shape, out_dtype)
+        out = new_output(parts[0], shape, out_dtype)
     if out_lse is None and return_lse:
-        out_lse = _new_lse(parts[0], shape)
+        out_lse = new_lse(parts[0], shape)
     _operator.write(
         _op.merge_states_out.default,
         (out, out_lse, *parts, out_scale),
@@ -285,11 +286,11 @@ def _merge_eagerly(
     if contradicts or not plain:
         return None
     if out is None or (out_lse is None and return_lse):
-        shape = _result_shape(outputs, dim, index)
+        shape = result_shape(outputs, dim, index)
         if out is None:
-            out = _new_output(outputs, shape, out_dtype)
+            out = new_output(outputs, shape, out_dtype)
         if out_lse is None and return_lse:
-            out_lse = _new_lse(outputs, shape)
+            out_lse = new_lse(outputs, shape)
     bases = lse_base if type(lse_base) is str else _bases(lse_base)
     merged = _fast_merge(
         out, out_lse, outputs, lses, dim, index, empty, sink, bases, out_lse_base, out_scale
@@ -340,229 +341,3 @@ def _bases(lse_base: Base | Sequence[Base]) -> str:
         expected = '"e", "2" or a sequence of them'
         raise TypeError(f"lse_base: expected {expected}, got {type(lse_base).__name__}")
     return "".join(lse_base)
-
-
-def _result_shape(
-    outputs: Sequence[torch.Tensor], dim: int | None, index: PerPart | None
-) -> Sequence[int]:
-    """Return the shape of the merged output, as far as its operands have one."""
-    if not outputs:
-        raise ValueError("outputs: expected one part or more, got 0")
-    shape: Sequence[int] = outputs[0].shape
-    if dim is not None:
-        shape = [size for i, size in enumerate(shape) if i != dim]
-    if index and index[0] is not None and index[0].dim() == 1:
-        shape = [index[0].shape[0], *shape[1:]]
-    return shape
-
-
-def _new_output(
-    outputs: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype | None
-) -> torch.Tensor:
-    first = outputs[0].dtype
-    if dtype is None:
-        dtype = first if all(x.dtype == first for x in outputs) else torch.float32
-    return outputs[0].new_empty(shape, dtype=dtype)
-
-
-def _new_lse(outputs: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
-    wide = outputs[0].dtype == torch.float64
-    return outputs[0].new_empty(shape[:-1], dtype=torch.float64 if wide else torch.float32)
-
-
-class _MergeStates(torch.autograd.Function):
-    """The merge with its gradients: of outputs, lses and sink, which come one behind the other."""
-
-    @staticmethod
-    def forward(ctx: Any, merge: Any, args: _operator.Args, *operands: torch.Tensor | None) -> Any:
-        merged = merge()
-        outputs, _, _, *_ = args
-        named = {f"outputs[{k}]": x for k, x in enumerate(outputs)} | {"out": merged[0]}
-        for name, operand in named.items():
-            if operand.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-                raise ValueError(
-                    f"{name}: expected a dtype that has gradients, got {operand.dtype}; call it "
-                    "under torch.no_grad() or on detached tensors"
-                )
-        ctx.save_for_backward(*operands)
-        ctx.set_materialize_grads(False)
-        ctx.args = [len(x) if isinstance(x, list) else x for x in args]
-        ctx.like = merged[0].shape, merged[0].dtype
-        return merged
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
-    ) -> tuple[Any, ...]:
-        num_outputs, num_lses, dim, num_index, num_empty, *_ = ctx.args
-        saved = iter(ctx.saved_tensors)
-        outputs, lses, sink, index, empty = (
-            [next(saved) for _ in range(num_outputs)],
-            [next(saved) for _ in range(num_lses)],
-            next(saved),
-            None if num_index is None else [next(saved) for _ in range(num_index)],
-            None if num_empty is None else [next(saved) for _ in range(num_empty)],
-        )
-        if grad_out is None:
-            shape, dtype = ctx.like
-            grad_out = outputs[0].new_zeros((), dtype=dtype).expand(shape)
-        *_, lse_base, out_lse_base, _, _, _, invert_empty = ctx.args
-        parts = (outputs, lses, dim, index, empty, sink, lse_base, out_lse_base, invert_empty)
-        grads = _op.merge_states_backward.default(grad_out, grad_lse, *parts)
-        of_outputs, of_lses = (_of_operands(each, dim, index, outputs) for each in grads[:2])
-        of_sink = None
-        if sink is not None:
-            of_sink = grads[2].reshape(-1, sink.shape[0]).sum(0).to(sink.dtype)
-        return (
-            None,
-            None,
-            *(grad.to(x.dtype) for grad, x in zip(of_outputs, outputs, strict=True)),
-            *(grad.reshape(x.shape) for grad, x in zip(of_lses, lses, strict=True)),
-            of_sink,
-            *[None] * ((num_index or 0) + (num_empty or 0)),
-        )
-
-
-def _of_operands(
-    grads: torch.Tensor, dim: int | None, index: PerPart | None, outputs: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return each operand's gradient from the parts', which come in the merge's rows."""
-    parts = outputs if dim is None else outputs[0].unbind(dim)
-    of_parts = [
-        _scattered(grad, index[k] if index else None, part.shape[0])
-        for k, (grad, part) in enumerate(zip(grads.unbind(), parts, strict=True))
-    ]
-    return of_parts if dim is None else [torch.stack(of_parts, dim)]
-
-
-def _scattered(grads: torch.Tensor, index: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-    """Add each row's gradient to the part's row that it came from; an absent one's is 0."""
-    if index is None:
-        return grads
-    whole = grads.new_zeros(num_rows, *grads.shape[1:])
-    if num_rows == 0:
-        return whole
-    return whole.index_add(0, index.where((index >= 0) & (index < num_rows), 0), grads)
-
-
-def _merge_states_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-    op = _op.merge_states.default
-    _operator.refuse_tangents(_operator.named_tensors(op, args), "merge_states has none of its own")
-
-    def merge() -> Any:
-        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
-
-    outputs, lses, dim, index, empty, sink, *_ = filled = _operator.filled(op, args)
-    differentiable = [*outputs, *lses, sink]
-    if not torch.is_grad_enabled() or not any(
-        x is not None and x.requires_grad for x in differentiable
-    ):
-        return merge()
-    operands = (*differentiable, *(index or []), *(empty or []))
-    return _MergeStates.apply(merge, filled, *operands)  # type: ignore[no-untyped-call]
-
-
-_operator.implement(_op.merge_states.default, "Autograd", _merge_states_kernel)
-_operator.register(
-    _op.merge_states_backward.default, because="merge_states has no second derivative"
-)
-_operator.register(_op.merge_states_out.default)
-_operator.register(_op.update_state.default)
-_operator.register(_op.fresh_merge_states.default)
-_operator.register(_op.fresh_update_state.default)
-_operator.register_negative(_op.merge_states.default, [])
-
-
-def _check_devices(op: _operator.Op, args: _operator.Args, reference: torch.Tensor) -> None:
-    """Refuse in a trace what would not reach the kernel: an operand on another device."""
-    for name, operand in _operator.named_tensors(op, args):
-        if operand.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device}, got {operand.device}")
-
-
-@torch.library.register_fake("merge_attn_states::merge_states")  # type: ignore[untyped-decorator]
-def _fake_merge_states(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs, _, dim, index, _, _, _, _, out_dtype, _, return_lse, *_ = _operator.filled(
-        _op.merge_states.default, args
-    )
-    shape = _result_shape(outputs, dim, index)
-    _check_devices(_op.merge_states.default, args, outputs[0])
-    lse = _new_lse(outputs, shape) if return_lse else outputs[0].new_empty([0], dtype=torch.float32)
-    return _new_output(outputs, shape, out_dtype), lse
-
-
-@torch.library.register_fake("merge_attn_states::merge_states_backward")  # type: ignore[untyped-decorator]
-def _fake_merge_states_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _, _, outputs, _, dim, index, _, sink, *_ = _operator.filled(
-        _op.merge_states_backward.default, args
-    )
-    num_parts = len(outputs) if dim is None else outputs[0].shape[dim]
-    shape = _result_shape(outputs, dim, index)
-    of_parts = [num_parts, *shape]
-    of_sink = shape if sink is not None else [0, 0]
-    return (
-        _new_output(outputs, of_parts, None),
-        _new_lse(outputs, of_parts),
-        _new_lse(outputs, of_sink),
-    )
-
-
-@torch.library.register_fake("merge_attn_states::merge_states_out")  # type: ignore[untyped-decorator]
-def _fake_merge_states_out(*args: Any) -> None:
-    _check_devices(_op.merge_states_out.default, args, args[0])
-
-
-@torch.library.register_fake("merge_attn_states::update_state")  # type: ignore[untyped-decorator]
-def _fake_update_state(*args: Any) -> None:
-    _check_devices(_op.update_state.default, args, args[0])
-
-
-@torch.library.register_fake("merge_attn_states::fresh_merge_states")  # type: ignore[untyped-decorator]
-def _fake_fresh_merge_states(*args: Any) -> list[torch.Tensor]:
-    _fake_merge_states_out(*args)
-    return [torch.empty_like(operand) for operand in args[:2] if operand is not None]
-
-
-@torch.library.register_fake("merge_attn_states::fresh_update_state")  # type: ignore[untyped-decorator]
-def _fake_fresh_update_state(*args: Any) -> list[torch.Tensor]:
-    _fake_update_state(*args)
-    return [operand.clone() for operand in args[:2]]
-
-
-def _batched(operand: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
-    if operand is None:
-        return None
-    return operand.expand(size, *operand.shape) if dim is None else operand.movedim(dim, 0)
-
-
-def _batched_parts(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
-    """Return the operator's arguments from `outputs` on with the batch as a first row dimension."""
-    outputs, lses, dim, index, empty, sink, *others = args
-    if index is not None:
-        raise ValueError(
-            "index: expected none under torch.vmap, which adds a row dimension, got a list; index "
-            "the parts before"
-        )
-    if sink is not None and in_dims[5] is not None:
-        raise ValueError(
-            "sink: expected one that vmap does not batch (in_dims None), since all rows share it, "
-            "got one for each"
-        )
-    batched = [
-        None
-        if operands is None
-        else [_batched(x, d, info.batch_size) for x, d in zip(operands, dims, strict=True)]
-        for operands, dims in zip((outputs, lses, empty), (*in_dims[:2], in_dims[4]), strict=True)
-    ]
-    outputs, lses, empty = batched
-    return [outputs, lses, None if dim is None else dim + 1, None, empty, sink, *others]
-
-
-def _vmap_merge_states(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    filled = _operator.filled(_op.merge_states.default, args)
-    in_dims = (*in_dims, *[None] * (len(filled) - len(in_dims)))
-    merged = _op.merge_states.default(*_batched_parts(info, in_dims, filled))
-    return merged, (0, 0 if filled[10] else None)
-
-
-torch.library.register_vmap("merge_attn_states::merge_states", _vmap_merge_states)
