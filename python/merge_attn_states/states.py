@@ -225,14 +225,28 @@ def update_state(
         and _fast_update(out, lse, block_out, block_lse, index, empty, lse_base)
     ):
         return
+    merge_block(out, lse, block_out, block_lse, index, empty, lse_base)
+
+
+def merge_block(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_out: torch.Tensor,
+    block_lse: torch.Tensor,
+    index: torch.Tensor | None,
+    empty: torch.Tensor | None,
+    lse_base: Base,
+    invert_empty: bool = False,
+) -> None:
+    """`update_state`, for callers whose mask may say where the block did see keys instead."""
     operands = {"out": out, "lse": lse, "block_out": block_out, "block_lse": block_lse}
     for name, operand in operands.items():
         if _tensor(name, operand) is None:
             raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
-    args = (*operands.values(), _tensor("index", index), _tensor("empty", empty), _bases(lse_base))
+    options = (_tensor("index", index), _tensor("empty", empty), _bases(lse_base), invert_empty)
     _operator.write(
         _op.update_state.default,
-        args,
+        (*operands.values(), *options),
         _WRITTEN,
         _op.fresh_update_state.default,
         _op.inspect_update_state.default,
