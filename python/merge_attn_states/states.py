@@ -277,7 +277,7 @@ def _merge_eagerly(
     contradicts = (out is not None and out_dtype is not None) or (
         out_lse is not None and not return_lse
     )
-    plain = type(outputs) is list and outputs and type(outputs[0]) is torch.Tensor
+    plain = type(outputs) is list and outputs and all(type(x) is torch.Tensor for x in outputs)
     if contradicts or not plain:
         return None
     if out is None or (out_lse is None and return_lse):
