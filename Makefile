@@ -18,7 +18,7 @@ python_files := setup.py python tests scripts benchmarks examples
 
 .NOTPARALLEL:
 .PHONY: help demo test test-torch bench build fuzz sanitize-cpu test-gpu test-vllm \
-  vllm-engine sanitize format lint sdist wheel wheel-test clean
+  test-adopters vllm-engine sanitize format lint sdist wheel wheel-test clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 24
@@ -66,6 +66,10 @@ test-gpu:  ## run the suite on a GPU with PYTHON itself, installing nothing; JOB
 
 test-vllm: $(VENV)/extra-test $(VENV)/built  ## test the plugin in the real vLLM 0.33.0 and 0.26.0
 	scripts/test_vllm.sh $(venv_python)
+
+test-adopters: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/built  ## call other projects' own merges beside ours
+	PYTHONPATH=tests $(venv_python) -m adopters.packages
+	$(venv_python) -m pytest $(PYTEST) tests/adopters
 
 vllm-engine:  ## run the whole vLLM 0.26.0 with the plugin on a GPU, with PYTHON's PyTorch 2.11
 	@scripts/build.sh $(PYTHON)

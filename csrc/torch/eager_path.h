@@ -60,7 +60,8 @@ extern EagerPath eager_path;
 
 // Takes what merge_states does, and its results: out, out_lse, outputs, lses, dim, index, empty,
 // sink, lse_base, out_lse_base, out_scale. And what update_state does: out, lse, block_out,
-// block_lse, index, empty, lse_base. Both return as EagerPath::run does.
+// block_lse, index, empty, lse_base, and whether to invert empty. Both return as EagerPath::run
+// does.
 PyObject* merge_states_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* update_state_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

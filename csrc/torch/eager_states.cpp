@@ -74,15 +74,18 @@ bool find_bases(PyObject* lse_base, PyObject* out_lse_base, merge_attn_states_pa
 // The parts' own operands; index and empty may be None.
 bool find_parts(Views& views, PyObject* const* lists, merge_attn_states_part* parts,
                 Py_ssize_t count) {
-  const TensorView* merge_attn_states_part::* const fields[] = {
+  const TensorView* merge_attn_states_part::*const fields[] = {
       &merge_attn_states_part::output, &merge_attn_states_part::lse, &merge_attn_states_part::index,
       &merge_attn_states_part::empty};
   for (int i = 0; i < 4; ++i) {
     if (lists[i] == Py_None) continue;
     PyObject** elements;
     if (!items(lists[i], count, elements)) return false;
+    const bool may_be_none = i >= 2;
     for (Py_ssize_t k = 0; k < count; ++k) {
-      if (!views.describe(elements[k], false, parts[k].*fields[i])) return false;
+      const TensorView*& view = parts[k].*fields[i];
+      if (!views.describe(elements[k], false, view)) return false;
+      if (view == nullptr && !may_be_none) return false;
     }
   }
   return true;
@@ -120,18 +123,16 @@ PyObject* merge_states_fast(PyObject*, PyObject* const* arguments, Py_ssize_t co
     parts[k] = {.struct_size = sizeof(merge_attn_states_part)};
     pointers[k] = &parts[k];
   }
-  merge_attn_states_parts_args args{.struct_size = sizeof(args),
-                                    .parts = pointers,
-                                    .num_parts = static_cast<int32_t>(num_parts)};
+  merge_attn_states_parts_args args{
+      .struct_size = sizeof(args), .parts = pointers, .num_parts = static_cast<int32_t>(num_parts)};
   // Results first: see stable_tensor.h.
-  const bool are_plain = views.describe(out, true, args.out) &&
-                         views.describe(out_lse, true, args.out_lse) &&
-                         find_parts(views, lists, parts, num_parts) &&
-                         views.describe(arguments[7], false, args.sink) &&
-                         views.describe(arguments[10], false, args.out_scale) &&
-                         find_bases(arguments[8], arguments[9], parts, num_parts,
-                                    args.out_lse_base) &&
-                         find_dim(dim, args) && EagerPath::find_stream(*args.out, args.stream);
+  const bool are_plain =
+      views.describe(out, true, args.out) && views.describe(out_lse, true, args.out_lse) &&
+      find_parts(views, lists, parts, num_parts) &&
+      views.describe(arguments[7], false, args.sink) &&
+      views.describe(arguments[10], false, args.out_scale) &&
+      find_bases(arguments[8], arguments[9], parts, num_parts, args.out_lse_base) &&
+      find_dim(dim, args) && EagerPath::find_stream(*args.out, args.stream);
   if (!are_plain) Py_RETURN_FALSE;
   PyObject* const written[] = {out, out_lse};
   return eager_path.run(state, written, out_lse == Py_None ? 1 : 2,
@@ -141,21 +142,23 @@ PyObject* merge_states_fast(PyObject*, PyObject* const* arguments, Py_ssize_t co
 }
 
 PyObject* update_state_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 7) Py_RETURN_FALSE;
+  if (count != 8) Py_RETURN_FALSE;
   const ThreadState state = eager_path.ask();
   if (state == ThreadState::kWatched) Py_RETURN_FALSE;
   Views views(state);
-  merge_attn_states_update_args args{.struct_size = sizeof(args)};
+  merge_attn_states_update_args args{.struct_size = sizeof(args),
+                                     .invert_empty = arguments[7] == Py_True};
   std::string_view base;
-  const bool are_plain = views.describe(arguments[0], true, args.out) &&
-                         views.describe(arguments[1], true, args.lse) &&
-                         views.describe(arguments[2], false, args.block_out) &&
-                         views.describe(arguments[3], false, args.block_lse) &&
-                         views.describe(arguments[4], false, args.index) &&
-                         views.describe(arguments[5], false, args.empty) &&
-                         text_of(arguments[6], base) && base.size() == 1 &&
-                         base_of(base[0], args.lse_base) && args.out != nullptr &&
-                         EagerPath::find_stream(*args.out, args.stream);
+  const bool are_plain =
+      views.describe(arguments[0], true, args.out) &&
+      views.describe(arguments[1], true, args.lse) &&
+      views.describe(arguments[2], false, args.block_out) &&
+      views.describe(arguments[3], false, args.block_lse) &&
+      views.describe(arguments[4], false, args.index) &&
+      views.describe(arguments[5], false, args.empty) && text_of(arguments[6], base) &&
+      base.size() == 1 && base_of(base[0], args.lse_base) && args.out != nullptr &&
+      args.lse != nullptr && args.block_out != nullptr && args.block_lse != nullptr &&
+      EagerPath::find_stream(*args.out, args.stream);
   if (!are_plain) Py_RETURN_FALSE;
   return eager_path.run(state, arguments, 2, [&](char* message, size_t size) {
     return merge_attn_states_update(&args, message, size);

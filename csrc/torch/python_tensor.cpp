@@ -14,12 +14,11 @@ namespace {
 
 // Another backend, or a dtype that no operand has: the dispatcher knows both by their names.
 bool may_be_merged(const TensorView& view) {
-  const bool is_operands = is_supported(static_cast<DType>(view.dtype)) ||
-                           view.dtype == MERGE_ATTN_STATES_BOOL ||
-                           view.dtype == MERGE_ATTN_STATES_INT32 ||
-                           view.dtype == MERGE_ATTN_STATES_INT64;
-  return is_operands && (view.device_type == MERGE_ATTN_STATES_CPU ||
-                         view.device_type == MERGE_ATTN_STATES_CUDA);
+  const bool is_operands =
+      is_supported(static_cast<DType>(view.dtype)) || view.dtype == MERGE_ATTN_STATES_BOOL ||
+      view.dtype == MERGE_ATTN_STATES_INT32 || view.dtype == MERGE_ATTN_STATES_INT64;
+  return is_operands &&
+         (view.device_type == MERGE_ATTN_STATES_CPU || view.device_type == MERGE_ATTN_STATES_CUDA);
 }
 
 // Without elements a tensor needs no memory.

@@ -6,6 +6,7 @@ only what C++ cannot see: that an argument is a tensor, or a sequence of them, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -236,22 +237,37 @@ def update_state(
     >>> round(float(out[0, 0, 0]), 5)
     2.0
     """
+    merge_block(out, lse, block_out, block_lse, index, empty, lse_base)
+
+
+def merge_block(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    block_out: torch.Tensor,
+    block_lse: torch.Tensor,
+    index: torch.Tensor | None,
+    empty: torch.Tensor | None,
+    lse_base: Base,
+    invert_empty: bool = False,
+) -> None:
+    """`update_state`, for callers whose mask may say where the block did see keys instead."""
     if (
         _fast_update is not None
         and not _is_dynamo_compiling()
-        and _fast_update(out, lse, block_out, block_lse, index, empty, lse_base)
+        and _fast_update(out, lse, block_out, block_lse, index, empty, lse_base, invert_empty)
     ):
         return
     operands = {"out": out, "lse": lse, "block_out": block_out, "block_lse": block_lse}
     for name, operand in operands.items():
         if _tensor(name, operand) is None:
             raise TypeError(f"{name}: expected a torch.Tensor, got NoneType")
-    args = (*operands.values(), _tensor("index", index), _tensor("empty", empty), _bases(lse_base))
+    options = (_tensor("index", index), _tensor("empty", empty), _bases(lse_base), invert_empty)
     if _sharded.are_sharded(operands.values()):
-        return _sharded.update_shards(update_state, operands, index, empty, lse_base)
+        update = functools.partial(merge_block, index=None, invert_empty=invert_empty)
+        return _sharded.update_shards(update, operands, index, empty, lse_base)
     _operator.write(
         _op.update_state.default,
-        args,
+        (*operands.values(), *options),
         _WRITTEN,
         _op.fresh_update_state.default,
         _op.inspect_update_state.default,
@@ -282,7 +298,7 @@ def _merge_eagerly(
     contradicts = (out is not None and out_dtype is not None) or (
         out_lse is not None and not return_lse
     )
-    plain = type(outputs) is list and outputs and type(outputs[0]) is torch.Tensor
+    plain = type(outputs) is list and outputs and all(type(x) is torch.Tensor for x in outputs)
     if contradicts or not plain:
         return None
     if out is None or (out_lse is None and return_lse):
