@@ -1,6 +1,6 @@
 // Pack<T, n>: n elements side by side, to floats and back: 16 bytes of the inputs in pair.cu, eight
-// bytes or one element in generic.cu. All conversions round to nearest even; FP8 saturates to its
-// largest finite value and keeps NaN.
+// bytes or one element in generic.cu; Raw<n> where the dtype is known only at run time. All
+// conversions round to nearest even; FP8 saturates to its largest finite value and keeps NaN.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -282,6 +282,86 @@ __device__ Pack<Out, kElements> merge_pack(Weights<typename Accumulate<In>::type
     if (!kIsFp8<In> || scale.given()) scale.divide(values);
   }
   return Pack<Out, kElements>::pack(values);
+}
+
+// Elements of one part, as they are stored: 1, 2, 4 or 8 bytes each.
+template <int kElements>
+struct Raw {
+  uint4 words[kElements == 8 ? 2 : 1];
+
+  static __device__ Raw load(const char* from, int64_t element_bytes) {
+    Raw raw{};
+    copy(reinterpret_cast<char*>(&raw), from, element_bytes);
+    return raw;
+  }
+  __device__ void store(char* to, int64_t element_bytes) const {
+    copy(to, reinterpret_cast<const char*>(this), element_bytes);
+  }
+
+ private:
+  template <class Word>
+  static __device__ void copy_as(char* to, const char* from) {
+    *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(from);
+  }
+  static __device__ void copy(char* to, const char* from, int64_t element_bytes) {
+    switch (kElements * element_bytes) {
+      case 1:
+        return copy_as<uint8_t>(to, from);
+      case 2:
+        return copy_as<uint16_t>(to, from);
+      case 4:
+        return copy_as<uint32_t>(to, from);
+      case 8:
+        return copy_as<uint2>(to, from);
+      case 32:
+        if constexpr (kElements == 8) copy_as<uint4>(to + 16, from + 16);
+        [[fallthrough]];
+      default:
+        return copy_as<uint4>(to, from);
+    }
+  }
+};
+
+// f(TypeTag<T>) for the dtype of a part or of the result.
+template <class Acc, class F>
+__device__ void with_dtype(DType dtype, F&& f) {
+  if constexpr (sizeof(Acc) == sizeof(double)) {
+    f(TypeTag<double>{});
+  } else {
+    switch (dtype) {
+      case DType::kFloat16:
+        return f(TypeTag<Half>{});
+      case DType::kBFloat16:
+        return f(TypeTag<BFloat16>{});
+      case DType::kFloat8E4M3:
+        return f(TypeTag<Float8E4M3>{});
+      case DType::kFloat8E5M2:
+        return f(TypeTag<Float8E5M2>{});
+      default:
+        return f(TypeTag<float>{});
+    }
+  }
+}
+
+template <class Acc, int kElements>
+__device__ void unpack(const Raw<kElements>& raw, DType dtype, Acc (&values)[kElements]) {
+  with_dtype<Acc>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    Pack<T, kElements> pack;
+    memcpy(&pack.word, &raw, sizeof(pack.word));
+    pack.unpack(values);
+  });
+}
+
+template <class Acc, int kElements>
+__device__ Raw<kElements> pack(const Acc (&values)[kElements], DType dtype) {
+  Raw<kElements> raw{};
+  with_dtype<Acc>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto packed = Pack<T, kElements>::pack(values);
+    memcpy(&raw, &packed.word, sizeof(packed.word));
+  });
+  return raw;
 }
 
 }  // namespace merge_attn_states::cuda
