@@ -142,9 +142,9 @@ void check_devices(PartsOperands& operands) {
   const auto check = [&](const Operand& operand) {
     check_device(operand, *reference.view, reference.name);
   };
+  for_each_input(operands, check);  // before the results, which may have been made like them
   check(operands.out);
   if (operands.out_lse.given()) check(operands.out_lse);
-  for_each_input(operands, check);
 }
 
 void check_part_dtypes(const PartsOperands& operands) {

@@ -172,7 +172,7 @@ def merge_states(
     if out is None:
         out = new_output(parts[0], shape, out_dtype)
     if out_lse is None and return_lse:
-        out_lse = new_lse(parts[0], shape)
+        out_lse = new_lse(*parts[:2], shape)
     _operator.write(
         _op.merge_states_out.default,
         (out, out_lse, *parts, out_scale),
@@ -306,7 +306,7 @@ def _merge_eagerly(
         if out is None:
             out = new_output(outputs, shape, out_dtype)
         if out_lse is None and return_lse:
-            out_lse = new_lse(outputs, shape)
+            out_lse = new_lse(outputs, lses, shape)
     bases = lse_base if type(lse_base) is str else _bases(lse_base)
     merged = _fast_merge(
         out, out_lse, outputs, lses, dim, index, empty, sink, bases, out_lse_base, out_scale
