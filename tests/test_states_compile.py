@@ -136,6 +136,7 @@ def update_by_index(outputs, lses):
 STEPS = [new, new_by_op, without_lse, stacked, stacked_with_masks, of_everything,
          into_a_new_output, into_parts, into_parts_by_op, into_a_clone, over_the_source_of_a_clone,
          update, update_by_op, update_twice, update_half, update_by_index]  # fmt: skip
+OF_ANY_SIZE = [step for step in STEPS if step is not update_half]  # PyTorch guards a slice's size
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
@@ -152,10 +153,8 @@ def test_compiled_once_as_eager(step, backend, context, device):
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", OF_ANY_SIZE, ids=lambda step: step.__name__)
 def test_a_number_of_rows_that_is_not_known(step, backend):
-    if step is update_half:
-        pytest.skip("a slice of an unknown size is PyTorch's to guard on")
     operands, expected = operands_of(6), operands_of(6)
     for operand in (*operands[0], *operands[1]):
         torch._dynamo.decorators.mark_unbacked(operand, 0)
@@ -235,7 +234,7 @@ def test_an_output_that_a_graph_of_any_size_expands_is_named(form, backend, cont
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+@pytest.mark.parametrize("step", OF_ANY_SIZE, ids=lambda step: step.__name__)
 def test_export(step, context, strict):
     class Step(torch.nn.Module):
         def forward(self, outputs, lses):
