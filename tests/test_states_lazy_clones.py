@@ -1,4 +1,4 @@
-"""Copy-on-write clones as operands of many parts: inputs are only read, results are materialised."""
+"""Copy-on-write clones as operands of many parts: inputs are only read, results get their own."""
 
 import pytest
 import torch
