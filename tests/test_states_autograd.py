@@ -253,3 +253,16 @@ def test_vmap_is_refused(form, names):
     with pytest.raises(RuntimeError, match=r"^Batching rule not implemented for merge_attn_states"):
         torch.vmap(lambda *operands: form(*operands))(*batched)
     assert_bits(batched[0], before)
+
+
+@pytest.mark.parametrize("name", ["index", "empty"])
+def test_vmap_over_a_list_of_one_part_alone_is_refused(name):
+    """PyTorch has to see every operand, in whatever list it stands."""
+    states = parts()
+    one = torch.arange(N) if name == "index" else torch.zeros(N, H, dtype=torch.bool)
+
+    def merged(x):
+        return merge_states(states.outputs, states.lses, **{name: [None, x, None]})[0]
+
+    with pytest.raises(RuntimeError, match=r"^Batching rule not implemented for merge_attn_states"):
+        torch.vmap(merged)(torch.stack([one] * 2))

@@ -56,7 +56,7 @@ OPERANDS = {  # what a call has beside its outputs and lses
     "plain": lambda device: {},
     "one part": lambda device: {"count": 1},
     "float64": lambda device: {"dtype": F64},
-    "mixed dtypes": lambda device: {"dtype": (F32, BF16, F16)},
+    "mixed dtypes": lambda device: {"dtype": (BF16, F32, F16)},
     "masks": lambda device: {"empty": masks(device)},
     "indices": gathered,
     "a sink and bases": lambda device: {
