@@ -68,6 +68,14 @@ class States(NamedTuple):
         return States(*map(_cloned, self))
 
 
+def operator_args(states: States) -> tuple:
+    """In the order of merge_states as an operator; merge_states_out has two more in front."""
+    lists = [[x] if torch.is_tensor(x) else x for x in states[:2]]
+    per_part = [states.index or [], states.empty or []]
+    bases = "".join(states.lse_base)
+    return (*lists, *per_part, states.dim, states.sink, bases, states.out_lse_base)
+
+
 def _cloned(value):
     if isinstance(value, list):
         return [_cloned(each) for each in value]

@@ -117,7 +117,7 @@ def test_rows_that_the_caller_declares_empty(polarity, trailing, device):
         return
     inverted = [None if mask is None else ~mask for mask in masks]
     op = torch.ops.merge_attn_states.merge_states
-    out, lse = op(states.outputs, states.lses, empty=inverted, invert_empty=True)
+    out, lse = op(states.outputs, states.lses, [], inverted, invert_empty=True)
     expected, expected_lse = merge_states(states.outputs, states.lses, empty=masks)
     assert_bits(out, expected)
     assert_bits(lse, expected_lse)

@@ -27,7 +27,7 @@ def test_in_place_through_either_way(which, dtype, device):
     for k in range(K):
         states, by_op = parts(device, dtype), parts(device, dtype)
         check(states._replace(out=states.outputs[which], out_lse=states.lses[k]))
-        OPS.merge_states_out(by_op.outputs[which], by_op.lses[k], by_op.outputs, by_op.lses)
+        OPS.merge_states_out(by_op.outputs[which], by_op.lses[k], by_op.outputs, by_op.lses, [], [])
         assert_bits(by_op.outputs[which], states.outputs[which])
         assert_bits(by_op.lses[k], states.lses[k])
 

@@ -39,7 +39,7 @@ def merge(*operands) -> None:
 
 def merge_by_op(*operands) -> None:
     out, out_lse, sink, *listed = operands
-    OPS.merge_states_out(out, out_lse, listed[:K], listed[K:], None, None, None, sink)
+    OPS.merge_states_out(out, out_lse, listed[:K], listed[K:], [], [], None, sink)
 
 
 def update(*operands) -> None:
@@ -255,14 +255,17 @@ def test_vmap_is_refused(form, names):
     assert_bits(batched[0], before)
 
 
-@pytest.mark.parametrize("name", ["index", "empty"])
-def test_vmap_over_a_list_of_one_part_alone_is_refused(name):
+def test_vmap_sees_a_tensor_that_stands_alone_in_a_list():
     """PyTorch has to see every operand, in whatever list it stands."""
     states = parts()
-    one = torch.arange(N) if name == "index" else torch.zeros(N, H, dtype=torch.bool)
+    masks = torch.rand(2, N, H) < 0.5
 
-    def merged(x):
-        return merge_states(states.outputs, states.lses, **{name: [None, x, None]})[0]
+    def merged(**options):
+        return merge_states(states.outputs, states.lses, **options)[0]
 
-    with pytest.raises(RuntimeError, match=r"^Batching rule not implemented for merge_attn_states"):
-        torch.vmap(merged)(torch.stack([one] * 2))
+    both = torch.vmap(lambda mask: merged(empty=[None, mask, None]))(masks)
+    for one, mask in zip(both, masks, strict=True):
+        assert_bits(one, merged(empty=[None, mask, None]))
+    rows = torch.stack([torch.arange(N)] * 2)
+    with pytest.raises(ValueError, match=r"^index: expected none under torch\.vmap"):
+        torch.vmap(lambda index: merged(index=[None, index, None]))(rows)

@@ -47,7 +47,7 @@ def new(outputs, lses):
 
 
 def new_by_op(outputs, lses):
-    return OPS.merge_states(outputs, [lse + 1 for lse in lses])
+    return OPS.merge_states(outputs, [lse + 1 for lse in lses], [], [])
 
 
 def without_lse(outputs, lses):
@@ -87,7 +87,7 @@ def into_parts(outputs, lses):
 
 
 def into_parts_by_op(outputs, lses):
-    OPS.merge_states_out(outputs[1], lses[0], outputs, lses)
+    OPS.merge_states_out(outputs[1], lses[0], outputs, lses, [], [])
     return (outputs[1] + 1,)
 
 

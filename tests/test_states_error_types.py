@@ -77,6 +77,14 @@ def test_what_is_of_another_type(name, value):
         states._replace(**{name: value}).run()
 
 
+@pytest.mark.parametrize("name", ["index", "empty"])
+def test_an_empty_list_is_none_of_three(name):
+    """The operator takes it for none; a caller of the function leaves it out."""
+    message = rf"^{name}: expected a tensor or None for each of 3 parts, got 0$"
+    with pytest.raises(ValueError, match=message):
+        states_of()._replace(**{name: []}).run()
+
+
 def test_a_base_is_one_letter():
     with pytest.raises(ValueError, match=r"^lse_base: expected "):
         states_of()._replace(lse_base=["e2", "", "e"], out_lse_base="e").run()

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from states_support import make_states
+from states_support import make_states, operator_args
 from support import E4M3, F16, F32, OPERATOR_ERROR, assert_bits, blank
 
 from merge_attn_states import merge_states
@@ -85,10 +85,7 @@ def test_a_stack_is_refused(changes, message, way, device):
         if way == "python":
             states.run()
         else:
-            OPS.merge_states_out(
-                states.out, states.out_lse, [states.outputs], [states.lses], states.dim,
-                states.index, states.empty, None, "".join(states.lse_base),
-            )  # fmt: skip
+            OPS.merge_states_out(states.out, states.out_lse, *operator_args(states))
     assert_bits(states.out, before)
     assert states.out_lse.isnan().all()
 
@@ -106,7 +103,7 @@ def test_a_list_for_a_stack_by_the_operator():
     states = states_of()
     message = r"^outputs: expected one tensor with its parts along dim, got 3$"
     with pytest.raises(OPERATOR_ERROR, match=message):
-        OPS.merge_states_out(states.out, states.out_lse, states.outputs, states.lses, 0)
+        OPS.merge_states_out(states.out, states.out_lse, states.outputs, states.lses, [], [], 0)
     assert is_untouched(states)
 
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from states_support import States, check, make_states
+from states_support import States, check, make_states, operator_args
 from support import BF16, E4M3, F16, F32, F64, Recording, assert_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,7 +16,7 @@ from merge_attn_states import merge_states, update_state
 OPS = torch.ops.merge_attn_states
 N, H, D = 5, 3, 12
 PARTS = (
-    "Tensor[] outputs, Tensor[] lses, int? dim=None, Tensor?[]? index=None, Tensor?[]? empty=None, "
+    "Tensor[] outputs, Tensor[] lses, Tensor?[] index, Tensor?[] empty, int? dim=None, "
     'Tensor? sink=None, str lse_base="e", str? out_lse_base=None, '
 )
 SCHEMAS = {
@@ -79,12 +79,6 @@ def call_of(case, device, stacked=False) -> States:
         outputs, lses = torch.stack(states.outputs, 1), torch.stack(states.lses, 1)
         states = states._replace(outputs=outputs, lses=lses, dim=1)
     return states
-
-
-def operator_args(states: States) -> tuple:
-    """In the order of merge_states; merge_states_out has two more in front."""
-    lists = [[x] if torch.is_tensor(x) else x for x in states[:2]]
-    return (*lists, *states[2:6], "".join(states.lse_base), states.out_lse_base)
 
 
 CASES = [(case, False) for case in OPERANDS] + [

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from states_support import States, make_states
+from states_support import States, make_states, operator_args
 from support import BF16, E4M3, F32, OPERATOR_ERROR, blank, place
 
 from merge_attn_states import merge_states
@@ -91,7 +91,9 @@ def test_an_overlap_is_refused(case, way, device):
         if way == "python":
             states.run()
         else:
-            OPS.merge_states_out(states.out, states.out_lse, *states[:8], states.out_scale)
+            OPS.merge_states_out(
+                states.out, states.out_lse, *operator_args(states), states.out_scale
+            )
     name, _, rest = beside.partition(" ")
     same = " or exactly its memory with its strides, got a partial overlap"
     end = f"{name}{same}" if rest else f"{name} got an overlap"

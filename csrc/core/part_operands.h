@@ -40,6 +40,9 @@ using Shape = std::array<int64_t, kMaxRowDims + 2>;
 // is asked for, says so.
 Shape shape_of_rows(const PartsOperands& operands, std::string* where);
 
+// What a result of parts of that dtype may be; `name` is what the caller knows it by.
+void check_out_dtype(Name name, DType out, DType parts, bool has_scale);
+
 // Everything but the numbers of parts that differ.
 void check(PartsOperands& operands);
 

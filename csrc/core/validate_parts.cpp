@@ -28,6 +28,36 @@ Shape shape_of_rows(const PartsOperands& operands, std::string* where) {
   return shape;
 }
 
+void check_out_dtype(Name name, DType out, DType parts, bool has_scale) {
+  constexpr Name kScale = "out_scale";
+  const auto text = [](DType dtype) { return dtype_name(static_cast<uint32_t>(dtype)); };
+  const bool wide_parts = is_float(parts), fp8_out = is_fp8(out);
+  const bool fits = is_supported(out) && (out == parts || is_float(out) || fp8_out);
+  const bool of_same_kind =
+      parts == DType::kFloat64 || out == DType::kFloat64 || (is_fp8(parts) && fp8_out);
+  if (!fits || (of_same_kind && out != parts)) {
+    refuse(name, [&] {
+      return "expected " +
+             (parts == DType::kFloat64 ? text(parts)
+              : wide_parts ? "float32, float16, bfloat16 (or, with out_scale, an FP8 dtype)"
+                           : text(parts) + ", float32, float16 or bfloat16") +
+             " of " + text(parts) + " parts, got " + text(out);
+    });
+  }
+  if (fp8_out && wide_parts && !has_scale) {
+    refuse(kScale, [&] {
+      return "expected one float32 for a " + text(out) + " result of " + text(parts) +
+             " parts, got none";
+    });
+  }
+  if (has_scale && !fp8_out) {
+    refuse(kScale, [&] {
+      return "expected none for a " + text(out) +
+             " result, since only an FP8 one is scaled, got a tensor";
+    });
+  }
+}
+
 namespace {
 
 // ---- shapes
@@ -111,10 +141,8 @@ void check_shapes(PartsOperands& operands) {
     check_per_row(part.lse, part.output);
     if (part.empty.given()) check_per_row(part.empty, part.output);
   }
-  if (operands.state < 0) {
-    check_rows(operands.out, shape, rank, false, operands);
-    if (operands.out_lse.given()) check_per_row(operands.out_lse, operands.out);
-  }
+  if (operands.state < 0) check_rows(operands.out, shape, rank, false, operands);
+  if (operands.out_lse.given()) check_per_row(operands.out_lse, operands.out);
   if (operands.sink.given() &&
       (operands.sink.view->rank != 1 || operands.sink.size(0) != shape[rank - 2])) {
     refuse_shape(operands.sink, &shape[rank - 2], 1, "the last row dimension");
@@ -137,7 +165,7 @@ void for_each_input(PartsOperands& operands, F&& f) {
 }
 
 void check_devices(PartsOperands& operands) {
-  const Operand& reference = operands.reference();
+  const Operand& reference = operands.state < 0 ? operands.reference() : operands.out;
   check_device_kind(reference);
   const auto check = [&](const Operand& operand) {
     check_device(operand, *reference.view, reference.name);
@@ -169,40 +197,11 @@ void check_part_dtypes(const PartsOperands& operands) {
   }
 }
 
-void check_out_dtype(const PartsOperands& operands) {
-  const Operand &out = operands.out, &scale = operands.scale, &first = operands.parts[0].output;
-  const bool wide_parts = is_float(first.dtype()), fp8_out = is_fp8(out.dtype());
-  const bool fits = out.dtype() == first.dtype() || is_float(out.dtype()) || fp8_out;
-  const bool of_same_kind = first.dtype() == DType::kFloat64 || out.dtype() == DType::kFloat64 ||
-                            (is_fp8(first.dtype()) && fp8_out);
-  if (!is_supported(out.dtype()) || !fits || (of_same_kind && out.dtype() != first.dtype())) {
-    refuse(out.name, [&] {
-      const std::string same = dtype_name(first.view->dtype);
-      return "expected " +
-             (first.dtype() == DType::kFloat64 ? same
-              : wide_parts ? "float32, float16, bfloat16 (or, with out_scale, an FP8 dtype)"
-                           : same + ", float32, float16 or bfloat16") +
-             " of " + same + " parts, got " + dtype_name(out.view->dtype);
-    });
-  }
-  if (fp8_out && wide_parts && !scale.given()) {
-    refuse(scale.name, [&] {
-      return "expected one float32 for a " + dtype_name(out.view->dtype) + " result of " +
-             dtype_name(first.view->dtype) + " parts, got none";
-    });
-  }
-  if (scale.given() && !fp8_out) {
-    refuse(scale.name, [&] {
-      return "expected none for a " + dtype_name(out.view->dtype) +
-             " result, since only an FP8 one is scaled, got a tensor";
-    });
-  }
-  if (scale.given()) check_dtype(scale, DType::kFloat32, "the dtype of a scale");
-}
-
 void check_dtypes(const PartsOperands& operands) {
   check_part_dtypes(operands);
-  check_out_dtype(operands);
+  const Operand &out = operands.out, &scale = operands.scale;
+  check_out_dtype(out.name, out.dtype(), operands.parts[0].output.dtype(), scale.given());
+  if (scale.given()) check_dtype(scale, DType::kFloat32, "the dtype of a scale");
   const bool wide = operands.parts[0].output.dtype() == DType::kFloat64;
   const auto check_lse = [=](const Operand& lse) {
     check_dtype(lse, wide ? DType::kFloat64 : DType::kFloat32,

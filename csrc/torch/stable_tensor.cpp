@@ -11,7 +11,24 @@ namespace {
 
 constexpr uint32_t kUnknown = MERGE_ATTN_STATES_DTYPE(3, 0);
 
-// PyTorch's number of a dtype, which may change between releases, as DLPack's.
+// DLPack's numbers for CPU and CUDA; any other device keeps PyTorch's, out of their way.
+int32_t dlpack_device(int32_t device_type) {
+  if (device_type == aoti_torch_device_type_cpu()) return MERGE_ATTN_STATES_CPU;
+  if (device_type == aoti_torch_device_type_cuda()) return MERGE_ATTN_STATES_CUDA;
+  return 1000 + device_type;
+}
+
+AOTITorchError get_data(AtenTensorHandle tensor, bool written, void** data) {
+  if (written) return torch_get_mutable_data_ptr(tensor, data);
+  const void* read_only = nullptr;
+  const AOTITorchError error = torch_get_const_data_ptr(tensor, &read_only);
+  *data = const_cast<void*>(read_only);  // a view has one pointer; the kernels only read an input
+  return error;
+}
+
+}  // namespace
+
+// The numbers may change between releases.
 uint32_t dlpack_dtype(int32_t scalar_type) {
   static const auto table = [] {
     std::array<uint32_t, 64> codes;
@@ -44,23 +61,6 @@ uint32_t dlpack_dtype(int32_t scalar_type) {
   }();
   return scalar_type >= 0 && scalar_type < 64 ? table[scalar_type] : kUnknown;
 }
-
-// DLPack's numbers for CPU and CUDA; any other device keeps PyTorch's, out of their way.
-int32_t dlpack_device(int32_t device_type) {
-  if (device_type == aoti_torch_device_type_cpu()) return MERGE_ATTN_STATES_CPU;
-  if (device_type == aoti_torch_device_type_cuda()) return MERGE_ATTN_STATES_CUDA;
-  return 1000 + device_type;
-}
-
-AOTITorchError get_data(AtenTensorHandle tensor, bool written, void** data) {
-  if (written) return torch_get_mutable_data_ptr(tensor, data);
-  const void* read_only = nullptr;
-  const AOTITorchError error = torch_get_const_data_ptr(tensor, &read_only);
-  *data = const_cast<void*>(read_only);  // a view has one pointer; the kernels only read an input
-  return error;
-}
-
-}  // namespace
 
 bool describe(AtenTensorHandle tensor, bool written, TensorView& view) {
   int64_t rank, offset, memory_bytes, *sizes, *strides;

@@ -13,6 +13,9 @@ namespace merge_attn_states {
 // Outputs first: an input that is the same tensor has to see its new memory.
 bool describe(AtenTensorHandle tensor, bool written, TensorView& view);
 
+// PyTorch's number of a dtype as DLPack's; one that is none of these is one without a code.
+uint32_t dlpack_dtype(int32_t scalar_type);
+
 // PyTorch's current stream of the tensor's device; null on the CPU.
 void* current_stream(const TensorView& tensor);
 

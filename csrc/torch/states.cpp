@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/dtypes.h"
-#include "../core/refuse.h"
+#include "../core/part_operands.h"
 #include "outcome.h"
 #include "stable_tensor.h"
 
@@ -24,10 +23,12 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 
 using OptionalTensor = std::optional<Tensor>;
-using OptionalTensors = std::optional<std::vector<OptionalTensor>>;
+using OptionalTensors = std::vector<OptionalTensor>;  // one a part, or none at all
 
+// Lists of optional tensors have no default: where they may be left out, the dispatcher does not
+// look at their tensors.
 constexpr const char* kParts =
-    "Tensor[] outputs, Tensor[] lses, int? dim=None, Tensor?[]? index=None, Tensor?[]? empty=None, "
+    "Tensor[] outputs, Tensor[] lses, Tensor?[] index, Tensor?[] empty, int? dim=None, "
     "Tensor? sink=None, str lse_base=\"e\", str? out_lse_base=None, ";
 
 // PyTorch's own conversion never frees its string.
@@ -92,8 +93,8 @@ int32_t base_of(char letter, Name name, const std::string& given) {
 // What both forms of merge_states take.
 struct Parts {
   std::vector<Tensor> outputs, lses;
-  std::optional<int64_t> dim;
   OptionalTensors index, empty;
+  std::optional<int64_t> dim;
   Operand sink;
   std::string lse_base;
   std::optional<std::string> out_lse_base;
@@ -101,9 +102,9 @@ struct Parts {
   explicit Parts(Stack& stack)
       : outputs(stack.take<std::vector<Tensor>>()),
         lses(stack.take<std::vector<Tensor>>()),
-        dim(stack.take<std::optional<int64_t>>()),
         index(stack.take<OptionalTensors>()),
         empty(stack.take<OptionalTensors>()),
+        dim(stack.take<std::optional<int64_t>>()),
         sink{stack.take<OptionalTensor>()},
         lse_base(stack.take_string()),
         out_lse_base(stack.take_optional_string()) {}
@@ -173,8 +174,17 @@ class MergeStates {
         return "expected one tensor with its parts along dim, got " + std::to_string(listed);
       });
     }
-    const bool listed_apart = given_.index.has_value() || given_.empty.has_value();
-    is_stack_ = given_.dim.has_value() && !(listed_apart && can_unstack());
+    if (given_.dim.has_value() && *given_.dim != static_cast<int32_t>(*given_.dim)) {
+      refuse("dim", [&] {
+        return "expected a row dimension of outputs, in [0, " +
+               std::to_string(given_.outputs[0].dim() - 2) + "], got " +
+               std::to_string(*given_.dim);
+      });
+    }
+    // A stack that cannot be told apart stays one: what is wrong with it is for the C entry to say.
+    const bool has_own =
+        !given_.index.empty() || !given_.empty.empty() || given_.lse_base.size() > 1;
+    is_stack_ = given_.dim.has_value() && !(has_own && can_unstack());
     if (given_.dim.has_value() && !is_stack_) {
       unstack();
     } else {
@@ -186,15 +196,17 @@ class MergeStates {
         parts_[k].lse.describe({"lses", number(k)}, false);
       }
     }
-    distribute(given_.index, &OfPart::index, "index");
-    distribute(given_.empty, &OfPart::empty, "empty");
+    if (!is_stack_) {
+      distribute(given_.index, &OfPart::index, "index");
+      distribute(given_.empty, &OfPart::empty, "empty");
+    }
     describe_bases();
     for (size_t k = 0; k < parts_.size(); ++k) pointers_.push_back(&structs_[k]);
   }
 
   int32_t number(size_t k) const { return given_.dim.has_value() ? -1 : static_cast<int32_t>(k); }
 
-  // Whether each part of the stack can be told apart; else the C entry says what is wrong with it.
+  // Whether each part of the stack can be told apart.
   bool can_unstack() const {
     const int64_t dim = *given_.dim;
     const Tensor &outputs = given_.outputs[0], &lses = given_.lses[0];
@@ -235,16 +247,16 @@ class MergeStates {
   }
 
   void distribute(OptionalTensors& given, Operand OfPart::*which, const char* name) {
-    if (!given.has_value()) return;
-    if (given->size() != parts_.size()) {
+    if (given.empty()) return;
+    if (given.size() != parts_.size()) {
       refuse(name, [&] {
         return "expected a tensor or None for each of " + std::to_string(parts_.size()) +
-               " parts, got " + std::to_string(given->size());
+               " parts, got " + std::to_string(given.size());
       });
     }
     for (size_t k = 0; k < parts_.size(); ++k) {
       Operand& operand = parts_[k].*which;
-      operand.tensor = std::move((*given)[k]);
+      operand.tensor = std::move(given[k]);
       operand.describe({name, static_cast<int32_t>(k)}, false);
     }
   }
@@ -252,7 +264,7 @@ class MergeStates {
   void describe_bases() {
     const std::string& bases = given_.lse_base;
     const size_t count = parts_.size();
-    if (bases.size() != 1 && (is_stack_ || bases.size() != count)) {
+    if (bases.empty() || (bases.size() != 1 && bases.size() != count && !is_stack_)) {
       refuse("lse_base", [&] {
         return "expected \"e\" or \"2\", or one of them for each of " + std::to_string(count) +
                " parts, got \"" + bases + "\"";
@@ -273,11 +285,11 @@ class MergeStates {
     }
     if (const auto& base = given_.out_lse_base) {
       out_base_ = base_of(base->size() == 1 ? (*base)[0] : '\0', "out_lse_base", *base);
-    } else if (are_mixed) {
+    } else if (are_mixed && (is_given(out_lse_.tensor) || is_given(given_.sink.tensor))) {
       refuse("out_lse_base", [] {
         return "expected \"e\" or \"2\" where the bases of the parts differ, got none";
       });
-    } else if (count > 0) {
+    } else if (count > 0 && !are_mixed) {
       out_base_ = structs_[0].lse_base;
     }
   }
@@ -354,9 +366,9 @@ std::vector<int64_t> result_shape(const Parts& parts) {
   for (int64_t i = 0; i < first.dim(); ++i) {
     if (i != parts.dim.value_or(-1)) shape.push_back(first.size(i));
   }
-  const bool is_gathered = parts.index.has_value() && !parts.index->empty() &&
-                           is_given(parts.index->front()) && parts.index->front()->dim() == 1;
-  if (is_gathered && !shape.empty()) shape[0] = parts.index->front()->size(0);
+  const bool is_gathered =
+      !parts.index.empty() && is_given(parts.index.front()) && parts.index.front()->dim() == 1;
+  if (is_gathered && !shape.empty()) shape[0] = parts.index.front()->size(0);
   return shape;
 }
 
@@ -372,8 +384,18 @@ struct Results {
   OptionalTensor out, lse;
 };
 
-Results new_results(const Parts& parts, std::optional<ScalarType> dtype, bool wants_lse) {
+Results new_results(const Parts& parts, std::optional<ScalarType> dtype, bool wants_lse,
+                    bool has_scale) {
   if (parts.outputs.empty()) return {};
+  if (dtype.has_value()) {  // it is known by another name than the result
+    const auto as_dlpack = [](ScalarType type) {
+      return static_cast<DType>(dlpack_dtype(to<int32_t>(from(type))));
+    };
+    const DType of_parts = as_dlpack(parts.outputs[0].scalar_type());
+    if (is_supported(of_parts)) {
+      check_out_dtype("out_dtype", as_dlpack(*dtype), of_parts, has_scale);
+    }
+  }
   const std::vector<int64_t> shape = result_shape(parts);
   const Tensor& first = parts.outputs[0];
   const std::vector<int64_t> lse_shape(shape.begin(),
@@ -392,7 +414,7 @@ void merge_states(StableIValue* values, uint64_t, uint64_t) {
   const auto dtype = stack.take<std::optional<ScalarType>>();
   auto scale = stack.take<OptionalTensor>();
   const bool wants_lse = stack.take<bool>(), invert_empty = stack.take<bool>();
-  Results results = new_results(parts, dtype, wants_lse);
+  Results results = new_results(parts, dtype, wants_lse, is_given(scale));
   const MergeStates call(std::move(parts), results.out, results.lse, std::move(scale),
                          invert_empty);
   run(call.args());
@@ -526,7 +548,7 @@ void inspect_merge_states(StableIValue* values, uint64_t, uint64_t) {
   const bool wants_lse = stack.take<bool>(), invert_empty = stack.take<bool>();
   inspect(values, [&](auto& selection, Message& message) {
     if (!is_given(out)) {
-      Results results = new_results(parts, dtype, wants_lse);
+      Results results = new_results(parts, dtype, wants_lse, is_given(scale));
       out = results.out;
       out_lse = results.lse;
     }

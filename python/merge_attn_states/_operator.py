@@ -140,6 +140,29 @@ def register_negative(op: Op, outputs: list[int]) -> None:
     implement(op, "Negative", _negative(op, outputs))
 
 
+def refuse_expanded(op: Op, args: Args) -> None:
+    """Refuse in a trace a result that is expanded.
+
+    PyTorch, which copies what a graph writes, would not name it.
+    """
+    for i in given(written(op), args):
+        if _is_expanded(args[i]):
+            raise ValueError(
+                f"{op._schema.arguments[i].name}: expected memory of its own for each element, got "
+                f"sizes {list(args[i].shape)} with strides {list(args[i].stride())} that overlap "
+                "themselves"
+            )
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return any(
+        statically_known_true(stride == 0) and statically_known_true(size > 1)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
 def implement(op: Op, key: str, kernel: Callable[..., Any]) -> None:
     """Register a kernel that gets the call's dispatch keys first."""
     _library.impl(op._schema.name, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]

@@ -46,11 +46,13 @@ def new_lse(
 ) -> torch.Tensor:
     """Return a contiguous LSE of an output of that shape."""
     wide = outputs[0].dtype == torch.float64
-    return _new(lses[0], shape[:-1], torch.float64 if wide else torch.float32)
+    like = lses[0] if lses else outputs[0]
+    return _new(like, shape[:-1], torch.float64 if wide else torch.float32)
 
 
 def _new(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    if like.shape == shape and like.dtype == dtype:  # half the time of new_empty
+    # Half the time of new_empty; but a graph's sizes may not be known.
+    if not _operator.is_in_a_graph() and like.shape == shape and like.dtype == dtype:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     return like.new_empty(shape, dtype=dtype)
 
@@ -79,20 +81,20 @@ class _MergeStates(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
     ) -> tuple[Any, ...]:
-        num_outputs, num_lses, dim, num_index, num_empty, *_ = ctx.args
+        num_outputs, num_lses, num_index, num_empty, dim, *_ = ctx.args
         saved = iter(ctx.saved_tensors)
         outputs, lses, sink, index, empty = (
             [next(saved) for _ in range(num_outputs)],
             [next(saved) for _ in range(num_lses)],
             next(saved),
-            None if num_index is None else [next(saved) for _ in range(num_index)],
-            None if num_empty is None else [next(saved) for _ in range(num_empty)],
+            [next(saved) for _ in range(num_index)],
+            [next(saved) for _ in range(num_empty)],
         )
         if grad_out is None:
             shape, dtype = ctx.like
             grad_out = outputs[0].new_zeros((), dtype=dtype).expand(shape)
         *_, lse_base, out_lse_base, _, _, _, invert_empty = ctx.args
-        parts = (outputs, lses, dim, index, empty, sink, lse_base, out_lse_base, invert_empty)
+        parts = (outputs, lses, index, empty, dim, sink, lse_base, out_lse_base, invert_empty)
         grads = _op.merge_states_backward.default(grad_out, grad_lse, *parts)
         of_outputs, of_lses = (_of_operands(each, dim, index, outputs) for each in grads[:2])
         of_sink = None
@@ -104,7 +106,7 @@ class _MergeStates(torch.autograd.Function):
             *(grad.to(x.dtype) for grad, x in zip(of_outputs, outputs, strict=True)),
             *(grad.reshape(x.shape) for grad, x in zip(of_lses, lses, strict=True)),
             of_sink,
-            *[None] * ((num_index or 0) + (num_empty or 0)),
+            *[None] * (num_index + num_empty),
         )
 
 
@@ -137,13 +139,13 @@ def _merge_states_kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
     def merge() -> Any:
         return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    outputs, lses, dim, index, empty, sink, *_ = filled = _operator.filled(op, args)
+    outputs, lses, index, empty, _, sink, *_ = filled = _operator.filled(op, args)
     differentiable = [*outputs, *lses, sink]
     if not torch.is_grad_enabled() or not any(
         x is not None and x.requires_grad for x in differentiable
     ):
         return merge()
-    operands = (*differentiable, *(index or []), *(empty or []))
+    operands = (*differentiable, *index, *empty)
     return _MergeStates.apply(merge, filled, *operands)  # type: ignore[no-untyped-call]
 
 
@@ -158,20 +160,41 @@ _operator.register(_op.fresh_update_state.default)
 _operator.register_negative(_op.merge_states.default, [])
 
 
-def _check_devices(op: _operator.Op, args: _operator.Args, reference: torch.Tensor) -> None:
-    """Refuse in a trace what would not reach the kernel: an operand on another device."""
-    for name, operand in _operator.named_tensors(op, args):
+def _check_trace(op: _operator.Op, args: _operator.Args, of: str) -> None:
+    """Refuse in a trace what can be seen without memory: ranks, devices, expanded results.
+
+    `of` names the operand that all others are beside: the first part, or the state.
+    """
+    named = dict(_operator.named_tensors(op, args))
+    reference = named[of]
+    values = dict(zip([x.name for x in op._schema.arguments], args, strict=False))
+    of_parts = reference.dim()
+    of_merged = of_parts - (values.get("dim") is not None)
+    if not 2 <= of_merged <= 5:
+        raise ValueError(f"{of}: expected 2 to 5 dimensions, got {of_merged}")
+    per_row, per_merged_row = [of_parts - 1, of_parts], [of_merged - 1, of_merged]
+    ranks = {"outputs": [of_parts], "block_out": [of_parts], "out": [of_merged]}
+    ranks |= {"lses": per_row, "block_lse": per_row, "index": [1], "sink": [1]}
+    ranks |= dict.fromkeys(("lse", "out_lse", "empty"), per_merged_row)
+    for name, operand in named.items():
+        expected = ranks.get(name.partition("[")[0], [operand.dim()])
+        if operand.dim() not in expected:
+            raise ValueError(f"{name}: expected {expected[0]} dimensions, got {operand.dim()}")
         if operand.device != reference.device:
-            raise ValueError(f"{name}: expected device {reference.device}, got {operand.device}")
+            raise ValueError(
+                f"{name}: expected device {reference.device}, the device of {of}, "
+                f"got {operand.device}"
+            )
+    _operator.refuse_expanded(op, args)
 
 
 @torch.library.register_fake("merge_attn_states::merge_states")  # type: ignore[untyped-decorator]
 def _fake_merge_states(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs, lses, dim, index, _, _, _, _, out_dtype, _, return_lse, *_ = _operator.filled(
+    outputs, lses, index, _, dim, _, _, _, out_dtype, _, return_lse, *_ = _operator.filled(
         _op.merge_states.default, args
     )
     shape = result_shape(outputs, dim, index)
-    _check_devices(_op.merge_states.default, args, outputs[0])
+    _check_trace(_op.merge_states.default, args, "outputs[0]")
     lse = (
         new_lse(outputs, lses, shape)
         if return_lse
@@ -182,7 +205,7 @@ def _fake_merge_states(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.library.register_fake("merge_attn_states::merge_states_backward")  # type: ignore[untyped-decorator]
 def _fake_merge_states_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    _, _, outputs, lses, dim, index, _, sink, *_ = _operator.filled(
+    _, _, outputs, lses, index, _, dim, sink, *_ = _operator.filled(
         _op.merge_states_backward.default, args
     )
     num_parts = len(outputs) if dim is None else outputs[0].shape[dim]
@@ -198,12 +221,12 @@ def _fake_merge_states_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor,
 
 @torch.library.register_fake("merge_attn_states::merge_states_out")  # type: ignore[untyped-decorator]
 def _fake_merge_states_out(*args: Any) -> None:
-    _check_devices(_op.merge_states_out.default, args, args[0])
+    _check_trace(_op.merge_states_out.default, args, "outputs[0]")
 
 
 @torch.library.register_fake("merge_attn_states::update_state")  # type: ignore[untyped-decorator]
 def _fake_update_state(*args: Any) -> None:
-    _check_devices(_op.update_state.default, args, args[0])
+    _check_trace(_op.update_state.default, args, "out")
 
 
 @torch.library.register_fake("merge_attn_states::fresh_merge_states")  # type: ignore[untyped-decorator]
@@ -226,8 +249,8 @@ def _batched(operand: torch.Tensor | None, dim: int | None, size: int) -> torch.
 
 def _batched_parts(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
     """Return the operator's arguments from `outputs` on with the batch as a first row dimension."""
-    outputs, lses, dim, index, empty, sink, *others = args
-    if index is not None:
+    outputs, lses, index, empty, dim, sink, *others = args
+    if index:
         raise ValueError(
             "index: expected none under torch.vmap, which adds a row dimension, got a list; index "
             "the parts before"
@@ -237,14 +260,11 @@ def _batched_parts(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -
             "sink: expected one that vmap does not batch (in_dims None), since all rows share it, "
             "got one for each"
         )
-    batched = [
-        None
-        if operands is None
-        else [_batched(x, d, info.batch_size) for x, d in zip(operands, dims, strict=True)]
-        for operands, dims in zip((outputs, lses, empty), (*in_dims[:2], in_dims[4]), strict=True)
-    ]
-    outputs, lses, empty = batched
-    return [outputs, lses, None if dim is None else dim + 1, None, empty, sink, *others]
+    outputs, lses, empty = (
+        [_batched(x, d, info.batch_size) for x, d in zip(operands, dims, strict=True)]
+        for operands, dims in zip((outputs, lses, empty), (*in_dims[:2], in_dims[3]), strict=True)
+    )
+    return [outputs, lses, [], empty, None if dim is None else dim + 1, sink, *others]
 
 
 def _vmap_merge_states(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

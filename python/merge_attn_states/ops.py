@@ -218,22 +218,7 @@ def _fake(*args: Any) -> None:
                 f"{name}: expected device {output.device}, the device of output, "
                 f"got {operand.device}"
             )
-    for i in _operator.given(_WRITTEN, args):
-        if _is_expanded(args[i]):  # PyTorch, which copies what a graph writes, would not name it
-            raise ValueError(
-                f"{op._schema.arguments[i].name}: expected memory of its own for each element, got "
-                f"sizes {list(args[i].shape)} with strides {list(args[i].stride())} that overlap "
-                "themselves"
-            )
-
-
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
-
-    return any(
-        statically_known_true(stride == 0) and statically_known_true(size > 1)
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    _operator.refuse_expanded(op, args)
 
 
 @torch.library.register_fake("merge_attn_states::fresh_outputs")  # type: ignore[untyped-decorator]

@@ -21,6 +21,7 @@ __all__ = ["merge_states", "update_state"]
 _op = torch.ops.merge_attn_states
 _fast_merge, _ = fast_path("merge_states")  # None where there is none
 _fast_update, _ = fast_path("update_state")
+_DTYPE_OR_NONE = (torch.dtype, type(None))
 _WRITTEN = [0, 1]  # output and LSE, by both operators that write in place
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
@@ -133,14 +134,17 @@ def merge_states(
     parts = (
         _tensors("outputs", outputs, dim),
         _tensors("lses", lses, dim),
-        dim,
-        _per_part("index", index),
-        _per_part("empty", empty),
+        _per_part("index", index, outputs, dim),
+        _per_part("empty", empty, outputs, dim),
+        _dim(dim),
         _tensor("sink", sink),
         _bases(lse_base),
-        out_lse_base,
+        _typed("out_lse_base", out_lse_base, str),
     )
     _tensor("out_scale", out_scale)
+    _typed("out_dtype", out_dtype, torch.dtype)
+    if not parts[0]:
+        raise ValueError("outputs: expected one part or more, got 0")
     if out_lse is not None and not return_lse:
         raise ValueError("out_lse: expected none where return_lse is False, got a tensor")
     if out is not None and out_dtype is not None:
@@ -295,22 +299,34 @@ def _merge_eagerly(
         return None
     if dim is not None:
         outputs, lses = [outputs], [lses]
+    if not (dim is None or type(dim) is int) or not isinstance(out_dtype, _DTYPE_OR_NONE):
+        return None
     contradicts = (out is not None and out_dtype is not None) or (
         out_lse is not None and not return_lse
     )
-    plain = type(outputs) is list and outputs and all(type(x) is torch.Tensor for x in outputs)
+    plain = all(
+        type(parts) is list and parts and all(type(x) is torch.Tensor for x in parts)
+        for parts in (outputs, lses)
+    )
     if contradicts or not plain:
         return None
     if out is None or (out_lse is None and return_lse):
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            return None  # a mode would see results made that nobody takes
         shape = result_shape(outputs, dim, index)
         if out is None:
             out = new_output(outputs, shape, out_dtype)
         if out_lse is None and return_lse:
             out_lse = new_lse(outputs, lses, shape)
     bases = lse_base if type(lse_base) is str else _bases(lse_base)
-    merged = _fast_merge(
-        out, out_lse, outputs, lses, dim, index, empty, sink, bases, out_lse_base, out_scale
-    )
+    try:
+        merged = _fast_merge(
+            out, out_lse, outputs, lses, dim, index, empty, sink, bases, out_lse_base, out_scale
+        )
+    except ValueError:
+        if out_dtype is None:
+            raise
+        return None  # the operator knows that `out` was made of it
     return (out, out_lse) if merged else None
 
 
@@ -336,13 +352,31 @@ def _tensors(name: str, parts: Parts, dim: int | None) -> list[torch.Tensor]:
     return listed
 
 
-def _per_part(name: str, operands: PerPart | None) -> list[torch.Tensor | None] | None:
+def _per_part(
+    name: str, operands: PerPart | None, outputs: Parts, dim: int | None
+) -> list[torch.Tensor | None]:
+    """Return one a part, or an empty list where there are none."""
     if operands is None:
-        return None
+        return []
     listed = _sequence(name, operands)
+    if not listed:
+        count = len(outputs) if isinstance(outputs, Sequence) else outputs.shape[dim or 0]
+        raise ValueError(f"{name}: expected a tensor or None for each of {count} parts, got 0")
     for k, operand in enumerate(listed):
         _tensor(f"{name}[{k}]", operand)
     return listed
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__} or None, got {type(value).__name__}")
+    return value
+
+
+def _dim(dim: Any) -> Any:
+    if isinstance(dim, bool):  # an int to Python
+        raise TypeError("dim: expected int or None, got bool")
+    return _typed("dim", dim, int)
 
 
 def _sequence(name: str, values: Any) -> list[Any]:
@@ -356,4 +390,8 @@ def _bases(lse_base: Base | Sequence[Base]) -> str:
     if not isinstance(lse_base, Sequence) or not all(isinstance(base, str) for base in lse_base):
         expected = '"e", "2" or a sequence of them'
         raise TypeError(f"lse_base: expected {expected}, got {type(lse_base).__name__}")
+    if not isinstance(lse_base, str):
+        for k, base in enumerate(lse_base):
+            if len(base) != 1:
+                raise ValueError(f'lse_base: expected "e" or "2", got {base!r} for part {k}')
     return "".join(lse_base)
