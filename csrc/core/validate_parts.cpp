@@ -325,8 +325,9 @@ void check_gradients(PartsOperands& operands) {
     if (gradient.view->rank != rank || !has_sizes(gradient, sizes, rank)) {
       refuse_shape(gradient, sizes, rank, why);
     }
+    const bool has_elements = std::find(sizes, sizes + rank, 0) == sizes + rank;
     int64_t stride = 1;
-    for (int i = rank - 1; i >= 0; --i) {
+    for (int i = rank - 1; has_elements && i >= 0; --i) {
       if (gradient.size(i) != 1 && gradient.view->strides[i] != stride) {
         refuse(gradient.name,
                [&] { return "expected a contiguous tensor, got " + gradient.layout(); });
