@@ -114,6 +114,8 @@ void check_shapes(PartsOperands& operands) {
   if (operands.state < 0) {
     check_rows(operands.out, shape, rank, false, operands);
     if (operands.out_lse.given()) check_per_row(operands.out_lse, operands.out);
+  } else {
+    operands.out_lse.address_rank = rank - 1;
   }
   if (operands.sink.given() &&
       (operands.sink.view->rank != 1 || operands.sink.size(0) != shape[rank - 2])) {
