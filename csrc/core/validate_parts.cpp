@@ -328,13 +328,13 @@ void check_gradients(PartsOperands& operands) {
       refuse_shape(gradient, sizes, rank, why);
     }
     const bool has_elements = std::find(sizes, sizes + rank, 0) == sizes + rank;
-    int64_t stride = 1;
+    uint64_t stride = 1;  // wraps where the memory, which is checked below, cannot be
     for (int i = rank - 1; has_elements && i >= 0; --i) {
-      if (gradient.size(i) != 1 && gradient.view->strides[i] != stride) {
+      if (gradient.size(i) != 1 && static_cast<uint64_t>(gradient.view->strides[i]) != stride) {
         refuse(gradient.name,
                [&] { return "expected a contiguous tensor, got " + gradient.layout(); });
       }
-      stride *= gradient.size(i);
+      stride *= static_cast<uint64_t>(gradient.size(i));
     }
     check_device(gradient, *operands.reference().view, operands.reference().name);
     check_memory(gradient, rank);
