@@ -174,7 +174,8 @@ void check_part_dtypes(const PartsOperands& operands) {
 void check_out_dtype(const PartsOperands& operands) {
   const Operand &out = operands.out, &scale = operands.scale, &first = operands.parts[0].output;
   const bool wide_parts = is_float(first.dtype()), fp8_out = is_fp8(out.dtype());
-  const bool fits = out.dtype() == first.dtype() || is_float(out.dtype()) || fp8_out;
+  const bool may_be_fp8 = fp8_out && !operands.is_backward;
+  const bool fits = out.dtype() == first.dtype() || is_float(out.dtype()) || may_be_fp8;
   const bool of_same_kind = first.dtype() == DType::kFloat64 || out.dtype() == DType::kFloat64 ||
                             (is_fp8(first.dtype()) && fp8_out);
   if (!is_supported(out.dtype()) || !fits || (of_same_kind && out.dtype() != first.dtype())) {
@@ -182,6 +183,7 @@ void check_out_dtype(const PartsOperands& operands) {
       const std::string same = dtype_name(first.view->dtype);
       return "expected " +
              (first.dtype() == DType::kFloat64 ? same
+              : operands.is_backward           ? "float32, float16 or bfloat16"
               : wide_parts ? "float32, float16, bfloat16 (or, with out_scale, an FP8 dtype)"
                            : same + ", float32, float16 or bfloat16") +
              " of " + same + " parts, got " + dtype_name(out.view->dtype);
