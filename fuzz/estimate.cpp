@@ -73,4 +73,36 @@ void check_untouched(const Regions& regions, const std::vector<const Operand*>& 
   }
 }
 
+std::vector<std::vector<uint8_t>> copy_of(const Regions& regions) {
+  std::vector<std::vector<uint8_t>> copy;
+  for (const Region& region : regions) {
+    copy.emplace_back(region.bytes.get(), region.bytes.get() + region.size);
+  }
+  return copy;
+}
+
+void restore(const Regions& regions) {
+  for (const Region& region : regions) {
+    std::copy(region.before.begin(), region.before.end(), region.bytes.get());
+  }
+}
+
+void check_same(const Regions& regions, const std::vector<const Operand*>& written,
+                const std::vector<std::vector<uint8_t>>& copy) {
+  for (const Operand* operand : written) {
+    if (!operand->given) continue;
+    const Format& format = format_of(operand->view.dtype);
+    for_each_element(operand->view, [&](const Index&, const uint8_t* address) {
+      const uint8_t* other =
+          copy[operand->region].data() + (address - regions[operand->region].bytes.get());
+      const bool same = code_at(format, address) == code_at(format, other);
+      // Which of two NaN an addition returns is the compiler's choice of operand order.
+      const Real a = value_at(format, address), b = value_at(format, other);
+      if (!same && !(a != a && b != b)) {
+        fail("%s: the builds give %.20Lg and %.20Lg", operand->name.c_str(), b, a);
+      }
+    });
+  }
+}
+
 }  // namespace merge_attn_states::fuzz

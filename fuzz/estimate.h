@@ -40,4 +40,12 @@ bool is_close(const Format& format, Real got, const Estimate& expected, bool sat
 // Every byte of every region is as it was, but for the elements of what is written.
 void check_untouched(const Regions& regions, const std::vector<const Operand*>& written);
 
+// What the memory holds, and what it held before the call.
+std::vector<std::vector<uint8_t>> copy_of(const Regions& regions);
+void restore(const Regions& regions);
+
+// What is written holds the same bits as in a copy.
+void check_same(const Regions& regions, const std::vector<const Operand*>& written,
+                const std::vector<std::vector<uint8_t>>& copy);
+
 }  // namespace merge_attn_states::fuzz

@@ -128,31 +128,15 @@ void check_result(const Call& call) {
 
 // The same call by the baseline build, from the same memory, against what the chosen build made.
 void check_baseline(const Call& call) {
-  std::vector<std::vector<uint8_t>> chosen;
-  for (const Region& region : call.regions) {
-    chosen.emplace_back(region.bytes.get(), region.bytes.get() + region.size);
-    std::copy(region.before.begin(), region.before.end(), region.bytes.get());
-  }
+  const auto chosen = copy_of(call.regions);
+  restore(call.regions);
   const MergeCall valid = validate(call.passed.get());
   const auto& [num_tokens, num_heads, head_size] = valid.geometry;
   cpu::baseline::merge_tiles(
       valid, 0,
       cpu::tiles(num_tokens, cpu::kTileTokens) * cpu::tiles(num_heads, cpu::tile_heads(valid)));
   check_untouched(call.regions, written(call));
-  for (Role role : {kOutput, kOutputLse}) {
-    if (!call.operands[role].given) continue;
-    const Format& format = format_of(call.view(role).dtype);
-    const int region = call.operands[role].region;
-    for_each_element(call.view(role), [&](const Index&, const uint8_t* address) {
-      const uint8_t* other = chosen[region].data() + (address - call.regions[region].bytes.get());
-      const bool same = code_at(format, address) == code_at(format, other);
-      // Which of two NaN an addition returns is the compiler's choice of operand order.
-      const long double a = value_at(format, address), b = value_at(format, other);
-      if (!same && !(a != a && b != b)) {
-        fail("%s: the builds give %.20Lg and %.20Lg", kNames[role], b, a);
-      }
-    });
-  }
+  check_same(call.regions, written(call), chosen);
 }
 
 void check(const Call& call) {

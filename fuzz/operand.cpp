@@ -53,14 +53,17 @@ bool is_inside(const merge_attn_states_tensor& view, const void* memory, int64_t
   return begin <= data + extent.low && data + extent.high <= begin + size;
 }
 
-const uint8_t* before(const Region& region, const merge_attn_states_tensor& view,
-                      const Index& index) {
+const uint8_t* address_of(const merge_attn_states_tensor& view, const Index& index) {
   int64_t offset = 0;
   for (int32_t at = 0; at < std::min(view.rank, kMostDimensions); ++at) {
     if (view.sizes[at] != 1) offset += index[at] * view.strides[at];
   }
-  return region.before.data() + (static_cast<uint8_t*>(view.data) - region.bytes.get()) +
-         offset * bytes_of(view.dtype);
+  return static_cast<const uint8_t*>(view.data) + offset * bytes_of(view.dtype);
+}
+
+const uint8_t* before(const Region& region, const merge_attn_states_tensor& view,
+                      const Index& index) {
+  return region.before.data() + (address_of(view, index) - region.bytes.get());
 }
 
 void pass(const Regions& regions, Operand& operand) {

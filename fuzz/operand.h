@@ -81,6 +81,8 @@ __int128 count_of(const merge_attn_states_tensor& view);
 // Does every element lie in `size` bytes at `memory`?
 bool is_inside(const merge_attn_states_tensor& view, const void* memory, int64_t size);
 
+const uint8_t* address_of(const merge_attn_states_tensor& view, const Index& index);
+
 // Where an element lies in the copy that was made before the call.
 const uint8_t* before(const Region& region, const merge_attn_states_tensor& view,
                       const Index& index);
@@ -105,11 +107,7 @@ void for_each_element(const merge_attn_states_tensor& view, F&& f) {
   if (is_empty(view)) return;  // the other sizes may be anything
   Index index{};
   for (int32_t at = 0; at >= 0;) {
-    int64_t offset = 0;
-    for (at = 0; at < view.rank; ++at) {
-      if (view.sizes[at] != 1) offset += index[at] * view.strides[at];
-    }
-    f(static_cast<const Index&>(index), static_cast<uint8_t*>(view.data) + offset * bytes_of(view.dtype));
+    f(static_cast<const Index&>(index), const_cast<uint8_t*>(address_of(view, index)));
     for (at = view.rank - 1; at >= 0 && ++index[at] == view.sizes[at]; --at) index[at] = 0;
   }
 }

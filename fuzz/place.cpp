@@ -77,7 +77,7 @@ void read_strides(Operand& operand, Bytes& bytes) {
   const int rank = static_cast<int>(operand.sizes.size());
   operand.strides.assign(rank, 1);
   const auto product = [](int64_t a, int64_t b) {
-    return std::min(a, kMostSearched) * std::min(b, kMostSearched);
+    return std::clamp<int64_t>(a, -1, kMostSearched) * std::clamp<int64_t>(b, -1, kMostSearched);
   };
   const int64_t count =
       std::accumulate(operand.sizes.begin(), operand.sizes.end(), int64_t(1), product);

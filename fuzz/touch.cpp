@@ -26,7 +26,8 @@ bool is_on_device_of(const merge_attn_states_tensor& view, const merge_attn_stat
 }
 
 bool has_shape(const merge_attn_states_tensor& view, const std::vector<int64_t>& sizes) {
-  return std::equal(view.sizes, view.sizes + view.rank, sizes.begin(), sizes.end());
+  return is_described(view) &&
+         std::equal(view.sizes, view.sizes + view.rank, sizes.begin(), sizes.end());
 }
 
 bool is_same(const merge_attn_states_tensor& a, const merge_attn_states_tensor& b) {
