@@ -6,7 +6,16 @@
 //   call       bytes -> operands and the memory that holds them
 //   legality   the contract once more: may this call be refused, and for which argument?
 //   expected   the numbers once more, in long double
+//
+// and of every call's, shared with parts_fuzz:
+//
+//   operand    a tensor as it is passed, and the memory that really holds it
+//   place      strides, where in memory, and what the library is told of it
+//   faults     what makes a call odd
+//   touch      the contract of one operand, and which bytes it has
 //   values     formats, and what the memory is filled with
+//   estimate   numbers with the error that they may have
+//   answer     status and sentence
 //
 // STATISTICS=1 prints at the end how many calls were merged and how many refused, DESCRIBE=1 each
 // call.
@@ -18,10 +27,11 @@
 
 #include "../csrc/core/merge_call.h"
 #include "../csrc/cpu/kernels.h"
+#include "answer.h"
 #include "call.h"
+#include "estimate.h"
 #include "expected.h"
 #include "legality.h"
-#include "values.h"
 
 namespace merge_attn_states::fuzz {
 namespace {
@@ -40,38 +50,18 @@ struct Statistics {
   }
 } statistics;
 
-struct Answer {
-  merge_attn_states_status status;
-  std::string message;
-};
-
 // Shows a finding.
 void describe(const Call& call) {
-  for (int role = 0; role < kRoles; ++role) {
-    const auto& view = call.operands[role].view;
-    const Region& region = call.regions[call.operands[role].region];
-    std::string dims;
-    for (int32_t i = 0; i < view.rank && view.sizes != nullptr && view.strides != nullptr; ++i) {
-      dims += " " + std::to_string(view.sizes[i]) + ":" + std::to_string(view.strides[i]);
-    }
-    std::fprintf(
-        stderr,
-        "%-13s %s dtype %06x device %d:%d rank %d size:stride%s, data %p, memory %p + %ld, "
-        "really %p + %zu\n",
-        kNames[role], call.operands[role].given ? "" : "(not given)", view.dtype, view.device_type,
-        view.device_index, view.rank, dims.c_str(), view.data, view.memory, view.memory_bytes,
-        static_cast<void*>(region.bytes.get()), region.size);
-  }
+  for (const Operand& operand : call.operands) describe(call.regions, operand);
   std::fprintf(stderr, "count %ld (given: %d)\n", call.args.prefill_tokens_with_context,
                call.args.has_prefill_tokens_with_context);
 }
 
 Answer select(const Call& call) {
-  std::string message(4096, '\0');
   merge_attn_states_selection selection{.struct_size = sizeof(selection)};
-  const auto status =
-      merge_attn_states_select(call.passed.get(), &selection, message.data(), message.size());
-  return {status, message.c_str()};
+  return answer(4096, [&](char* message, size_t size) {
+    return merge_attn_states_select(call.passed.get(), &selection, message, size);
+  });
 }
 
 // Only its size is set, and its memory ends where that says.
@@ -95,30 +85,16 @@ void check_selection(const Call& call) {
   }
 }
 
-// With a buffer of exactly the size that the call says, so that a byte too much is seen.
 Answer merge(const Call& call) {
-  const auto message = std::make_unique<char[]>(call.message_size);
-  std::fill_n(message.get(), call.message_size, 'x');
-  const bool null = call.message_size == 0;
-  const auto status =
-      merge_attn_states_merge(call.passed.get(), null ? nullptr : message.get(), call.message_size);
-  if (null || status == MERGE_ATTN_STATES_OK) return {status, ""};
-  if (std::memchr(message.get(), '\0', call.message_size) == nullptr) fail("message not ended");
-  return {status, message.get()};
+  return answer(call.message_size, [&](char* message, size_t size) {
+    return merge_attn_states_merge(call.passed.get(), message, size);
+  });
 }
 
-void check_refusal(const Call& call, const std::set<std::string>& faulty, const Answer& selected,
+void check_refusal(const Call& call, const Names& faulty, const Answer& selected,
                    const Answer& merged) {
-  const std::string name = selected.message.substr(0, selected.message.find(": "));
-  if (merged.status != selected.status) fail("select and merge disagree: %s", name.c_str());
-  if (selected.message.size() < name.size() + 10 || faulty.count(name) == 0) {
-    fail("refused, but %s is not at fault: %s", name.c_str(), selected.message.c_str());
-  }
-  if (call.message_size > 0) {
-    const std::string cut = selected.message.substr(0, call.message_size - 1);
-    if (merged.message != cut) fail("another sentence: %s", merged.message.c_str());
-  }
-  check_untouched(call, false);
+  check_sentence(faulty, selected, merged, call.message_size);
+  check_untouched(call.regions, {});
   if (selected.message.find("overlap") != std::string::npos) ++statistics.refused_overlap;
 }
 
@@ -131,7 +107,11 @@ void check_unavailable(const Call& call, const Answer& selected, const Answer& m
   if (!trivial && merged.status != MERGE_ATTN_STATES_UNAVAILABLE) {
     fail("a CUDA call gives status %d", merged.status);
   }
-  check_untouched(call, false);
+  check_untouched(call.regions, {});
+}
+
+std::vector<const Operand*> written(const Call& call) {
+  return {&call.operands[kOutput], &call.operands[kOutputLse]};
 }
 
 bool has_rows(const Call& call) {
@@ -140,7 +120,7 @@ bool has_rows(const Call& call) {
 }
 
 void check_result(const Call& call) {
-  check_untouched(call, true);
+  check_untouched(call.regions, written(call));
   if (!has_rows(call)) return;
   check_output(call);
   check_output_lse(call);
@@ -148,38 +128,22 @@ void check_result(const Call& call) {
 
 // The same call by the baseline build, from the same memory, against what the chosen build made.
 void check_baseline(const Call& call) {
-  std::vector<std::vector<uint8_t>> chosen;
-  for (const Region& region : call.regions) {
-    chosen.emplace_back(region.bytes.get(), region.bytes.get() + region.size);
-    std::copy(region.before.begin(), region.before.end(), region.bytes.get());
-  }
+  const auto chosen = copy_of(call.regions);
+  restore(call.regions);
   const MergeCall valid = validate(call.passed.get());
   const auto& [num_tokens, num_heads, head_size] = valid.geometry;
   cpu::baseline::merge_tiles(
       valid, 0,
       cpu::tiles(num_tokens, cpu::kTileTokens) * cpu::tiles(num_heads, cpu::tile_heads(valid)));
-  check_untouched(call, true);
-  for (Role role : {kOutput, kOutputLse}) {
-    if (!call.operands[role].given) continue;
-    const Format& format = format_of(call.view(role).dtype);
-    const int region = call.operands[role].region;
-    for_each_element(call.view(role), [&](int64_t, int64_t, int64_t, const uint8_t* address) {
-      const uint8_t* other = chosen[region].data() + (address - call.regions[region].bytes.get());
-      const bool same = code_at(format, address) == code_at(format, other);
-      // Which of two NaN an addition returns is the compiler's choice of operand order.
-      const long double a = value_at(format, address), b = value_at(format, other);
-      if (!same && !(a != a && b != b)) {
-        fail("%s: the builds give %.20Lg and %.20Lg", kNames[role], b, a);
-      }
-    });
-  }
+  check_untouched(call.regions, written(call));
+  check_same(call.regions, written(call), chosen);
 }
 
 void check(const Call& call) {
-  const std::set<std::string> faulty = faulty_arguments(call);
+  const Names faulty = faulty_arguments(call);
   if (std::getenv("DESCRIBE") != nullptr) describe(call);
   const Answer selected = select(call);
-  check_untouched(call, false);
+  check_untouched(call.regions, {});
   const Answer merged = merge(call);
   ++statistics.calls;
   if (selected.status == MERGE_ATTN_STATES_INVALID_ARGUMENT) {

@@ -33,42 +33,34 @@ constexpr int64_t kOddNumbers[] = {0,
                                    INT64_MIN,
                                    INT64_MIN / 3};
 
-void place_alone(Call& call, Operand& operand) {
+void place_alone(Regions& regions, Operand& operand) {
   const Extent extent = extent_of(operand.view);
   const bool fits = extent.high - extent.low <= kLargestRegion;
   // At least a byte, since memory of 0 bytes means that its size is unknown.
   const size_t size = fits ? static_cast<size_t>(extent.high - extent.low) : 64;
-  operand.region = add_region(call, std::max<size_t>(1, size));
-  operand.view.data = call.regions[operand.region].bytes.get();
+  operand.region = add_region(regions, std::max<size_t>(1, size));
+  operand.view.data = regions[operand.region].bytes.get();
   if (fits) operand.view.data = static_cast<uint8_t*>(operand.view.data) - int64_t(extent.low);
 }
 
-void place_shared(Call& call, Operand& operand, size_t offset, bool aligned) {
+void place_shared(const Regions& regions, Operand& operand, size_t offset, bool aligned) {
   const Extent extent = extent_of(operand.view);
   const int64_t bytes = bytes_of(operand.view.dtype);
   if (aligned) offset -= offset % bytes;
   if (-extent.low < kLargestRegion) offset += static_cast<size_t>(-extent.low);
   operand.region = 0;
-  operand.view.data = call.regions[0].bytes.get() + offset % kSharedBytes;
+  operand.view.data = regions[0].bytes.get() + offset % kSharedBytes;
 }
 
 // Both begin at one address, in new memory that holds both.
-void place_together(Call& call, Operand& operand, Operand& other) {
+void place_together(Regions& regions, Operand& operand, Operand& other) {
   const Extent extent = extent_of(operand.view), others = extent_of(other.view);
   constexpr int64_t kWidest = sizeof(double);
   const __int128 low = std::min(extent.low, others.low) / kWidest * kWidest - kWidest;
   const __int128 high = std::max(extent.high, others.high);
-  if (high - low > kLargestRegion) return place_alone(call, operand);
-  operand.region = other.region = add_region(call, static_cast<size_t>(high - low));
-  operand.view.data = other.view.data = &call.regions[operand.region].bytes[int64_t(-low)];
-}
-
-// The two inputs of an operand's own kind are its usual partners, any earlier operand is possible.
-Role partner(Role role, uint8_t byte) {
-  if (byte >= 0xe0) return static_cast<Role>(byte % role);
-  const bool lse = role == kPrefixLse || role == kSuffixLse || role == kOutputLse;
-  const Role first = lse ? kPrefixLse : kPrefixOutput;
-  return role == first ? kPrefixOutput : byte & 1 && role > first + 1 ? Role(first + 1) : first;
+  if (high - low > kLargestRegion) return place_alone(regions, operand);
+  operand.region = other.region = add_region(regions, static_cast<size_t>(high - low));
+  operand.view.data = other.view.data = &regions[operand.region].bytes[int64_t(-low)];
 }
 
 }  // namespace
@@ -78,48 +70,6 @@ int64_t Bytes::odd_number() {
   return static_cast<int64_t>(base + static_cast<int8_t>(next()));
 }
 
-int64_t bytes_of(uint32_t dtype) { return (dtype >> 8 & 0xff) / 8; }
-
-bool is_empty(const merge_attn_states_tensor& view) {
-  return std::any_of(view.sizes, view.sizes + view.rank, [](int64_t size) { return size == 0; });
-}
-
-Extent extent_of(const merge_attn_states_tensor& view) {
-  if (is_empty(view)) return {0, 0};
-  const int64_t bytes = bytes_of(view.dtype);
-  Extent extent{0, bytes};
-  for (int32_t i = 0; i < view.rank; ++i) {
-    // At most 2^63 * 2^63 * 2^5: saturated far below, since all that matters is "too far".
-    const __int128 most = __int128(1) << 80;
-    const __int128 reach =
-        std::clamp(__int128(view.sizes[i] - __int128(1)) * view.strides[i], -most, most) * bytes;
-    (reach < 0 ? extent.low : extent.high) += reach;
-  }
-  return extent;
-}
-
-bool is_inside(const merge_attn_states_tensor& view, const void* memory, int64_t size) {
-  if (view.rank < 0 || (view.rank > 0 && (view.sizes == nullptr || view.strides == nullptr))) {
-    return false;
-  }
-  if (is_empty(view)) return true;
-  const __int128 begin = reinterpret_cast<uintptr_t>(memory);
-  const __int128 data = reinterpret_cast<uintptr_t>(view.data);
-  const Extent extent = extent_of(view);
-  return begin <= data + extent.low && data + extent.high <= begin + size;
-}
-
-int add_region(Call& call, size_t size) {
-  call.regions.push_back({std::make_unique<uint8_t[]>(size), size, {}});
-  return static_cast<int>(call.regions.size()) - 1;
-}
-
-void point_view(Operand& operand) {
-  operand.view.sizes = operand.sizes.data();
-  operand.view.strides = operand.strides.data();
-  operand.view.rank = static_cast<int32_t>(operand.sizes.size());
-}
-
 // Dense in one of the orders of the dimensions, then widened, reversed and repeated; or any that
 // fit into a region.
 void read_strides(Operand& operand, Bytes& bytes) {
@@ -127,7 +77,7 @@ void read_strides(Operand& operand, Bytes& bytes) {
   const int rank = static_cast<int>(operand.sizes.size());
   operand.strides.assign(rank, 1);
   const auto product = [](int64_t a, int64_t b) {
-    return std::min(a, kMostSearched) * std::min(b, kMostSearched);
+    return std::clamp<int64_t>(a, -1, kMostSearched) * std::clamp<int64_t>(b, -1, kMostSearched);
   };
   const int64_t count =
       std::accumulate(operand.sizes.begin(), operand.sizes.end(), int64_t(1), product);
@@ -136,9 +86,11 @@ void read_strides(Operand& operand, Bytes& bytes) {
     for (int64_t& each : operand.strides) each = int64_t(random.below(6000)) - 3000;
     return;
   }
-  int at[3] = {2, 1, 0};
-  if (rank == 2) at[0] = 1, at[1] = 0;
-  for (int turn = order % 6; turn > 0; --turn) std::next_permutation(at, at + rank);
+  std::vector<int> at(rank);
+  std::iota(at.rbegin(), at.rend(), 0);
+  for (int turn = order % (rank > 3 ? 31 : 6); turn > 0; --turn) {
+    std::next_permutation(at.begin(), at.end());
+  }
   int64_t stride = 1 + (widen & 3);
   for (int i = 0; i < rank; ++i) {
     const int dim = at[i];
@@ -149,13 +101,14 @@ void read_strides(Operand& operand, Bytes& bytes) {
   }
 }
 
-void place(Call& call, Role role, Bytes& bytes) {
-  Operand& operand = call.operands[role];
+void place(Regions& regions, Operand& operand, Bytes& bytes,
+           const std::function<Operand*(uint8_t)>& partner) {
   const uint8_t where = bytes.next() % 8, low = bytes.next(), high = bytes.next();
-  if (where < 3 || (where > 5 && role == kPrefixOutput)) return place_alone(call, operand);
-  if (where < 6) return place_shared(call, operand, low | high << 8, where != 5);
-  Operand& other = call.operands[partner(role, high)];
-  if (where == 7 && (high & 2) != 0) return place_together(call, operand, other);
+  Operand* const found = where > 5 ? partner(high) : nullptr;
+  if (where < 3 || (where > 5 && found == nullptr)) return place_alone(regions, operand);
+  if (where < 6) return place_shared(regions, operand, low | high << 8, where != 5);
+  Operand& other = *found;
+  if (where == 7 && (high & 2) != 0) return place_together(regions, operand, other);
   const bool as_it_is = other.sizes.size() == operand.sizes.size() && where == 6;
   if (as_it_is) operand.strides = other.strides, point_view(operand);
   operand.region = other.region;
@@ -163,9 +116,7 @@ void place(Call& call, Role role, Bytes& bytes) {
   operand.view.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(other.view.data) + shift);
 }
 
-void declare_memory(const Call& call, Operand& operand, uint8_t mode) {
-  const Region& region = call.regions[operand.region];
-  merge_attn_states_tensor& view = operand.view;
+void declare_memory(const Region& region, merge_attn_states_tensor& view, uint8_t mode) {
   const int64_t size = static_cast<int64_t>(region.size);
   view.memory = region.bytes.get();
   view.memory_bytes = size;

@@ -1,7 +1,9 @@
 // Where an operand lies: its strides, the memory that holds it, and what the library is told of it.
 #pragma once
 
-#include "call.h"
+#include <functional>
+
+#include "operand.h"
 
 namespace merge_attn_states::fuzz {
 
@@ -10,6 +12,7 @@ class Bytes {
  public:
   Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
   uint8_t next() { return at_ < size_ ? data_[at_++] : 0; }
+  void seek(size_t at) { at_ = at; }
   int64_t odd_number();  // at or near one where 32-bit or 64-bit arithmetic breaks
 
  private:
@@ -20,19 +23,15 @@ class Bytes {
 
 inline constexpr size_t kSharedBytes = 4096;
 
-int add_region(Call& call, size_t size);
-
-// Lets the view see the operand's sizes and strides.
-void point_view(Operand& operand);
-
 void read_strides(Operand& operand, Bytes& bytes);
 
 // Alone in memory of its own, somewhere in the shared region, on an earlier operand, or where that
-// one begins.
-void place(Call& call, Role role, Bytes& bytes);
+// one begins. `partner` chooses it; null: there is none.
+void place(Regions& regions, Operand& operand, Bytes& bytes,
+           const std::function<Operand*(uint8_t)>& partner);
 
 // Says where the memory is, truly, narrowly or wrongly. What lies outside is always told: the
 // library cannot know it otherwise, and would be right to believe the caller.
-void declare_memory(const Call& call, Operand& operand, uint8_t mode);
+void declare_memory(const Region& region, merge_attn_states_tensor& view, uint8_t mode);
 
 }  // namespace merge_attn_states::fuzz

@@ -1,8 +1,11 @@
 #!/bin/sh
-# Fuzzes the C entry: builds build/fuzz/merge_fuzz, runs the regression inputs, then libFuzzer for
-# FUZZ_SECONDS from the committed corpus. New inputs go to build/fuzz/corpus, a finding to
-# build/fuzz; fixed, it belongs in fuzz/regressions. What is new in build/fuzz/corpus is kept by
+# Fuzzes the C entries: builds build/fuzz/merge_fuzz, of the pair, and build/fuzz/parts_fuzz, of many
+# parts; runs the regression inputs of both, then libFuzzer, half of FUZZ_SECONDS each, from the
+# committed corpora (fuzz/corpus and fuzz/parts_corpus). New inputs go to build/fuzz/corpus and
+# build/fuzz/parts_corpus, a finding to build/fuzz; fixed, it belongs in fuzz/regressions or
+# fuzz/parts_regressions. What is new is kept by
 #   build/fuzz/merge_fuzz -merge=1 -use_counters=0 fuzz/corpus build/fuzz/corpus
+# and the same of parts_fuzz.
 # Exit status 3: the tools are missing.
 #   CLANGXX  a clang++ with libFuzzer, AddressSanitizer and UndefinedBehaviorSanitizer
 set -eu
@@ -14,7 +17,7 @@ if [ -z "$clangxx" ]; then
   exit 3
 fi
 build=build/fuzz
-mkdir -p $build/corpus
+mkdir -p $build/corpus $build/parts_corpus
 sanitize=-fsanitize=fuzzer,address,undefined
 echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' \
   > $build/probe.cpp
@@ -46,14 +49,26 @@ for source in fuzz/*.cpp csrc/entry.cpp csrc/core/*.cpp csrc/cpu/*.cpp; do
   esac
   object=$build/$(echo "$source" | tr / _).o
   "$clangxx" $flags "$@" -c "$source" -o "$object"
-  objects="$objects $object"
+  case $source in
+    fuzz/*_fuzz.cpp) ;;
+    *) objects="$objects $object" ;;
+  esac
 done
-"$clangxx" $sanitize $objects -o $build/merge_fuzz
+for target in merge parts; do
+  "$clangxx" $sanitize $objects $build/fuzz_${target}_fuzz.cpp.o -o $build/${target}_fuzz
+done
 
 export UBSAN_OPTIONS=print_stacktrace=1 STATISTICS=1
 set -- -timeout=10 -rss_limit_mb=2048 -verbosity=0
 find fuzz/regressions -type f -exec $build/merge_fuzz "$@" {} +
+find fuzz/parts_regressions -type f -exec $build/parts_fuzz "$@" {} +
 [ "$seconds" -gt 0 ] || exit 0
-echo "merge_attn_states: fuzzing for $seconds s"
-exec $build/merge_fuzz "$@" -max_total_time="$seconds" -max_len=80 -len_control=0 \
-  -print_final_stats=1 -artifact_prefix=$build/ $build/corpus fuzz/corpus
+fuzz() {
+  target=$1 corpus=$2 length=$3
+  shift 3
+  echo "merge_attn_states: $target for $((seconds / 2)) s"
+  $build/$target "$@" -max_total_time=$(((seconds + 1) / 2)) -max_len="$length" -len_control=0 \
+    -print_final_stats=1 -artifact_prefix=$build/ $build/$corpus fuzz/$corpus
+}
+fuzz merge_fuzz corpus 80 "$@"
+fuzz parts_fuzz parts_corpus 200 "$@"

@@ -50,18 +50,6 @@ double lse_number(Random& random) {
   return kNumbers[random.below(std::size(kNumbers))];
 }
 
-bool can_be_filled(const Call& call, const Operand& operand) {
-  const merge_attn_states_tensor& view = operand.view;
-  const Region& region = call.regions[operand.region];
-  if (!is_known(view.dtype) || view.rank < 0 || view.rank > 3) return false;
-  if (!is_inside(view, region.bytes.get(), static_cast<int64_t>(region.size))) return false;
-  __int128 count = 1;
-  for (int32_t i = 0; i < view.rank && 0 <= count && count < (1 << 16); ++i) {
-    count *= view.sizes[i];
-  }
-  return count >= 0 && count < (1 << 16);
-}
-
 }  // namespace
 
 const Format& format_of(uint32_t dtype) {
@@ -104,30 +92,40 @@ long double value_at(const Format& format, const uint8_t* address) {
   return decode(format, code_at(format, address));
 }
 
-void fill(const Call& call, Random& random, uint8_t oddity) {
-  for (const Region& region : call.regions) {
+bool can_be_filled(const Regions& regions, const Operand& operand) {
+  const merge_attn_states_tensor& view = operand.view;
+  const Region& region = regions[operand.region];
+  if (!operand.given || view.rank > kMostDimensions) return false;
+  if (!is_inside(view, region.bytes.get(), static_cast<int64_t>(region.size))) return false;
+  const __int128 count = count_of(view);
+  return count >= 0 && count < (1 << 16) &&
+         std::all_of(view.sizes, view.sizes + view.rank, [](int64_t size) { return size >= 0; });
+}
+
+void fill(const Regions& regions, Random& random) {
+  for (const Region& region : regions) {
     for (size_t i = 0; i < region.size; i += sizeof(uint64_t)) {
       const uint64_t bits = random.next();
       std::memcpy(&region.bytes[i], &bits, std::min(sizeof(bits), region.size - i));
     }
   }
-  for (int role = 0; role < kRoles; ++role) {
-    const Operand& operand = call.operands[role];
-    if (!operand.given || !can_be_filled(call, operand)) continue;
-    const Format& format = format_of(operand.view.dtype);
-    const bool lse = role == kPrefixLse || role == kSuffixLse;
-    for_each_element(operand.view, [&](int64_t, int64_t, int64_t, uint8_t* address) {
-      if (lse && format.dtype == MERGE_ATTN_STATES_FLOAT64) {
-        const double number = lse_number(random);
-        std::memcpy(address, &number, sizeof(number));
-      } else if (lse && format.dtype == MERGE_ATTN_STATES_FLOAT32) {
-        const float number = static_cast<float>(lse_number(random));
-        std::memcpy(address, &number, sizeof(number));
-      } else if (random.below(256) >= oddity) {
-        write_code(format, address, ordinary(format, random));
-      }  // else any bits, as they are
-    });
-  }
+}
+
+void fill(const Regions& regions, const Operand& operand, bool is_lse, uint8_t oddity,
+          Random& random) {
+  if (!is_known(operand.view.dtype) || !can_be_filled(regions, operand)) return;
+  const Format& format = format_of(operand.view.dtype);
+  for_each_element(operand.view, [&](const Index&, uint8_t* address) {
+    if (is_lse && format.dtype == MERGE_ATTN_STATES_FLOAT64) {
+      const double number = lse_number(random);
+      std::memcpy(address, &number, sizeof(number));
+    } else if (is_lse && format.dtype == MERGE_ATTN_STATES_FLOAT32) {
+      const float number = static_cast<float>(lse_number(random));
+      std::memcpy(address, &number, sizeof(number));
+    } else if (random.below(256) >= oddity) {
+      write_code(format, address, ordinary(format, random));
+    }  // else any bits, as they are
+  });
 }
 
 }  // namespace merge_attn_states::fuzz

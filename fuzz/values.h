@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "call.h"
+#include "operand.h"
 
 namespace merge_attn_states::fuzz {
 
@@ -42,8 +42,13 @@ bool is_fp8(uint32_t dtype);
 uint64_t code_at(const Format& format, const uint8_t* address);
 long double value_at(const Format& format, const uint8_t* address);
 
-// Random bytes everywhere; in the operands random numbers near 1 and, the more the higher `oddity`,
-// any bits. The LSEs hold all the numbers of the empty rule.
-void fill(const Call& call, Random& random, uint8_t oddity);
+// Random bytes everywhere.
+void fill(const Regions& regions, Random& random);
+
+// Random numbers near 1 and, the more the higher `oddity`, any bits. LSEs hold all the numbers of
+// the empty rule. What does not lie in its memory stays as it is.
+void fill(const Regions& regions, const Operand& operand, bool is_lse, uint8_t oddity,
+          Random& random);
+bool can_be_filled(const Regions& regions, const Operand& operand);
 
 }  // namespace merge_attn_states::fuzz

@@ -131,15 +131,16 @@ void for_each_per_row(PartsCall& call, F&& f) {
 
 // One dimension for two that continue each other in every operand, the outer one at `dim`.
 bool join_with_next(PartsCall& call, int dim) {
-  bool continues = true;
   const int64_t outer = call.sizes[dim], inner = call.sizes[dim + 1];
+  int64_t joined;  // beside a dimension of size 0 any two may be too large
+  bool continues = !__builtin_mul_overflow(outer, inner, &joined);
   if (outer != 1 && inner != 1) {
     for_each_per_row(call, [&](const PerRow& operand) {
       continues &= operand.strides[dim] == inner * operand.strides[dim + 1];
     });
   }
   if (!continues) return false;
-  call.sizes[dim] = outer * inner;
+  call.sizes[dim] = joined;
   std::copy(call.sizes + dim + 2, call.sizes + kMaxRowDims, call.sizes + dim + 1);
   call.sizes[kMaxRowDims - 1] = 1;
   for_each_per_row(call, [&](PerRow& operand) {

@@ -197,10 +197,26 @@ void check_part_dtypes(const PartsOperands& operands) {
   }
 }
 
+// Of a merge's output, whose parts have gradients.
+void check_gradient_dtype(const Operand& gradient, DType parts) {
+  const bool wide = parts == DType::kFloat64;
+  if (wide ? gradient.dtype() == parts : is_float(gradient.dtype())) return;
+  refuse(gradient.name, [&] {
+    return std::string("expected ") + (wide ? "float64" : "float32, float16 or bfloat16") + " of " +
+           dtype_name(static_cast<uint32_t>(parts)) + " parts, got " +
+           dtype_name(gradient.view->dtype);
+  });
+}
+
 void check_dtypes(const PartsOperands& operands) {
   check_part_dtypes(operands);
   const Operand &out = operands.out, &scale = operands.scale;
-  check_out_dtype(out.name, out.dtype(), operands.parts[0].output.dtype(), scale.given());
+  const DType parts = operands.parts[0].output.dtype();
+  if (operands.is_backward) {
+    check_gradient_dtype(out, parts);
+  } else {
+    check_out_dtype(out.name, out.dtype(), parts, scale.given());
+  }
   if (scale.given()) check_dtype(scale, DType::kFloat32, "the dtype of a scale");
   const bool wide = operands.parts[0].output.dtype() == DType::kFloat64;
   const auto check_lse = [=](const Operand& lse) {
@@ -324,13 +340,14 @@ void check_gradients(PartsOperands& operands) {
     if (gradient.view->rank != rank || !has_sizes(gradient, sizes, rank)) {
       refuse_shape(gradient, sizes, rank, why);
     }
-    int64_t stride = 1;
-    for (int i = rank - 1; i >= 0; --i) {
-      if (gradient.size(i) != 1 && gradient.view->strides[i] != stride) {
+    const bool has_elements = std::find(sizes, sizes + rank, 0) == sizes + rank;
+    uint64_t stride = 1;  // wraps where the memory, which is checked below, cannot be
+    for (int i = rank - 1; has_elements && i >= 0; --i) {
+      if (gradient.size(i) != 1 && static_cast<uint64_t>(gradient.view->strides[i]) != stride) {
         refuse(gradient.name,
                [&] { return "expected a contiguous tensor, got " + gradient.layout(); });
       }
-      stride *= gradient.size(i);
+      stride *= static_cast<uint64_t>(gradient.size(i));
     }
     check_device(gradient, *operands.reference().view, operands.reference().name);
     check_memory(gradient, rank);

@@ -83,7 +83,7 @@ bool streams(const PartsCall& call) {
 
 PartsTiles parts_tiles(const PartsCall& call) {
   PartsTiles result{.dims = {0, kMaxRowDims - 1}, .streams = streams(call)};
-  auto& [along, across] = result.dims;
+  int &along = result.dims.along, &across = result.dims.across;
   const auto step = [&](int dim) { return std::abs(call.part(0).lse.strides[dim]); };
   const auto is_closer = [&](int dim) {
     return call.sizes[dim] > 1 && (call.sizes[along] == 1 || step(dim) <= step(along));
