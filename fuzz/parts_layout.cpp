@@ -69,7 +69,10 @@ std::vector<std::pair<Operand*, uint8_t>> lay_out(CallOfParts& call, Bytes& byte
     point_view(operand);
     const size_t behind = bytes.at() + 4;
     operand.view.data = call.regions[0].bytes.get();
-    if (!operand.given) return bytes.seek(behind);
+    if (!operand.given) {  // unless a fault gives it
+      declared.emplace_back(&operand, 0);
+      return bytes.seek(behind);
+    }
     place(call.regions, operand, bytes, [&](uint8_t byte) -> Operand* {
       if (placed.empty()) return nullptr;
       Operand& of_part = call.parts[byte % call.parts.size()].*of_kind;
