@@ -67,6 +67,12 @@ std::vector<std::pair<Operand*, uint8_t>> lay_out(CallOfParts& call, Bytes& byte
     Bytes none(nullptr, 0);
     if (is_gradient) read_strides(operand, none);
     point_view(operand);
+    const size_t behind = bytes.at() + 4;
+    operand.view.data = call.regions[0].bytes.get();
+    if (!operand.given) {  // unless a fault gives it
+      declared.emplace_back(&operand, 0);
+      return bytes.seek(behind);
+    }
     place(call.regions, operand, bytes, [&](uint8_t byte) -> Operand* {
       if (placed.empty()) return nullptr;
       Operand& of_part = call.parts[byte % call.parts.size()].*of_kind;

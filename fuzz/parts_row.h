@@ -57,7 +57,9 @@ void for_each_row(const CallOfParts& call, F&& f) {
     outputs.push_back(call.output_of(k)), lses.push_back(call.lse_of(k));
   }
   const Operand& like = is_update ? call.reference() : call.out;
-  const View rows(call.regions, like, call.row_dims());
+  View rows(call.regions, like, call.row_dims());
+  rows.view.data = call.regions[0].bytes.get();  // of no element there may be no memory
+  std::fill(rows.strides.begin(), rows.strides.end(), 0);
   for_each_element(rows.view, [&](const Index& index, const uint8_t*) {
     f(Row(call, outputs, lses, index), index);
   });

@@ -11,7 +11,8 @@ namespace merge_attn_states::fuzz {
 class Bytes {
  public:
   Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  uint8_t next() { return at_ < size_ ? data_[at_++] : 0; }
+  uint8_t next() { return at_++ < size_ ? data_[at_ - 1] : 0; }
+  size_t at() const { return at_; }
   void seek(size_t at) { at_ = at; }
   int64_t odd_number();  // at or near one where 32-bit or 64-bit arithmetic breaks
 

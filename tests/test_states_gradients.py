@@ -148,6 +148,15 @@ def test_an_empty_part_has_no_gradient_and_is_not_read(device):
         assert lse.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 8), (4, 0, 8), (4, 3, 0)])
+def test_a_merge_without_elements_has_gradients(shape, device):
+    outputs = [wanting(torch.zeros(shape, device=device)) for _ in range(COUNT)]
+    lses = [wanting(torch.zeros(shape[:-1], device=device)) for _ in range(COUNT)]
+    out, lse = merge_states(outputs, lses)
+    (out.sum() + lse.sum()).backward()
+    assert all(x.grad.shape == x.shape for x in outputs + lses)
+
+
 def test_mixed_dtypes_have_gradients_of_their_own(device):
     states = make_states((4, 3), 8, 3, [F32, BF16, F16], device, empty=False)
     outputs = [wanting(x) for x in states.outputs]
