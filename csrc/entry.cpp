@@ -151,6 +151,10 @@ merge_attn_states_status merge_attn_states_backward(const merge_attn_states_back
   using namespace merge_attn_states;
   return guarded(message, message_size, [&] {
     const PartsCall call = validate(args);
+    // Expanded inputs have any number of rows: what is asked for says that they can be counted.
+    const Gradients& asked = call.gradients;
+    const bool asks_for_values = asked.outputs != nullptr && call.head_size > 0;
+    if (!asks_for_values && asked.lses == nullptr && asked.sink == nullptr) return;
     if (call.nothing_to_do()) return;
     call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run_backward(call) : cuda::run_backward(call);
   });

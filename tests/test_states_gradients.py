@@ -155,6 +155,8 @@ def test_a_merge_without_elements_has_gradients(shape, device):
     out, lse = merge_states(outputs, lses)
     (out.sum() + lse.sum()).backward()
     assert all(x.grad.shape == x.shape for x in outputs + lses)
+    for x in lses:
+        torch.testing.assert_close(x.grad, torch.full_like(x, 1 / COUNT))
 
 
 def test_mixed_dtypes_have_gradients_of_their_own(device):

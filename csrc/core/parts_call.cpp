@@ -74,11 +74,13 @@ void check_number_of_parts(const PartsOperands& operands, bool are_alike) {
   });
 }
 
-// Without an element there is no address to compute, whatever the strides.
+// Without an element there is no address to compute, whatever the strides; and a pointer that may
+// be null, which here means "not given".
 PerRow per_row(const Operand& operand, int num_row_dims, int without = -1) {
+  alignas(16) static char nothing[16];
   PerRow result;
   if (!operand.given()) return result;
-  result.data = operand.view->data;
+  result.data = operand.extent.empty() ? nothing : operand.view->data;
   if (operand.extent.empty()) return result;
   for (int i = 0, dim = 0; dim < num_row_dims; ++i) {
     if (i != without) result.strides[dim++] = operand.stride(i);
