@@ -51,8 +51,8 @@ void check_gradients(const CallOfParts& call) {
       for (int64_t i = 0; i < head_size && !is_sink && call.grad_outputs.given; ++i) {
         of_part[dims + 1] = i;
         Estimate expected = row.product(term, gradient[i], 8 * eps);
-        if (term.skipped) expected = {0, 0};
         if (row.nan) expected = {NAN, 0};
+        if (term.skipped) expected = {0, 0};
         check(call.grad_outputs, of_part, expected, term.skipped);
       }
       const Operand& operand = is_sink ? call.grad_sink : call.grad_lses;
@@ -62,8 +62,8 @@ void check_gradients(const CallOfParts& call) {
           static_cast<Real>(ln_of(is_sink ? call.out_base() : call.base_of(static_cast<int>(k))));
       Estimate expected{base * term.weight * (dots[k] - mean + of_lse),
                         16 * eps * bound + 0x1p-120L};
-      if (term.skipped) expected = {0, 0};
       if (row.nan) expected = {NAN, 0};
+      if (term.skipped) expected = {0, 0};
       check(operand, is_sink ? index : of_part, expected, term.skipped);
     }
   });

@@ -159,6 +159,21 @@ def test_a_merge_without_elements_has_gradients(shape, device):
         torch.testing.assert_close(x.grad, torch.full_like(x, 1 / COUNT))
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_an_empty_part_beside_a_nan_has_no_gradient(count, device):
+    outputs = [wanting(torch.ones(1, 1, 4, device=device)) for _ in range(count)]
+    lses = [wanting(torch.zeros(1, 1, device=device)) for _ in range(count)]
+    with torch.no_grad():
+        lses[0].fill_(float("nan"))
+        lses[1].fill_(-INF)
+        outputs[1].fill_(float("nan"))
+    merge_states(outputs, lses)[0].sum().backward()
+    assert (outputs[1].grad == 0).all()
+    assert (lses[1].grad == 0).all()
+    assert outputs[0].grad.isnan().all()
+    assert lses[0].grad.isnan().all()
+
+
 def test_mixed_dtypes_have_gradients_of_their_own(device):
     states = make_states((4, 3), 8, 3, [F32, BF16, F16], device, empty=False)
     outputs = [wanting(x) for x in states.outputs]

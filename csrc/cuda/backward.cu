@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kAnyThreads)
 
       Acc mean{};
       for (int k = 0; k < num_parts; ++k) {
-        const bool is_absent = parts[k] == nullptr || weights[k] < Acc(0);
+        const bool is_absent = parts[k] == nullptr;
         const Acc weight = is_absent ? Acc(0) : weights[k];
         const Part& part = call.source.part(k);
         char* const to = call.gradients.outputs == nullptr
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kAnyThreads)
       }
       __syncwarp();
       for (int k = lane; call.gradients.lses != nullptr && k < num_parts; k += 32) {
-        const bool is_absent = parts[k] == nullptr || weights[k] < Acc(0);
+        const bool is_absent = parts[k] == nullptr;
         static_cast<Acc*>(call.gradients.lses)[k * call.num_rows + number] =
             is_absent ? Acc(0)
                       : lse_gradient(call.source.part(k).base, call.rule.out_base, weights[k],

@@ -74,10 +74,9 @@ __device__ RowCoordinates coordinates(const Call& call, int64_t row) {
 
 // As it is stored, -inf where the part is absent or declared empty; `row` becomes the part's own.
 template <class Acc, class Call>
-__device__ Acc load_lse(const Call& call, int k, RowCoordinates& row, bool& is_absent) {
+__device__ Acc load_lse(const Call& call, int k, RowCoordinates& row) {
   const Part& part = call.source.part(k);
-  is_absent = !part.index.find(row, part.index_is_64_bit);
-  if (is_absent) return -INFINITY;
+  if (!part.index.find(row, part.index_is_64_bit)) return -INFINITY;
   if (part.empty.data != nullptr) {
     const bool marked = static_cast<const uint8_t*>(part.empty.data)[part.empty.offset(row)] != 0;
     if (marked != call.invert_empty) return -INFINITY;
@@ -105,8 +104,9 @@ __device__ Acc load_sink(const Call& call, const RowCoordinates& row) {
 // The rows that a block has to do with: what each part of each weighs, and where its row lies.
 template <class Acc>
 struct RowsOfBlock {
-  Acc weights[kAnyWeights];        // [rows][num_parts]
-  const char* parts[kAnyWeights];  // null where the part is absent
+  Acc weights[kAnyWeights];  // [rows][num_parts]
+  // Null where the part is absent or empty; its weight is NaN there in a row with a NaN.
+  const char* parts[kAnyWeights];
 
   // Called by all threads, for rows [first, first + count); between two calls stands a barrier.
   // Returns what the thread of row threadIdx.x has to know of it.
@@ -117,12 +117,11 @@ struct RowsOfBlock {
     for (int i = threadIdx.x; i < count * num_parts; i += kAnyThreads) {
       const int of_block = static_cast<int>(call.parts.quotient(i)), k = i - of_block * num_parts;
       RowCoordinates row = coordinates(call, first + of_block);
-      bool is_absent;
-      weights[i] = load_lse<Acc>(call, k, row, is_absent);
+      weights[i] = load_lse<Acc>(call, k, row);
       const Part& part = call.source.part(k);
-      parts[i] = is_absent ? nullptr
-                           : static_cast<const char*>(call.source.output(k)) +
-                                 part.output.offset(row) * size_of(part.dtype);
+      parts[i] = isinf(weights[i]) ? nullptr
+                                   : static_cast<const char*>(call.source.output(k)) +
+                                         part.output.offset(row) * size_of(part.dtype);
     }
     PartLse<Acc> sink{};
     const bool has_sink = call.sink.data != nullptr;
@@ -142,6 +141,7 @@ struct RowsOfBlock {
       lse = weigh_parts<ScalarMath<Acc>, Acc>(
           call.rule, num_parts, part, has_sink ? &sink : nullptr, wants_lse,
           [&](int k) -> Acc& { return k < num_parts ? mine[k] : weight_of_sink; });
+      if (isinf(sink.high)) weight_of_sink = Acc(kSkip);  // in a row with a NaN too
     }
     __syncthreads();
     return lse;
