@@ -17,4 +17,6 @@ export PYTHONPATH=build/sanitize
 exec "$python" -m pytest -p no:cacheprovider --capture=sys -k "not cuda" \
   tests/test_layout.py tests/test_large.py tests/test_aliasing.py tests/test_overlap.py \
   tests/test_errors.py tests/test_sanitizer.py tests/test_unusual_tensors.py \
-  tests/test_fast_path_aside.py
+  tests/test_fast_path_aside.py tests/test_states.py tests/test_states_aliasing.py \
+  tests/test_states_overlap.py tests/test_states_errors.py tests/test_states_unusual_tensors.py \
+  tests/test_states_update.py tests/test_states_update_index.py tests/test_states_gradients.py

@@ -38,6 +38,7 @@ for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
     echo "== compute-sanitizer --tool $tool, part $shard"
     SHARD=$shard check "$tool" -m pytest -p shard -p no:cacheprovider -k cuda \
       tests/test_aliasing.py tests/test_overlap.py tests/test_layout.py tests/test_large.py \
-      tests/test_cuda_variants.py
+      tests/test_cuda_variants.py tests/test_states.py tests/test_states_aliasing.py \
+      tests/test_states_gradients.py
   done
 done
