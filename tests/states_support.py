@@ -126,6 +126,20 @@ def make_states(
     return States(outputs, lses, lse_base=bases, **options)
 
 
+def parts(device="cpu", **options) -> States:
+    """Three small parts with nothing special about them."""
+    return make_states((4, 2), 8, 3, F32, device, empty=False, **options)
+
+
+def everything(device="cpu") -> States:
+    """A call that has every operand there is."""
+    return parts(device)._replace(
+        index=[None, torch.tensor([3, -1, 0, 0], device=device), None],
+        empty=[None, None, torch.rand(4, 2, device=device) < 0.5],
+        sink=torch.zeros(2, device=device),
+    )
+
+
 def compare(states: States, out: torch.Tensor, out_lse: torch.Tensor | None) -> None:
     """The one tolerance rule of many parts. `states` holds the operands as they were before."""
     states = States(*map(_on_cpu, states))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from states_support import States, make_states
+from states_support import States, everything, parts
 from support import F32, OLDER_THAN_2_14, assert_bits, blank
 from torch.utils._pytree import tree_map
 
@@ -17,19 +17,6 @@ def by_the_operator(monkeypatch):
     """Before PyTorch 2.14 a fast path knows no size of memory and no sign, and copies lazy ones."""
     for name in ("_fast_merge", "_fast_update") if OLDER_THAN_2_14 else ():
         monkeypatch.setattr(merge_attn_states.states, name, None, raising=False)
-
-
-def parts(device="cpu", **options) -> States:
-    return make_states((N, H), D, K, F32, device, empty=False, **options)
-
-
-def everything(device="cpu") -> States:
-    """A call that has every operand there is."""
-    return parts(device)._replace(
-        index=[None, torch.tensor([3, -1, 0, 0], device=device), None],
-        empty=[None, None, torch.rand(N, H, device=device) < 0.5],
-        sink=torch.zeros(H, device=device),
-    )
 
 
 def lazy_clone(value):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from states_support import States, check, make_states
+from states_support import States, check, everything, parts
 from support import F32, OLDER_THAN_2_14, assert_bits, blank, refuses
 from torch.utils._pytree import tree_map
 
@@ -25,19 +25,6 @@ def by_the_operator(monkeypatch, request):
     for name in ("_fast_merge", "_fast_update"):
         if OLDER_THAN_2_14 or kind == "a view":
             monkeypatch.setattr(merge_attn_states.states, name, None)
-
-
-def parts(device="cpu", **options) -> States:
-    return make_states((N, H), D, K, F32, device, empty=False, **options)
-
-
-def everything(device="cpu") -> States:
-    """A call that has every operand there is."""
-    return parts(device)._replace(
-        index=[None, torch.tensor([3, -1, 0, 0], device=device), None],
-        empty=[None, None, torch.rand(N, H, device=device) < 0.5],
-        sink=torch.zeros(H, device=device),
-    )
 
 
 def with_operand(states: States, name: str, change) -> States:

@@ -18,7 +18,7 @@ namespace merge_attn_states {
 struct Operand {
   Name name = "";
   int address_rank = 0;              // dimensions that its address depends on
-  const TensorView* view = nullptr;  // not given
+  const TensorView* view = nullptr;  // null: not given
   Extent extent{};                   // set by check_memory
 
   bool given() const { return view != nullptr; }

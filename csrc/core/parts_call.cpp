@@ -9,7 +9,6 @@
 namespace merge_attn_states {
 namespace {
 
-constexpr size_t kSmallestTensor = offsetof(TensorView, memory);
 static_assert(sizeof(merge_attn_states_part) ==
               offsetof(merge_attn_states_part, reserved) + sizeof(int32_t));
 static_assert(sizeof(merge_attn_states_parts_args) ==
@@ -349,10 +348,9 @@ std::optional<MergeCall> as_pair(const PartsCall& call) {
   const auto is_plain = [](const Part& part) {
     return part.index.data == nullptr && part.empty.data == nullptr;
   };
-  const bool is_natural = call.base == Base::kE && call.out_base == Base::kE && !call.mixes_bases;
-  if (call.num_parts != 2 || !is_natural || call.sink.data != nullptr ||
-      prefix.dtype != suffix.dtype || !is_plain(prefix) || !is_plain(suffix) ||
-      call.sizes[2] != 1 || call.sizes[3] != 1 ||
+  const LseRule rule = call.lse_rule();
+  if (!rule.is_pair || rule.out_base != Base::kE || prefix.dtype != suffix.dtype ||
+      !is_plain(prefix) || !is_plain(suffix) || call.sizes[2] != 1 || call.sizes[3] != 1 ||
       (prefix.dtype != call.out_dtype && !can_convert(prefix.dtype, call.out_dtype))) {
     return std::nullopt;
   }

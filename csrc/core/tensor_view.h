@@ -5,6 +5,7 @@
 // Python.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -13,6 +14,10 @@
 namespace merge_attn_states {
 
 using TensorView = merge_attn_states_tensor;
+
+// What every caller's struct holds; none of its fields may hide in padding at the end.
+inline constexpr size_t kSmallestTensor = offsetof(TensorView, memory);
+static_assert(sizeof(TensorView) == offsetof(TensorView, memory_bytes) + sizeof(int64_t));
 
 // Says where the view's memory begins, `offset_bytes` before its data, and how much it is. False
 // where there is none, freed or never there: then the view has no data either, which is refused

@@ -18,9 +18,7 @@ constexpr const char* kSameAsPrefix = "the dtype of prefix_output";
 
 // What the structs of every caller hold. Behind it a field may be missing, and is then 0; none may
 // hide in padding at the end, which a caller leaves unset.
-constexpr size_t kSmallestTensor = offsetof(TensorView, memory);
 constexpr size_t kSmallestArgs = offsetof(merge_attn_states_args, prefill_tokens_with_context);
-static_assert(sizeof(TensorView) == offsetof(TensorView, memory_bytes) + sizeof(int64_t));
 static_assert(sizeof(merge_attn_states_args) ==
               offsetof(merge_attn_states_args, dependent_launch) + sizeof(int32_t));
 

@@ -218,7 +218,7 @@ void check_dtypes(const PartsOperands& operands) {
     check_out_dtype(out.name, out.dtype(), parts, scale.given());
   }
   if (scale.given()) check_dtype(scale, DType::kFloat32, "the dtype of a scale");
-  const bool wide = operands.parts[0].output.dtype() == DType::kFloat64;
+  const bool wide = parts == DType::kFloat64;
   const auto check_lse = [=](const Operand& lse) {
     check_dtype(lse, wide ? DType::kFloat64 : DType::kFloat32,
                 wide ? "the dtype of an LSE of float64 outputs" : "the dtype of every LSE");
@@ -296,7 +296,7 @@ void check_overlap_of_results(PartsOperands& operands) {
     for (int k = 0; k < static_cast<int>(operands.parts.size()); ++k) {
       const PartOperands& part = operands.parts[k];
       const bool is_state = k == operands.state;
-      const bool may_be_same = !part.index.given() && !operands.has_index;
+      const bool may_be_same = !operands.has_index;
       const bool is_out = written == &operands.out;
       if (!is_state) {
         check_beside_part(*written, part.output, may_be_same && is_out, operands);

@@ -343,6 +343,16 @@ __device__ void with_dtype(DType dtype, F&& f) {
   }
 }
 
+template <class Acc>
+__device__ Acc load_element(const void* data, DType dtype, int64_t offset) {
+  Acc value;
+  with_dtype<Acc>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    value = Element<T>::load(static_cast<const T*>(data)[offset]);
+  });
+  return value;
+}
+
 template <class Acc, int kElements>
 __device__ void unpack(const Raw<kElements>& raw, DType dtype, Acc (&values)[kElements]) {
   with_dtype<Acc>(dtype, [&](auto tag) {

@@ -46,14 +46,7 @@ struct Sink {
   const void* data;  // null: none
   DType dtype;
 
-  __device__ float load(uint32_t offset) const {
-    if (dtype == DType::kFloat16)
-      return Element<Half>::load(static_cast<const Half*>(data)[offset]);
-    if (dtype == DType::kBFloat16) {
-      return Element<BFloat16>::load(static_cast<const BFloat16*>(data)[offset]);
-    }
-    return static_cast<const float*>(data)[offset];
-  }
+  __device__ float load(uint32_t offset) const { return load_element<float>(data, dtype, offset); }
 };
 
 struct FewParts {

@@ -84,23 +84,6 @@ __device__ Acc load_lse(const Call& call, int k, RowCoordinates& row) {
   return static_cast<const Acc*>(call.source.lse(k))[part.lse.offset(row)];
 }
 
-template <class Acc, class Call>
-__device__ Acc load_sink(const Call& call, const RowCoordinates& row) {
-  const int64_t offset = call.sink.offset(row);
-  if constexpr (sizeof(Acc) == sizeof(double)) {
-    return static_cast<const double*>(call.sink.data)[offset];
-  } else {
-    switch (call.sink_dtype) {
-      case DType::kFloat16:
-        return Element<Half>::load(static_cast<const Half*>(call.sink.data)[offset]);
-      case DType::kBFloat16:
-        return Element<BFloat16>::load(static_cast<const BFloat16*>(call.sink.data)[offset]);
-      default:
-        return static_cast<const float*>(call.sink.data)[offset];
-    }
-  }
-}
-
 // The rows that a block has to do with: what each part of each weighs, and where its row lies.
 template <class Acc>
 struct RowsOfBlock {
@@ -126,7 +109,8 @@ struct RowsOfBlock {
     PartLse<Acc> sink{};
     const bool has_sink = call.sink.data != nullptr;
     if (threadIdx.x < count && has_sink) {
-      sink.high = load_sink<Acc>(call, coordinates(call, first + threadIdx.x));
+      const RowCoordinates row = coordinates(call, first + threadIdx.x);
+      sink.high = load_element<Acc>(call.sink.data, call.sink_dtype, call.sink.offset(row));
       if (call.mixes_bases && call.rule.out_base == Base::kTwo) sink = natural(sink.high);
     }
     __syncthreads();
