@@ -1,6 +1,7 @@
 """What else is refused of many parts: stacks, numbers of parts, operands on two devices."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -113,12 +114,15 @@ ANY = r"parts that differ in dtype, base or strides or have an index or a mask \
 
 
 UNLIKE = {  # and whether a part of that kind is alike all the same
-    "a dtype": ({"outputs": zeros(1, 2, dtype=F16)}, False),
+    "a dtype": ({"outputs": lambda zeros: zeros(1, 2).half()}, False),
     "a base": ({"base": "2"}, False),
-    "a mask": ({"empty": zeros(1) == 1}, False),
-    "a stride of elements": ({"outputs": zeros(1, 4)[:, ::2]}, False),
-    "a stride of rows": ({"outputs": zeros(2, 4)[::2, :2], "lses": zeros(2)[::2]}, True),
-    "an LSE with a trailing 1": ({"lses": zeros(1, 1)}, True),
+    "a mask": ({"empty": lambda zeros: zeros(1) == 1}, False),
+    "a stride of elements": ({"outputs": lambda zeros: zeros(1, 4)[:, ::2]}, False),
+    "a stride of rows": (
+        {"outputs": lambda zeros: zeros(2, 4)[::2, :2], "lses": lambda zeros: zeros(2)[::2]},
+        True,
+    ),
+    "an LSE with a trailing 1": ({"lses": lambda zeros: zeros(1, 1)}, True),
 }
 
 
@@ -126,17 +130,18 @@ UNLIKE = {  # and whether a part of that kind is alike all the same
 def test_parts_that_differ_in(kind, device):
     """What a dimension of size 1 is stepped over by means nothing."""
     unlike, is_alike = UNLIKE[kind]
+    zeros = partial(torch.zeros, device=device)
 
     def run(count):
         at = count - 1
         states = make_states((1,), 2, count, F32, device, empty=False, out_lse_base="e")
         for name in ("outputs", "lses"):
             if name in unlike:
-                getattr(states, name)[at] = unlike[name].to(device)
+                getattr(states, name)[at] = unlike[name](zeros)
         if "base" in unlike:
             states = states._replace(lse_base=["e"] * at + ["2"])
         if "empty" in unlike:
-            states = states._replace(empty=[None] * at + [unlike["empty"].to(device)])
+            states = states._replace(empty=[None] * at + [unlike["empty"](zeros)])
         return states.run()
 
     run(200)
@@ -217,7 +222,7 @@ def test_a_cpu_operand_among_cuda_ones(name, cuda):
     states = with_one_on(name, "cpu", cuda)
     message = f"{name}: expected device cuda:0, the device of outputs[0], got cpu"
     if name == "outputs[0]":
-        message = "out: expected device cpu, the device of outputs[0], got cuda:0"
+        message = "lses[0]: expected device cpu, the device of outputs[0], got cuda:0"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         states.run()
     assert name == "out" or (states.out.view(torch.int8) == -1).all()

@@ -51,8 +51,9 @@ def new_lse(
 
 
 def _new(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    # Half the time of new_empty; but a graph's sizes may not be known.
-    if not _operator.is_in_a_graph() and like.shape == shape and like.dtype == dtype:
+    # Half the time of new_empty; but the sizes of a graph and its fake tensors may not be known.
+    is_real = type(like) is torch.Tensor and not _operator.is_in_a_graph()
+    if is_real and like.shape == shape and like.dtype == dtype:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     return like.new_empty(shape, dtype=dtype)
 
