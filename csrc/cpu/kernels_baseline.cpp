@@ -6,4 +6,6 @@
 namespace merge_attn_states::cpu::baseline {
 #include "kernels.inc"
 #include "parts.inc"
+#include "parts_backward.inc"
+#include "parts_merge.inc"
 }  // namespace merge_attn_states::cpu::baseline

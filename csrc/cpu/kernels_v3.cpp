@@ -18,5 +18,7 @@
 namespace merge_attn_states::cpu::v3 {
 #include "kernels.inc"
 #include "parts.inc"
+#include "parts_backward.inc"
+#include "parts_merge.inc"
 }  // namespace merge_attn_states::cpu::v3
 #endif
