@@ -133,7 +133,7 @@ void check_baseline(const Call& call) {
   const MergeCall valid = validate(call.passed.get());
   const auto& [num_tokens, num_heads, head_size] = valid.geometry;
   cpu::baseline::merge_tiles(
-      valid, 0,
+      valid, false, 0,
       cpu::tiles(num_tokens, cpu::kTileTokens) * cpu::tiles(num_heads, cpu::tile_heads(valid)));
   check_untouched(call.regions, written(call));
   check_same(call.regions, written(call), chosen);

@@ -53,15 +53,16 @@ struct PartsTiles {
   bool streams;  // the result may go past the caches
 };
 
-// Tiles [begin, end), the tiles of a token range one after the other.
+// Tiles [begin, end), the tiles of a token range one after the other. `streams`: the result may go
+// past the caches.
 namespace baseline {
-void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
+void merge_tiles(const MergeCall& call, bool streams, int64_t begin, int64_t end);
 void merge_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 void backward_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 }  // namespace baseline
 
 namespace v3 {  // x86-64-v3: AVX2 and F16C
-void merge_tiles(const MergeCall& call, int64_t begin, int64_t end);
+void merge_tiles(const MergeCall& call, bool streams, int64_t begin, int64_t end);
 void merge_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 void backward_parts(const PartsCall& call, const PartsTiles& tiles, int64_t begin, int64_t end);
 }  // namespace v3

@@ -1,7 +1,9 @@
 // Chooses the instruction set once and splits the tiles over threads.
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <string>
 
 #include "../devices.h"
@@ -17,7 +19,7 @@ namespace {
 
 struct Build {
   const char* name;
-  void (*merge_tiles)(const MergeCall&, int64_t, int64_t);
+  void (*merge_tiles)(const MergeCall&, bool, int64_t, int64_t);
   void (*merge_parts)(const PartsCall&, const PartsTiles&, int64_t, int64_t);
   void (*backward_parts)(const PartsCall&, const PartsTiles&, int64_t, int64_t);
 };
@@ -66,19 +68,36 @@ void merge_in_parallel(int64_t count, int64_t elements, const Merge& merge) {
       &merge);
 }
 
-// Whether rows of the result may go past the caches: where they would not stay there anyway,
-// nothing has brought them there (in place), and each fills whole lines.
-bool streams(const PartsCall& call) {
+// Whether the rows of a result would not stay in the caches anyway, and each fills whole lines.
+template <class Strides>
+bool passes_caches(const void* data, const Strides& strides, int64_t num_rows, int64_t head_size,
+                   DType dtype) {
   constexpr int64_t kLine = 64;
-  const int64_t size = size_of(call.out_dtype);
+  const int64_t size = size_of(dtype);
   const auto fills_lines = [=](int64_t elements) { return elements * size % kLine == 0; };
-  bool result = call.num_rows() * call.head_size * size >= kStreamedBytes &&
-                call.out_element_stride == 1 && call.out_index.data == nullptr &&
-                reinterpret_cast<uintptr_t>(call.out.data) % kLine == 0 &&
-                fills_lines(call.head_size);
-  for (const int64_t stride : call.out.strides) result &= fills_lines(stride);
-  for (const Part& part : call.parts) result &= part.output.data != call.out.data;
-  return result && !call.is_stack;
+  return num_rows * head_size * size >= kStreamedBytes &&
+         reinterpret_cast<uintptr_t>(data) % kLine == 0 && fills_lines(head_size) &&
+         std::all_of(std::begin(strides), std::end(strides), fills_lines);
+}
+
+// Whether rows of the result may go past the caches, where nothing has brought them (in place).
+bool streams(const MergeCall& call) {
+  const Rows& out = call.merged.output;
+  const auto& [prefix, suffix] = call.parts;
+  return out.element_stride == 1 && out.data != prefix.output.data &&
+         out.data != suffix.output.data &&
+         passes_caches(out.data, std::array{out.token_stride, out.head_stride},
+                       call.geometry.num_rows(), call.geometry.head_size, call.output_dtype);
+}
+
+bool streams(const PartsCall& call) {
+  const bool is_in_place = std::any_of(call.parts.begin(), call.parts.end(), [&](const Part& part) {
+    return part.output.data == call.out.data;
+  });
+  return call.out_element_stride == 1 && call.out_index.data == nullptr && !call.is_stack &&
+         !is_in_place &&
+         passes_caches(call.out.data, call.out.strides, call.num_rows(), call.head_size,
+                       call.out_dtype);
 }
 
 PartsTiles parts_tiles(const PartsCall& call) {
@@ -114,10 +133,10 @@ void run(const MergeCall& call) {
   const int64_t elements = std::min(call.geometry.num_tokens, kTileTokens) *
                            std::min(call.geometry.num_heads, tile_heads(call)) *
                            call.geometry.head_size;
+  const auto merge = build().merge_tiles;
+  const bool past_caches = streams(call);
   merge_in_parallel(count, elements,
-                    [&call, merge = build().merge_tiles](int64_t begin, int64_t end) {
-                      merge(call, begin, end);
-                    });
+                    [&](int64_t begin, int64_t end) { merge(call, past_caches, begin, end); });
 }
 
 static void run_tiles(const PartsCall& call,
