@@ -5,6 +5,7 @@
 #include <string>
 
 #include "part_operands.h"
+#include "stack.h"
 
 namespace merge_attn_states {
 
@@ -248,38 +249,20 @@ void check_dtypes(const PartsOperands& operands) {
 
 // ---- memory
 
-// One part of a stack, as an operand of its own.
-struct Slice {
-  Slice(const Operand& stack, int dim, int64_t part) : view(*stack.view) {
-    int rank = 0;
-    for (int i = 0; i < stack.address_rank; ++i) {
-      if (i == dim) continue;
-      sizes[rank] = stack.view->sizes[i];
-      strides[rank++] = stack.view->strides[i];
-    }
-    const int64_t bytes = part * stack.view->strides[dim] * size_of(stack.dtype());
-    view.data = static_cast<char*>(view.data) + bytes;
-    view.sizes = sizes.data();
-    view.strides = strides.data();
-    view.rank = rank;
-    operand = {.name = stack.name, .address_rank = rank, .view = &view};
-    check_memory(operand, rank);
-  }
-  Slice(const Slice&) = delete;
-
-  Shape sizes{}, strides{};
-  TensorView view;
-  Operand operand;
-};
-
 // Exactly one part is a legal place for a result: each element is read and written by one thread.
 void check_beside_part(const Operand& written, const Operand& part, bool may_be_same,
                        const PartsOperands& operands) {
   if (!written.extent.overlaps_range(part.extent)) return;
   if (!operands.is_stack()) return check_sharing(written, part, may_be_same);
+  TensorView stack = *part.view;
+  stack.rank = part.address_rank;
+  int64_t layout[2 * (kMaxRowDims + 1)];
+  const PartsOfStack parts(stack, operands.stack_dim, layout);
   for (int k = 0; k < operands.num_parts; ++k) {
-    const Slice slice(part, operands.stack_dim, k);
-    check_overlap(written, slice.operand, may_be_same);
+    const TensorView view = parts[k];
+    Operand alone{.name = part.name, .address_rank = view.rank, .view = &view};
+    check_memory(alone, view.rank);
+    check_overlap(written, alone, may_be_same);
   }
 }
 
