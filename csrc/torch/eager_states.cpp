@@ -3,6 +3,7 @@
 #include <string_view>
 
 #include "eager_path.h"
+#include "lse_bases.h"
 
 namespace merge_attn_states {
 namespace {
@@ -40,12 +41,6 @@ bool items(PyObject* list, Py_ssize_t count, PyObject**& result) {
   return true;
 }
 
-// "e" or "2"; false for any other text.
-bool base_of(char letter, int32_t& base) {
-  base = letter == '2' ? MERGE_ATTN_STATES_BASE_2 : MERGE_ATTN_STATES_BASE_E;
-  return letter == 'e' || letter == '2';
-}
-
 bool text_of(PyObject* object, std::string_view& text) {
   if (!PyUnicode_CheckExact(object)) return false;
   Py_ssize_t size = 0;
@@ -61,14 +56,14 @@ bool find_bases(PyObject* lse_base, PyObject* out_lse_base, merge_attn_states_pa
   if (!text_of(lse_base, bases)) return false;
   if (bases.size() != 1 && bases.size() != static_cast<size_t>(count)) return false;
   for (Py_ssize_t k = 0; k < count; ++k) {
-    if (!base_of(bases[bases.size() == 1 ? 0 : k], parts[k].lse_base)) return false;
+    if (!read_base(base_of_part(bases, k), parts[k].lse_base)) return false;
     if (out_lse_base == Py_None && parts[k].lse_base != parts[0].lse_base) return false;
   }
   if (out_lse_base == Py_None) {
     out_base = parts[0].lse_base;
     return true;
   }
-  return text_of(out_lse_base, own) && own.size() == 1 && base_of(own[0], out_base);
+  return text_of(out_lse_base, own) && read_base(own, out_base);
 }
 
 // The parts' own operands; index and empty may be None.
@@ -149,16 +144,16 @@ PyObject* update_state_fast(PyObject*, PyObject* const* arguments, Py_ssize_t co
   merge_attn_states_update_args args{.struct_size = sizeof(args),
                                      .invert_empty = arguments[7] == Py_True};
   std::string_view base;
-  const bool are_plain =
-      views.describe(arguments[0], true, args.out) &&
-      views.describe(arguments[1], true, args.lse) &&
-      views.describe(arguments[2], false, args.block_out) &&
-      views.describe(arguments[3], false, args.block_lse) &&
-      views.describe(arguments[4], false, args.index) &&
-      views.describe(arguments[5], false, args.empty) && text_of(arguments[6], base) &&
-      base.size() == 1 && base_of(base[0], args.lse_base) && args.out != nullptr &&
-      args.lse != nullptr && args.block_out != nullptr && args.block_lse != nullptr &&
-      EagerPath::find_stream(*args.out, args.stream);
+  const bool are_plain = views.describe(arguments[0], true, args.out) &&
+                         views.describe(arguments[1], true, args.lse) &&
+                         views.describe(arguments[2], false, args.block_out) &&
+                         views.describe(arguments[3], false, args.block_lse) &&
+                         views.describe(arguments[4], false, args.index) &&
+                         views.describe(arguments[5], false, args.empty) &&
+                         text_of(arguments[6], base) && read_base(base, args.lse_base) &&
+                         args.out != nullptr && args.lse != nullptr && args.block_out != nullptr &&
+                         args.block_lse != nullptr &&
+                         EagerPath::find_stream(*args.out, args.stream);
   if (!are_plain) Py_RETURN_FALSE;
   return eager_path.run(state, arguments, 2, [&](char* message, size_t size) {
     return merge_attn_states_update(&args, message, size);
