@@ -9,13 +9,13 @@
 
 #include <array>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "outcome.h"
 #include "stable_tensor.h"
+#include "tensor_argument.h"
 
 namespace merge_attn_states {
 namespace {
@@ -47,18 +47,18 @@ class Call {
       : count_(to<std::optional<int64_t>>(stack[kCountPosition])) {
     for (int i = 0; i < kNumOperands; ++i) {
       const StableIValue value = stack[position(i)];
-      tensors_[i] = kOperands[i].optional ? to<std::optional<Tensor>>(value) : to<Tensor>(value);
+      operands_[i].tensor = kOperands[i].optional ? to<OptionalTensor>(value) : to<Tensor>(value);
     }
     for (const bool written : {true, false}) {
       for (int i = 0; i < kNumOperands; ++i) {
-        if (kOperands[i].written == written) describe_operand(i);
+        if (kOperands[i].written == written) operands_[i].describe(kOperands[i].name, written);
       }
     }
   }
 
   merge_attn_states_args args() const {
     merge_attn_states_args args{.struct_size = sizeof(args)};
-    for (int i = 0; i < kNumOperands; ++i) args.*kOperands[i].field = operand(i);
+    for (int i = 0; i < kNumOperands; ++i) args.*kOperands[i].field = operands_[i].get();
     args.prefill_tokens_with_context = count_.value_or(0);
     args.has_prefill_tokens_with_context = count_.has_value();
     return args;
@@ -67,29 +67,15 @@ class Call {
   std::vector<Tensor> written() const {
     std::vector<Tensor> tensors;
     for (int i = 0; i < kNumOperands; ++i) {
-      if (kOperands[i].written && operand(i) != nullptr) tensors.push_back(*tensors_[i]);
+      const OptionalTensor& tensor = operands_[i].tensor;
+      if (kOperands[i].written && is_given(tensor)) tensors.push_back(*tensor);
     }
     return tensors;
   }
 
  private:
-  // None and an undefined tensor are not given.
-  const TensorView* operand(int i) const {
-    return tensors_[i].has_value() && tensors_[i]->defined() ? &views_[i] : nullptr;
-  }
-
-  void describe_operand(int i) {
-    if (operand(i) == nullptr) return;
-    if (!describe(tensors_[i]->get(), kOperands[i].written, views_[i])) {
-      throw std::runtime_error(std::string(kOperands[i].name) +
-                               ": expected a tensor with memory and strides, got one that PyTorch "
-                               "describes otherwise");
-    }
-  }
-
   std::optional<int64_t> count_;
-  std::array<std::optional<Tensor>, kNumOperands> tensors_;
-  std::array<TensorView, kNumOperands> views_{};
+  std::array<TensorArgument, kNumOperands> operands_;
 };
 
 void merge(StableIValue* stack, uint64_t, uint64_t) {
