@@ -25,16 +25,17 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
     sets = buffer_sets(case.bytes() * 2 // 3, device)  # in place, a part and the output are one
     operands = make_operands(case, sets, device)
     timed, refused = prepare(providers, operands)
-    timed |= limits(case, sets, device)
+    timed |= plain_kernels(case.bytes(), sets, device, case.has_narrow_output)
     us = {name: timing.median for name, timing in time_cuda(timed, rounds).items()}
     kernel = merge_attn_states.selected_kernel(*operands[0])._asdict()
     return case.record() | kernel | {"us": us, "refused": refused}
 
 
-def limits(case: Case, sets: int, device: torch.device) -> dict[str, list[Call]]:
+def plain_kernels(
+    moved: int, sets: int, device: torch.device, narrow: bool = False
+) -> dict[str, list[Call]]:
     """The plain kernels over as many bytes, to within a pack, the LSEs counted."""
-    narrow = case.has_narrow_output
-    packs = kernels.packs_moved(case.bytes(), narrow)
+    packs = kernels.packs_moved(moved, narrow)
     buffers = [_buffers(kernels.PACK * packs // part, sets, device) for part in (1, 1, 1 + narrow)]
     has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
     return {

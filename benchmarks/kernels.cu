@@ -66,24 +66,56 @@ __global__ void plain(const uint4* a, const uint4* b, Out* c, int64_t packs) {
   }
 }
 
+// Reads so many buffers, which lie one behind the other, and writes one.
+template <int kParts, bool kDependent>
+__global__ void plain_many(const uint4* parts, uint4* c, int64_t packs) {
+#if __CUDA_ARCH__ >= 900
+  if (kDependent) {
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+  }
+#endif
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= packs) return;
+  uint4 x[kParts];
+#pragma unroll
+  for (int k = 0; k < kParts; ++k) x[k] = parts[k * packs + i];
+#pragma unroll
+  for (int k = 1; k < kParts; ++k) {
+    x[0] = {x[0].x ^ x[k].x, x[0].y ^ x[k].y, x[0].z ^ x[k].z, x[0].w ^ x[k].w};
+  }
+  c[i] = x[0];
+}
+
 unsigned blocks(int64_t items, int64_t a_block) {
   return static_cast<unsigned>((items + a_block - 1) / a_block);
+}
+
+template <typename... Types>
+cudaError_t launch_in(void (*kernel)(Types...), int64_t packs, int64_t a_block, int64_t threads,
+                      bool dependent, cudaStream_t stream, Types... arguments) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  const cudaLaunchConfig_t config{
+      blocks(packs, a_block), static_cast<unsigned>(threads), 0, stream, &overlap,
+      dependent ? 1u : 0u};
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename Out, int kPacks>
 cudaError_t launch(const uint4* a, const uint4* b, void* c, int64_t packs, int64_t threads,
                    bool dependent, cudaStream_t stream) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  const cudaLaunchConfig_t config{blocks(packs, threads * kPacks),
-                                  static_cast<unsigned>(threads),
-                                  0,
-                                  stream,
-                                  &overlap,
-                                  dependent ? 1u : 0u};
   const auto kernel = dependent ? plain<Out, kPacks, true> : plain<Out, kPacks, false>;
-  return cudaLaunchKernelEx(&config, kernel, a, b, static_cast<Out*>(c), packs);
+  return launch_in(kernel, packs, threads * kPacks, threads, dependent, stream, a, b,
+                   static_cast<Out*>(c), packs);
+}
+
+template <int kParts>
+cudaError_t launch_many(const uint4* parts, uint4* c, int64_t packs, int64_t threads,
+                        bool dependent, cudaStream_t stream) {
+  const auto kernel = dependent ? plain_many<kParts, true> : plain_many<kParts, false>;
+  return launch_in(kernel, packs, threads, threads, dependent, stream, parts, c, packs);
 }
 
 }  // namespace
@@ -115,6 +147,15 @@ int launch_plain(const uint4* a, const uint4* b, void* c, int64_t packs, int64_t
   const auto wide = packs_a_thread == 2 ? launch<uint4, 2> : launch<uint4, 1>;
   const auto narrow = packs_a_thread == 2 ? launch<uint2, 2> : launch<uint2, 1>;
   return (is_narrow ? narrow : wide)(a, b, c, packs, threads, is_dependent != 0, stream);
+}
+
+int launch_plain_many(const uint4* parts, uint4* c, int64_t packs, int64_t count, int64_t threads,
+                      int64_t, int64_t is_dependent, cudaStream_t stream) {
+  const auto launch = count == 2   ? launch_many<2>
+                      : count == 4 ? launch_many<4>
+                      : count == 8 ? launch_many<8>
+                                   : launch_many<16>;
+  return launch(parts, c, packs, threads, is_dependent != 0, stream);
 }
 
 }  // extern "C"

@@ -22,6 +22,7 @@ Variant = tuple[int, int, bool]  # threads, packs a thread, launched dependent o
 # The plain kernels, whose best is the limit, by name.
 BETWEEN_NEIGHBOURS: dict[str, Variant] = {f"{t} threads": (t, 1, False) for t in (128, 256, 512)}
 COLD = BETWEEN_NEIGHBOURS | {"1024 threads": (1024, 1, False)}
+COLD_MANY = COLD | {f"{name}, dependent": (*how[:2], True) for name, how in COLD.items()}
 COLD |= {f"{t} threads, two packs each": (t, 2, False) for t in (256, 512)}
 COLD |= {f"{name}, dependent": (*how[:2], True) for name, how in COLD.items()}
 
@@ -69,6 +70,11 @@ def nothing(packs: int) -> None:
 def plain(variant: Variant, buffers: Tensors, packs: int, is_narrow: bool) -> None:
     """Read so many packs of two buffers and write as many bytes to the third, or half as many."""
     _launch("plain", *buffers, packs, is_narrow, *variant)
+
+
+def plain_many(variant: Variant, parts: torch.Tensor, output: torch.Tensor) -> None:
+    """Read the 2, 4, 8 or 16 parts of a stack and write one."""
+    _launch("plain_many", parts, output, output.nbytes // PACK, len(parts), *variant)
 
 
 def packs_moved(row_bytes: int, is_narrow: bool) -> int:

@@ -20,20 +20,23 @@ from .providers import Provider, prepare
 from .results import Record
 from .timing import Call, time_cuda
 
+Neighbours = tuple[Call, Call]  # the producer and the consumer
+
 
 def measure(case: Case, providers: Sequence[Provider], device: torch.device, rounds: int) -> Record:
     """One case: microseconds added, by provider, and of the two neighbours alone."""
     (operands,) = make_operands(case, 1, device)
-    neighbours(operands)[0]()  # so that answers are checked on what is timed
+    around = neighbours(operands)
+    around[0]()  # so that answers are checked on what is timed
     timed, refused = prepare(providers, [operands])
     middles = {name: calls[0] for name, calls in timed.items()} | limits(case, operands)
     kernel = merge_attn_states.selected_kernel(*operands)._asdict()
-    return case.record() | kernel | {"us": added(operands, middles, rounds), "refused": refused}
+    return case.record() | kernel | {"us": added(around, middles, rounds), "refused": refused}
 
 
-def added(operands: Operands, middles: dict[str, Call], rounds: int) -> dict[str, float]:
+def added(around: Neighbours, middles: dict[str, Call], rounds: int) -> dict[str, float]:
     """Microseconds that each adds between its neighbours; "neighbours": what these take alone."""
-    produce, consume = neighbours(operands)
+    produce, consume = around
 
     def between(middle: Call) -> Call:
         def call() -> None:
@@ -49,16 +52,22 @@ def added(operands: Operands, middles: dict[str, Call], rounds: int) -> dict[str
     return {name: time.median - alone for name, time in times.items()} | {"neighbours": alone}
 
 
-def neighbours(operands: Operands) -> tuple[Call, Call]:
+def neighbours(operands: Operands) -> Neighbours:
     """The producer and the consumer of these operands' whole memory, whatever lies in it."""
     parts = [whole(operands.prefix_output), whole(operands.suffix_output)]
     lses = [whole(operands.prefix_lse), whole(operands.suffix_lse)]
+    return neighbours_of(parts, lses, whole(operands.output))
+
+
+def neighbours_of(
+    parts: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], output: torch.Tensor
+) -> Neighbours:
+    """The same of two halves of the parts' bytes, two of the LSEs' and the output's bytes."""
     sizes = (kernels.SOURCE * kernels.PACK, kernels.SOURCE * 4, kernels.SOURCE * 4)
     sources = [
         memory.repeat(-(-size // memory.numel()))[:size].clone()  # its first bytes, again and again
         for memory, size in zip((parts[0], *lses), sizes, strict=True)
     ]
-    output = whole(operands.output)
     sink = torch.empty(kernels.PACK, dtype=torch.uint8, device=output.device)
     produce = partial(kernels.produce, parts, lses, sources)
     return produce, partial(kernels.consume, output, sink)

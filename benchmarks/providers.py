@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class Provider(NamedTuple):
     """`refuses` says why operands cannot be given to it, empty where they can."""
 
     name: str
-    bind: Callable[[Operands], Call]
-    refuses: Callable[[Operands], str] = lambda operands: ""
+    bind: Callable[[Any], Call]
+    refuses: Callable[[Any], str] = lambda operands: ""
 
 
 def merge_in_pytorch(*operands: Tensor) -> None:
@@ -55,7 +55,9 @@ COMPILED = Provider("compile", _bind_compiled)
 
 
 def prepare(
-    providers: Sequence[Provider], operands: Sequence[Operands]
+    providers: Sequence[Provider],
+    operands: Sequence[Any],
+    check: Callable[[Call, Any], str] = check,
 ) -> tuple[dict[str, list[Call]], dict[str, str]]:
     """By provider its calls, one a set; or why there are none: who is wrong is not timed."""
     timed: dict[str, list[Call]] = {}

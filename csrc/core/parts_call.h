@@ -123,6 +123,14 @@ struct PartsCall {
     const bool is_natural = base == Base::kE && !mixes_bases;
     return {base, out_base, is_natural && num_parts == 2 && sink.data == nullptr};
   }
+  // Exactly in place; elsewhere an LSE that is read is none that is written.
+  bool replaces_an_lse() const {
+    for (int k = 0; k < num_parts; ++k) {
+      const char* const lse = static_cast<const char*>(part(k).lse.data);
+      if (lse + lse_offset(k) * size_of(acc_dtype) == out_lse.data) return true;
+    }
+    return false;
+  }
   int64_t num_rows() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
   bool nothing_to_do() const {
     for (const int64_t size : sizes) {

@@ -22,6 +22,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "log_sum_exp.h"
 #include "lse_base.h"
@@ -46,6 +47,14 @@ template <class Acc>
 struct ScalarMath {
   using Scalar = Acc;
   static MERGE_ATTN_STATES_HOST_DEVICE Acc abs(Acc x) { return std::fabs(x); }
+  // `a` where b is NaN.
+  static MERGE_ATTN_STATES_HOST_DEVICE Acc max(Acc a, Acc b) {
+#ifdef __CUDA_ARCH__
+    return fmax(a, b);
+#else
+    return b > a ? b : a;
+#endif
+  }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc exp(Acc x) { return std::exp(x); }
   static MERGE_ATTN_STATES_HOST_DEVICE Acc log(Acc x) { return std::log(x); }
   // log(exp(larger) + exp(smaller)); e is exp(smaller - larger), and weight 1 / (1 + e).
@@ -161,32 +170,53 @@ class SumOfParts {
   V sixteen_ = -V{};
 };
 
+// How LSEs are compared: in their base, or natural and in two terms (PartLse) where bases differ.
+template <class V>
+MERGE_ATTN_STATES_HOST_DEVICE V distance(V a, V b) {
+  return a - b;
+}
+template <class V>
+MERGE_ATTN_STATES_HOST_DEVICE V distance(PartLse<V> a, PartLse<V> b) {
+  return (a.high - b.high) + (a.low - b.low);
+}
+
 // Any number of parts, and a sink, which is one without values. `find` sees every LSE, then `add`,
 // in the parts' order and the sink last; then the weights are known. Several threads that share a
-// row find the largest of some LSEs each, and add to sums of sixteen each.
-template <class Math, class V>
+// row find the largest of some LSEs each, and add to sums of sixteen each. Lse is V or PartLse<V>.
+// Where the caller knows that no part is empty, nothing is asked of each.
+template <class Math, class V, class Lse = V, bool kMayBeEmpty = true>
 class ManyLses {
   using Acc = typename Math::Scalar;
 
  public:
   explicit MERGE_ATTN_STATES_HOST_DEVICE ManyLses(Base base) : ln_base_(ln_of<Acc>(base)) {}
 
-  MERGE_ATTN_STATES_HOST_DEVICE void find(PartLse<V> part) {
-    const auto leads = (distance(part, largest_) > Acc(0)) | (part.high != part.high);
-    const auto takes = leads & (Math::abs(part.high) != kInf);
-    largest_.high = takes ? part.high : largest_.high;
-    largest_.low = takes ? part.low : largest_.low;
+  // A NaN is never the largest; it reaches the result through the sum.
+  MERGE_ATTN_STATES_HOST_DEVICE void find(Lse part) {
+    if constexpr (!kMayBeEmpty) {
+      largest_ = Math::max(largest_, part);
+    } else if constexpr (kIsPlain) {
+      largest_ = Math::max(largest_, Math::abs(part) == kInf ? V{} - kInf : part);
+    } else {
+      const auto leads = (distance(part, largest_) > Acc(0)) & (Math::abs(part.high) != kInf);
+      largest_.high = leads ? part.high : largest_.high;
+      largest_.low = leads ? part.low : largest_.low;
+    }
   }
-  MERGE_ATTN_STATES_HOST_DEVICE PartLse<V> largest() const { return largest_; }
+  MERGE_ATTN_STATES_HOST_DEVICE Lse largest() const { return largest_; }
 
   // What the part adds to the sum, or kSkip: what `weight` wants.
-  MERGE_ATTN_STATES_HOST_DEVICE V term(PartLse<V> part) const {
+  MERGE_ATTN_STATES_HOST_DEVICE V term(Lse part) const {
     const V e = Math::exp(distance(part, largest_) * ln_base_);
-    return Math::abs(part.high) == kInf ? V{} + Acc(kSkip) : e;
+    if constexpr (!kMayBeEmpty) return e;
+    return Math::abs(high(part)) == kInf ? V{} + Acc(kSkip) : e;
   }
-  static MERGE_ATTN_STATES_HOST_DEVICE V summand(V term) { return term < Acc(0) ? V{} : term; }
+  static MERGE_ATTN_STATES_HOST_DEVICE V summand(V term) {
+    if constexpr (!kMayBeEmpty) return term;
+    return term < Acc(0) ? V{} : term;
+  }
 
-  MERGE_ATTN_STATES_HOST_DEVICE V add(PartLse<V> part) {
+  MERGE_ATTN_STATES_HOST_DEVICE V add(Lse part) {
     if (count_++ % SumOfParts<V>::kAtOnce == 0) sum_.end_sixteen();
     const V e = term(part);
     sum_.add(summand(e));
@@ -194,29 +224,43 @@ class ManyLses {
   }
   MERGE_ATTN_STATES_HOST_DEVICE V sum() const { return sum_.value(); }
 
-  // Of an empty part too it is NaN where an LSE, or the sink, is.
-  static MERGE_ATTN_STATES_HOST_DEVICE V weight(V term, V sum) {
+  // Of an empty part too it is NaN where an LSE, or the sink, is. `reciprocal` is 1 / sum.
+  static MERGE_ATTN_STATES_HOST_DEVICE V weight(V term, V sum, V reciprocal) {
+    if constexpr (!kMayBeEmpty) return term * reciprocal;
     const auto is_skipped = (term < Acc(0)) & (sum == sum);
-    return is_skipped ? term : term * Math::reciprocal(sum);
+    return is_skipped ? term : term * reciprocal;
   }
 
   // In the base of the parts; -inf where all are empty. A lone part's is what it was.
   MERGE_ATTN_STATES_HOST_DEVICE V lse(V sum) const {
-    const V merged = largest_.high + (largest_.low + Math::log(sum) * (Acc(1) / ln_base_));
-    const auto is_alone = (sum == Acc(1)) & (largest_.low == Acc(0));
-    const auto is_as_it_was = is_alone | (largest_.high == -kInf);
-    return is_as_it_was ? largest_.high : merged;
+    const V rest = Math::log(sum) * (Acc(1) / ln_base_);
+    if constexpr (kIsPlain) {
+      const auto is_as_it_was = (sum == Acc(1)) | (sum == Acc(0));
+      return is_as_it_was ? largest_ : largest_ + rest;
+    } else {
+      const V merged = largest_.high + (largest_.low + rest);
+      const auto is_alone = (sum == Acc(1)) & (largest_.low == Acc(0));
+      const auto is_as_it_was = is_alone | (sum == Acc(0));
+      return is_as_it_was ? largest_.high : merged;
+    }
   }
 
  private:
   static constexpr Acc kInf = std::numeric_limits<Acc>::infinity();
+  static constexpr bool kIsPlain = std::is_same_v<Lse, V>;
 
-  static MERGE_ATTN_STATES_HOST_DEVICE V distance(PartLse<V> a, PartLse<V> b) {
-    return (a.high - b.high) + (a.low - b.low);
+  static MERGE_ATTN_STATES_HOST_DEVICE V high(V lse) { return lse; }
+  static MERGE_ATTN_STATES_HOST_DEVICE V high(PartLse<V> lse) { return lse.high; }
+  static MERGE_ATTN_STATES_HOST_DEVICE Lse none() {
+    if constexpr (kIsPlain) {
+      return V{} - kInf;
+    } else {
+      return {V{} - kInf, V{}};
+    }
   }
 
   Acc ln_base_;
-  PartLse<V> largest_{V{} - kInf, V{}};
+  Lse largest_ = none();
   SumOfParts<V> sum_;
   int count_ = 0;
 };
@@ -235,20 +279,26 @@ MERGE_ATTN_STATES_HOST_DEVICE V in_out_base(LseRule rule, V lse) {
   return lse * (rule.base == Base::kE ? 1 / kLn2<Acc> : kLn2<Acc>);
 }
 
-// Weighs `count` parts, and a sink where `sink` points to one. part(k) gives the LSE of part k and
-// is asked twice; weight(k) is where its weight goes, and weight(count) where that of the sink
-// does. Returns the merged LSE if that is wanted.
-template <class Math, class V, class Part, class Weight>
-MERGE_ATTN_STATES_HOST_DEVICE V weigh_parts(LseRule rule, int count, Part part,
-                                            const PartLse<V>* sink, bool wants_lse, Weight weight) {
-  using Acc = typename Math::Scalar;
-  if (rule.is_pair) {
-    const auto merged = merge_lse<Math>(part(0).high, part(1).high);
-    weight(0) = merged.weights.prefix;
-    weight(1) = merged.weights.suffix;
-    return wants_lse ? in_out_base<Acc>(rule, merged.lse()) : V{};
+// What is left of a row's LSEs once its parts are weighed: the merged one, whose logarithm can wait
+// until the weights are used.
+template <class Math, class V, class Lse, bool kMayBeEmpty = true>
+struct WeighedParts {
+  LseRule rule;
+  ManyLses<Math, V, Lse, kMayBeEmpty> merged;
+  V sum;
+
+  MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
+    return in_out_base<typename Math::Scalar>(rule, merged.lse(sum));
   }
-  ManyLses<Math, V> merged(rule.base);
+};
+
+// Weighs `count` parts, and a sink where `sink` points to one. part(k) gives the LSE of part k, V
+// or PartLse<V>, and is asked twice; weight(k) is where its weight goes, and weight(count) where
+// that of the sink does. Not for what LseRule calls a pair.
+template <class Math, class V, class Lse, bool kMayBeEmpty = true, class Part, class Weight>
+MERGE_ATTN_STATES_HOST_DEVICE WeighedParts<Math, V, Lse, kMayBeEmpty> weigh_parts(
+    LseRule rule, int count, Part part, const Lse* sink, Weight weight) {
+  ManyLses<Math, V, Lse, kMayBeEmpty> merged(rule.base);
   MERGE_ATTN_STATES_UNROLL
   for (int k = 0; k < count; ++k) merged.find(part(k));
   if (sink != nullptr) merged.find(*sink);
@@ -256,11 +306,37 @@ MERGE_ATTN_STATES_HOST_DEVICE V weigh_parts(LseRule rule, int count, Part part,
   for (int k = 0; k < count; ++k) weight(k) = merged.add(part(k));
   V of_sink{};
   if (sink != nullptr) of_sink = merged.add(*sink);
-  const V sum = merged.sum();
+  const V sum = merged.sum(), reciprocal = Math::reciprocal(sum);
   MERGE_ATTN_STATES_UNROLL
-  for (int k = 0; k < count; ++k) weight(k) = merged.weight(weight(k), sum);
-  if (sink != nullptr) weight(count) = merged.weight(of_sink, sum);
-  return wants_lse ? in_out_base<Acc>(rule, merged.lse(sum)) : V{};
+  for (int k = 0; k < count; ++k) weight(k) = merged.weight(weight(k), sum, reciprocal);
+  if (sink != nullptr) weight(count) = merged.weight(of_sink, sum, reciprocal);
+  return {rule, merged, sum};
+}
+
+// The same where two natural parts may be the pair.
+template <class Math, class V, class Lse>
+struct WeighedPairOrParts {
+  WeighedParts<Math, V, Lse> parts;
+  MergedLse<Math, V> pair{};
+
+  MERGE_ATTN_STATES_HOST_DEVICE V lse() const {
+    if (!parts.rule.is_pair) return parts.lse();
+    return in_out_base<typename Math::Scalar>(parts.rule, pair.lse());
+  }
+};
+
+template <class Math, class V, class Lse, class Part, class Weight>
+MERGE_ATTN_STATES_HOST_DEVICE WeighedPairOrParts<Math, V, Lse> weigh_pair_or_parts(
+    LseRule rule, int count, Part part, const Lse* sink, Weight weight) {
+  if constexpr (std::is_same_v<Lse, V>) {
+    if (rule.is_pair) {
+      const auto pair = merge_lse<Math>(part(0), part(1));
+      weight(0) = pair.weights.prefix;
+      weight(1) = pair.weights.suffix;
+      return {{rule, ManyLses<Math, V, Lse>(rule.base), V{}}, pair};
+    }
+  }
+  return {weigh_parts<Math, V, Lse>(rule, count, part, sink, weight)};
 }
 
 // What the gradient of a row's merged output gives to its parts: the output's times the weight, and

@@ -13,6 +13,7 @@ struct VectorMath {  // double: for gradient checks, not for speed
     return x;
   }
   static V abs(V x) { return x < Acc(0) ? -x : x; }
+  static V max(V a, V b) { return b > a ? b : a; }
   static V reciprocal(V x) { return Acc(1) / x; }
   static V exp(V x) {
     return each(x, [](Acc value) { return std::exp(value); });
@@ -30,6 +31,7 @@ struct VectorMath<float> {
   using Scalar = float;
 
   static Floats abs(Floats x) { return bits_as<Floats>(bits_as<Words>(x) & 0x7fffffffu); }
+  static Floats max(Floats a, Floats b) { return b > a ? b : a; }
 
   static Floats reciprocal(Floats x) { return 1.0f / x; }
 

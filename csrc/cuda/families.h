@@ -43,8 +43,9 @@ void launch_generic(const MergeCall& call, const GenericShape& shape);
 // parts.cu. Many parts that lie alike.
 struct AlikeShape {
   int packs_per_row;
-  int rows;     // of a block; of more than kFewParts one
-  int threads;  // of a block
+  int rows;         // of a block; of more than kFewParts one
+  int threads;      // of a block
+  int lse_threads;  // beside them: a merged LSE each
 };
 
 // Nothing where the parts differ in more than their addresses, or rows do not consist of aligned
@@ -52,16 +53,36 @@ struct AlikeShape {
 std::optional<AlikeShape> alike_shape(const PartsCall& call);
 void launch_alike(const PartsCall& call, const AlikeShape& shape);
 
-// parts_any.cu. Takes every call of many parts.
+// parts_each.cu and parts_each_backward.cu. Few parts, each with a layout of its own.
+struct EachShape {
+  int packs;     // of a row
+  int lanes;     // of a row: threads; backward a power of two
+  int rows;      // of a block
+  bool selects;  // parts have an index or a mask
+};
+
+// Nothing where there are more than kEachParts, rows do not consist of aligned packs or are longer
+// than a block, or have four dimensions, strides are out of 32 bits' reach,
+// bases are mixed, or dtypes are others than one, or float32 of the first part and one of all
+// others, or FP8.
+std::optional<EachShape> each_shape(const PartsCall& call);
+void launch_each(const PartsCall& call, const EachShape& shape);
+
+// Nothing, too, where rows want more than 32 lanes or dtypes differ at all.
+std::optional<EachShape> each_backward_shape(const PartsCall& call);
+void launch_each_backward(const PartsCall& call, const EachShape& shape);
+
+// parts_any.cu, backward.cu.
 struct AnyShape {
   int rows;      // of a block
   int elements;  // read at a time; 1: any layout
 };
 
+// Takes every call of many parts.
 AnyShape any_shape(const PartsCall& call);
 void launch_any(const PartsCall& call, const AnyShape& shape);
 
-// backward.cu. Takes every merge's gradients.
+// Takes every merge's gradients.
 AnyShape backward_shape(const PartsCall& call);
 void launch_backward(const PartsCall& call, const AnyShape& shape);
 

@@ -11,6 +11,7 @@
 #include "driver.h"
 #include "families.h"
 #include "launch.h"
+#include "tuning.h"
 
 namespace merge_attn_states::cuda {
 namespace {
@@ -174,7 +175,13 @@ Selection choose(const PartsCall& call) {
   char variant[sizeof(Selection::variant)];
   if (const auto shape = alike_shape(call)) {
     std::snprintf(variant, sizeof(variant), "%d parts, %d rows in a block of %d threads",
-                  call.num_parts, shape->rows, shape->threads);
+                  call.num_parts, shape->rows, shape->threads + shape->lse_threads);
+    return selection("vectorized", variant);
+  }
+  if (const auto shape = each_shape(call)) {
+    std::snprintf(variant, sizeof(variant),
+                  "%d parts, each apart, %d rows in a block of %d threads", call.num_parts,
+                  shape->rows, kEachThreads);
     return selection("vectorized", variant);
   }
   const AnyShape shape = any_shape(call);
@@ -197,7 +204,11 @@ PartsCall with_launch_attribute(const PartsCall& given) {
 void run_backward(const PartsCall& given) {
   const DeviceGuard guard(given.device_index);
   const PartsCall call = with_launch_attribute(given);
-  launch_backward(call, backward_shape(call));
+  if (const auto shape = each_backward_shape(call)) {
+    launch_each_backward(call, *shape);
+  } else {
+    launch_backward(call, backward_shape(call));
+  }
 }
 
 void run(const PartsCall& given) {
@@ -206,6 +217,8 @@ void run(const PartsCall& given) {
   const PartsCall call = with_launch_attribute(given);
   if (const auto shape = alike_shape(call)) {
     launch_alike(call, *shape);
+  } else if (const auto shape = each_shape(call)) {
+    launch_each(call, *shape);
   } else {
     launch_any(call, any_shape(call));
   }

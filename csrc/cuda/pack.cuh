@@ -147,6 +147,16 @@ __device__ inline float load_global(const float* from) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(w) : "l"(from) : "memory");
   return w;
 }
+__device__ inline int32_t load_global(const int32_t* from) {
+  int32_t w;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(w) : "l"(from) : "memory");
+  return w;
+}
+__device__ inline int64_t load_global(const int64_t* from) {
+  int64_t w;
+  asm volatile("ld.global.s64 %0, [%1];" : "=l"(w) : "l"(from) : "memory");
+  return w;
+}
 template <class Word>
 __device__ Word load_global(const Word* from) {
   return *from;
@@ -291,33 +301,37 @@ struct Raw {
 
   static __device__ Raw load(const char* from, int64_t element_bytes) {
     Raw raw{};
-    copy(reinterpret_cast<char*>(&raw), from, element_bytes);
+    with_word(element_bytes, [&]<class Word>(Word) {
+      const Word word = load_global(reinterpret_cast<const Word*>(from));
+      memcpy(&raw, &word, sizeof(word));
+    });
     return raw;
   }
   __device__ void store(char* to, int64_t element_bytes) const {
-    copy(to, reinterpret_cast<const char*>(this), element_bytes);
+    with_word(element_bytes, [&]<class Word>(Word word) {
+      memcpy(&word, this, sizeof(word));
+      store_global(reinterpret_cast<Word*>(to), word);
+    });
   }
 
  private:
-  template <class Word>
-  static __device__ void copy_as(char* to, const char* from) {
-    *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(from);
-  }
-  static __device__ void copy(char* to, const char* from, int64_t element_bytes) {
+  // Calls f with a word of as many bytes as the elements have.
+  template <class F>
+  static __device__ void with_word(int64_t element_bytes, F&& f) {
     switch (kElements * element_bytes) {
       case 1:
-        return copy_as<uint8_t>(to, from);
+        return f(uint8_t{});
       case 2:
-        return copy_as<uint16_t>(to, from);
+        return f(uint16_t{});
       case 4:
-        return copy_as<uint32_t>(to, from);
+        return f(uint32_t{});
       case 8:
-        return copy_as<uint2>(to, from);
+        return f(uint2{});
       case 32:
-        if constexpr (kElements == 8) copy_as<uint4>(to + 16, from + 16);
+        if constexpr (kElements == 8) return f(TwoWords{});
         [[fallthrough]];
       default:
-        return copy_as<uint4>(to, from);
+        return f(uint4{});
     }
   }
 };

@@ -2,18 +2,20 @@
 // 16-byte packs.
 //
 //   merge_few    up to 16 parts, listed among the parameters: every thread reads its row's LSEs and
-//                one pack of each part, weighs for itself, and stores a pack.
-//   merge_many   more of them: a block takes one row, its threads share the LSEs, sum sixteen parts
-//                each, and then add those sums in their order, as one thread would.
+//                one pack of each part, weighs for itself, and stores a pack; further threads, one
+//                a row, merge the LSEs.
+//   merge_many   more of them: a block takes some packs of one row, its threads share the LSEs, sum
+//                sixteen parts each, and then add those sums in their order, as one thread would.
 //
 // In place is safe: a row belongs to one block, a barrier stands between the reads of its LSEs and
 // the store of the merged one, and a pack of the parts is read by the block before it is written.
-#include <cstring>
+#include <algorithm>
 
 #include "families.h"
 #include "fast_division.h"
 #include "launch.h"
 #include "pack.cuh"
+#include "sum_of_parts.cuh"
 #include "tuning.h"
 
 namespace merge_attn_states::cuda {
@@ -54,6 +56,7 @@ struct FewParts {
   uint32_t packs_per_row;
   uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
   uint32_t rows_per_block;
+  uint32_t value_threads;  // threads from there on merge an LSE each
   int32_t num_parts;
   bool replaces_an_lse;
   LseRule rule;
@@ -65,7 +68,7 @@ struct FewParts {
 };
 
 constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
-static_assert(kMaxThreads * kMaxThreads <= 1 << kRowShift);
+static_assert(kMaxFewThreads * kMaxFewThreads <= 1 << kRowShift);
 
 // Elements of a pack.
 template <class T>
@@ -81,69 +84,78 @@ __device__ const T* pack_at(const void* data, uint32_t row_offset, uint32_t colu
 }
 
 // kMost >= num_parts, so that arrays stay in registers; what is beyond the parts is empty.
-template <class T, int kMost>
-__global__ void __launch_bounds__(kMaxThreads) merge_few(const __grid_constant__ FewParts call) {
+template <class T, int kMost, bool kIsFull, bool kHasSink>
+__global__ void __launch_bounds__(kMaxFewThreads) merge_few(const __grid_constant__ FewParts call) {
   using PackT = Pack<T, kElements<T>>;
-  const uint32_t of_block = threadIdx.x * call.row_factor >> kRowShift;
-  const uint32_t column = threadIdx.x - of_block * call.packs_per_row;
+  const int num_parts = kIsFull ? kMost : call.num_parts;
+  const bool merges_lse = threadIdx.x >= call.value_threads;
+  const uint32_t of_values = threadIdx.x * call.row_factor >> kRowShift;
+  const uint32_t of_block = merges_lse ? threadIdx.x - call.value_threads : of_values;
+  const uint32_t column = threadIdx.x - of_values * call.packs_per_row;
   const uint32_t number = blockIdx.x * call.rows_per_block + of_block;
-  const bool exists = of_block < call.rows_per_block && number < call.rows.num_rows;
-  const Row row(call.rows, exists ? number : 0);
+  if (of_block >= call.rows_per_block || number >= call.rows.num_rows) return;
+  const Row row(call.rows, number);
   wait_for_previous();
 
-  float weights[kMost], weight_of_sink;
+  float weights[kMost], weight_of_sink, sink{};
   PackT packs[kMost];
-  PartLse<float> sink{};
-  if (exists) {
-    const uint32_t lse_offset = row.offset(call.rows.of_lses);
+  const uint32_t lse_offset = row.offset(call.rows.of_lses);
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) {
+    weights[k] = -INFINITY;
+    if (k < num_parts) weights[k] = load_global(call.lses[k] + lse_offset);
+  }
+  if (!merges_lse) {
     const uint32_t offset = row.offset(call.rows.of_parts);
 #pragma unroll
     for (int k = 0; k < kMost; ++k) {
-      weights[k] = -INFINITY;
-      if (k < call.num_parts) weights[k] = load_global(call.lses[k] + lse_offset);
+      packs[k] = minus_zeros<T, kElements<T>>();
+      if (k < num_parts) packs[k] = PackT::load(pack_at<T>(call.parts[k], offset, column));
     }
-#pragma unroll
-    for (int k = 0; k < kMost; ++k) {
-      packs[k] = PackT{};
-      if (k < call.num_parts) packs[k] = PackT::load(pack_at<T>(call.parts[k], offset, column));
-    }
-    if (call.sink.data != nullptr) sink.high = call.sink.load(row.offset(call.rows.of_sink));
   }
+  if constexpr (kHasSink) sink = call.sink.load(row.offset(call.rows.of_sink));
   if (call.replaces_an_lse) __syncthreads();
-  if (!exists) return;
-  const bool wants_lse = call.out_lse != nullptr && column == 0;
-  const float lse = weigh_parts<ScalarMath<float>, float>(
-      call.rule, kMost,
-      [&](int k) {
-        return PartLse<float>{weights[k], 0.0f};
-      },
-      call.sink.data != nullptr ? &sink : nullptr, wants_lse,
-      [&](int k) -> float& { return k < kMost ? weights[k] : weight_of_sink; });
 
-  SumOfParts<float> sums[kElements<T>];
-  int seen = 0;
-  bool is_whole = false;  // a part of weight 1
-  PackT merged{};
+  // Most rows have no empty part, and then nothing is asked of each.
+  float farthest = 0.0f;
 #pragma unroll
   for (int k = 0; k < kMost; ++k) {
-    if (weights[k] < 0.0f) continue;
-    ++seen;
-    is_whole = weights[k] == 1.0f;
-    merged = packs[k];
-    float values[kElements<T>];
-    packs[k].unpack(values);
-#pragma unroll
-    for (int i = 0; i < kElements<T>; ++i) sums[i].add(weights[k], values[i]);
+    if (k < num_parts) farthest = fmaxf(farthest, fabsf(weights[k]));
   }
-  const bool copies = seen == 1 && is_whole;  // byte for byte
-  if (seen > 0 && !copies) {
+  if constexpr (kHasSink) farthest = fmaxf(farthest, fabsf(sink));
+  int taken = kSummed;
+  float lse{};
+  const auto weigh = [&](auto may_be_empty) {
+    const auto weighed = weigh_parts<ScalarMath<float>, float, float, may_be_empty>(
+        call.rule, kMost, [&](int k) { return weights[k]; }, kHasSink ? &sink : nullptr,
+        [&](int k) -> float& { return k < kMost ? weights[k] : weight_of_sink; });
+    if (merges_lse) lse = weighed.lse();
+  };
+  if (farthest < INFINITY && num_parts > 1) {
+    weigh(std::false_type{});
+  } else {
+    weigh(std::true_type{});
+    taken = leave_out_empty(weights, num_parts,
+                            [&](int k) { packs[k] = minus_zeros<T, kElements<T>>(); });
+  }
+  if (merges_lse) {
+    store_global(call.out_lse + row.offset(call.rows.of_out_lse), lse);
+    return;
+  }
+  PackT merged{};
+  if (taken != kNoPart) {
     float values[kElements<T>];
-#pragma unroll
-    for (int i = 0; i < kElements<T>; ++i) values[i] = sums[i].value();
+    sum_parts(
+        weights, [&](int k, auto& of_part) { packs[k].unpack(of_part); }, values);
     merged = PackT::pack(values);
   }
+  if (taken >= 0) {
+#pragma unroll
+    for (int k = 0; k < kMost; ++k) {
+      if (k == taken) merged = packs[k];  // byte for byte
+    }
+  }
   merged.store(pack_at<T>(call.out, row.offset(call.rows.of_out), column));
-  if (wants_lse) store_global(call.out_lse + row.offset(call.rows.of_out_lse), lse);
 }
 
 // Parts at equal distances, or a table of their addresses.
@@ -170,6 +182,7 @@ template <class Source>
 struct ManyParts {
   AlikeRows rows;
   uint32_t packs_per_row;
+  uint32_t packs_per_block;
   int32_t num_parts;
   LseRule rule;
   Sink sink;
@@ -179,130 +192,156 @@ struct ManyParts {
 };
 static_assert(sizeof(ManyParts<Listed>) <= 32764, "more than a kernel's parameters hold");
 
-// The weights of a row's parts in `terms`, by all threads of the block; returns the merged LSE.
-__device__ float weigh_in_block(const LseRule& rule, int count, bool has_sink, float sink,
-                                float* lses, float* terms, bool wants_lse) {
+// What a block knows of its row's parts once they are weighed.
+struct ManyWeights {
   using Lses = ManyLses<ScalarMath<float>, float>;
-  constexpr int kAtOnce = SumOfParts<float>::kAtOnce;
-  __shared__ float largest[kManyThreads / 32];
-  __shared__ float sums[kMaxAlikeParts / kAtOnce + 1];
-  Lses merged(rule.base);
-  const int count_with_sink = count + has_sink;
-  const auto lse_of = [&](int k) { return PartLse<float>{k < count ? lses[k] : sink, 0.0f}; };
-  // Each thread some parts side by side, so that what is found keeps to the parts' order.
-  const int each = (count_with_sink + kManyThreads - 1) / kManyThreads;
-  const int first = min(static_cast<int>(threadIdx.x) * each, count_with_sink);
-  for (int k = first; k < min(first + each, count_with_sink); ++k) merged.find(lse_of(k));
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    merged.find({__shfl_down_sync(0xffffffffu, merged.largest().high, lanes), 0.0f});
-  }
-  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = merged.largest().high;
-  __syncthreads();
-  merged = Lses(rule.base);
-  for (int warp = 0; warp < kManyThreads / 32; ++warp) merged.find({largest[warp], 0.0f});
+  static constexpr int kAtOnce = SumOfParts<float>::kAtOnce;
 
-  for (int k = threadIdx.x; k < count_with_sink; k += kManyThreads) {
-    terms[k] = merged.term(lse_of(k));
-  }
-  __syncthreads();
-  const int groups = (count_with_sink + kAtOnce - 1) / kAtOnce;
-  if (threadIdx.x < groups) {
-    SumOfParts<float> sum;
-    const int begin = threadIdx.x * kAtOnce;
-    for (int k = begin; k < min(begin + kAtOnce, count_with_sink); ++k) {
-      sum.add(Lses::summand(terms[k]));
+  float terms[kMaxAlikeParts];
+  float largest[kManyThreads / 32];
+  float sums[kMaxAlikeParts / kAtOnce + 1];
+  int last;  // of the parts that are not empty, if there is one alone
+
+  // Called by all threads, each with the LSEs of parts threadIdx.x, + kManyThreads, ...
+  struct Result {
+    float sum, reciprocal, lse;
+    int taken;  // as sum_of_parts says it
+  };
+  template <int kEach>
+  __device__ Result weigh(const LseRule& rule, int count, const float (&lses)[kEach],
+                          const float* sink) {
+    Lses merged(rule.base);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) merged.find(lses[i]);
+    float mine = merged.largest();
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, mine, lanes));
     }
-    sums[threadIdx.x] = sum.value();
+    if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = mine;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < kManyThreads / 32; ++warp) merged.find(largest[warp]);
+    if (sink != nullptr) merged.find(*sink);
+
+    int seen = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int k = threadIdx.x + i * kManyThreads;
+      if (k >= count) break;
+      terms[k] = merged.term(lses[i]);
+      if (terms[k] < 0.0f) continue;
+      ++seen;
+      last = k;
+    }
+    const bool several = __syncthreads_or(seen > 1);
+    const int threads = __syncthreads_count(seen > 0);
+    // In the order of the parts and the sink behind them: sixteen and sixteen, then their sums.
+    const int groups = count / kAtOnce + 1;
+    if (threadIdx.x < groups) {
+      SumOfParts<float> sum;
+      const int begin = threadIdx.x * kAtOnce;
+      for (int k = begin; k < min(begin + kAtOnce, count); ++k) sum.add(Lses::summand(terms[k]));
+      const bool is_last = threadIdx.x == groups - 1;
+      if (is_last && sink != nullptr) sum.add(Lses::summand(merged.term(*sink)));
+      sums[threadIdx.x] = sum.value();
+    }
+    __syncthreads();
+    SumOfParts<float> total;
+    for (int group = 0; group < groups; ++group) total.add_sixteen(sums[group]);
+    const float sum = total.value(), reciprocal = ScalarMath<float>::reciprocal(sum);
+    const bool is_alone =
+        threads == 1 && !several && Lses::weight(terms[last], sum, reciprocal) == 1.0f;
+    return {.sum = sum,
+            .reciprocal = reciprocal,
+            .lse = threadIdx.x == 0 ? in_out_base<float>(rule, merged.lse(sum)) : 0.0f,
+            .taken = is_alone                     ? last
+                     : threads == 0 && sum == sum ? kNoPart
+                                                  : kSummed};
   }
-  __syncthreads();
-  SumOfParts<float> total;
-  for (int group = 0; group < groups; ++group) {
-    total.add_sixteen(sums[group]);
+  __device__ float weight(int k, const Result& of_row) const {
+    return Lses::weight(terms[k], of_row.sum, of_row.reciprocal);
   }
-  const float sum = total.value();
-  for (int k = threadIdx.x; k < count; k += kManyThreads) terms[k] = Lses::weight(terms[k], sum);
-  __syncthreads();
-  return wants_lse ? in_out_base<float>(rule, merged.lse(sum)) : 0.0f;
-}
+};
 
 template <class T, class Source>
 __global__ void __launch_bounds__(kManyThreads)
     merge_many(const __grid_constant__ ManyParts<Source> call) {
   using PackT = Pack<T, kElements<T>>;
-  constexpr int kAtOnce = SumOfParts<float>::kAtOnce;
+  constexpr int kAtOnce = SumOfParts<float>::kAtOnce, kColumns = kManyPacks * kElements<T>;
   constexpr int kThreadsAPack = kManyThreads / kManyPacks;
-  __shared__ float lses[kMaxAlikeParts];
-  __shared__ float weights[kMaxAlikeParts + 1];
-  __shared__ float sums[kMaxAlikeParts / kAtOnce][kManyPacks][kElements<T>];
-  __shared__ int seen, alone;
+  __shared__ ManyWeights parts;
+  __shared__ float sums[kMaxAlikeParts / kAtOnce][kColumns];
   const Row row(call.rows, blockIdx.x);
   const int count = call.num_parts, groups = (count + kAtOnce - 1) / kAtOnce;
-  if (threadIdx.x == 0) seen = 0, alone = -1;
+  const uint32_t pack = threadIdx.x % kManyPacks, first_group = threadIdx.x / kManyPacks;
+  const uint32_t first = blockIdx.y * call.packs_per_block;
+  const uint32_t end = min(first + call.packs_per_block, call.packs_per_row);
   wait_for_previous();
 
+  // The values that are summed first are under way while the parts are weighed, empty or not.
+  const uint32_t offset = row.offset(call.rows.of_parts), to = row.offset(call.rows.of_out);
+  PackT packs[kAtOnce];
+#pragma unroll
+  for (int k = 0; k < kAtOnce; ++k) {
+    const int part = first_group * kAtOnce + k;
+    packs[k] = PackT{};
+    if (part < count && first + pack < end) {
+      packs[k] = PackT::load(pack_at<T>(call.source.part(part), offset, first + pack));
+    }
+  }
   const uint32_t lse_offset = row.offset(call.rows.of_lses);
-  for (int k = threadIdx.x; k < count; k += kManyThreads) {
-    lses[k] = load_global(call.source.lse_of(k) + lse_offset);
+  float lses[kMaxAlikeParts / kManyThreads];
+#pragma unroll
+  for (int i = 0; i < kMaxAlikeParts / kManyThreads; ++i) {
+    const int k = threadIdx.x + i * kManyThreads;
+    lses[i] = k < count ? load_global(call.source.lse_of(k) + lse_offset) : -INFINITY;
   }
   const bool has_sink = call.sink.data != nullptr;
   const float sink = has_sink ? call.sink.load(row.offset(call.rows.of_sink)) : 0.0f;
-  __syncthreads();
-  const bool wants_lse = call.out_lse != nullptr && threadIdx.x == 0;
-  const float lse = weigh_in_block(call.rule, count, has_sink, sink, lses, weights, wants_lse);
-  if (wants_lse) store_global(call.out_lse + row.offset(call.rows.of_out_lse), lse);
-
-  for (int k = threadIdx.x; k < count; k += kManyThreads) {
-    if (weights[k] < 0.0f) continue;
-    atomicAdd(&seen, 1);
-    if (weights[k] == 1.0f) alone = k;  // no other part is seen, or it does not matter
+  const auto of_row = parts.weigh(call.rule, count, lses, has_sink ? &sink : nullptr);
+  if (call.out_lse != nullptr && threadIdx.x == 0 && blockIdx.y == 0) {
+    store_global(call.out_lse + row.offset(call.rows.of_out_lse), of_row.lse);
   }
-  __syncthreads();
-  const bool copies = seen == 1 && alone >= 0;  // byte for byte
 
-  const uint32_t offset = row.offset(call.rows.of_parts), to = row.offset(call.rows.of_out);
-  const uint32_t pack = threadIdx.x % kManyPacks, first_group = threadIdx.x / kManyPacks;
-  for (uint32_t begin = 0; begin < call.packs_per_row; begin += kManyPacks) {
+  for (uint32_t begin = first; begin < end; begin += kManyPacks) {
     const uint32_t column = begin + pack;
-    const bool exists = column < call.packs_per_row;
-    for (int group = first_group; exists && group < groups; group += kThreadsAPack) {
-      PackT packs[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int part = group * kAtOnce + k;
-        packs[k] = PackT{};
-        if (part < count && !(weights[part] < 0.0f)) {
-          packs[k] = PackT::load(pack_at<T>(call.source.part(part), offset, column));
-        }
-      }
+    for (int group = first_group; column < end && group < groups; group += kThreadsAPack) {
+      const bool is_loaded = begin == first && group == static_cast<int>(first_group);
       SumOfParts<float> sum[kElements<T>];
 #pragma unroll
+      for (int k = 0; !is_loaded && k < kAtOnce; ++k) {
+        const int part = group * kAtOnce + k;
+        if (part >= count || parts.terms[part] < 0.0f) continue;
+        packs[k] = PackT::load(pack_at<T>(call.source.part(part), offset, column));
+      }
+#pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
         const int part = group * kAtOnce + k;
-        if (part >= count || weights[part] < 0.0f) continue;
+        if (part >= count) break;
+        const float weight = parts.weight(part, of_row);
+        if (weight < 0.0f) continue;
         float values[kElements<T>];
         packs[k].unpack(values);
 #pragma unroll
-        for (int i = 0; i < kElements<T>; ++i) sum[i].add(weights[part], values[i]);
+        for (int i = 0; i < kElements<T>; ++i) sum[i].add(weight, values[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kElements<T>; ++i) sums[group][pack][i] = sum[i].value();
+      for (int i = 0; i < kElements<T>; ++i) {
+        sums[group][pack * kElements<T> + i] = sum[i].value();
+      }
     }
     __syncthreads();
-    if (first_group == 0 && exists) {
-      PackT merged{};
-      if (copies) {
-        merged = PackT::load(pack_at<T>(call.source.part(alone), offset, column));
-      } else if (seen > 0) {
-        float values[kElements<T>];
-#pragma unroll
-        for (int i = 0; i < kElements<T>; ++i) {
-          SumOfParts<float> total;
-          for (int group = 0; group < groups; ++group) total.add_sixteen(sums[group][pack][i]);
-          values[i] = total.value();
-        }
-        merged = PackT::pack(values);
+    const uint32_t element = begin * kElements<T> + threadIdx.x;
+    if (threadIdx.x < kColumns && element < end * kElements<T>) {
+      T merged{};
+      if (of_row.taken >= 0) {
+        merged = pack_at<T>(call.source.part(of_row.taken), offset, 0)[element];
+      } else if (of_row.taken == kSummed) {
+        SumOfParts<float> total;
+        for (int group = 0; group < groups; ++group) total.add_sixteen(sums[group][threadIdx.x]);
+        merged = Element<T>::store(total.value());
       }
-      merged.store(pack_at<T>(call.out, to, column));
+      pack_at<T>(call.out, to, 0)[element] = merged;
     }
     __syncthreads();
   }
@@ -334,20 +373,15 @@ const float* lse_address(const PartsCall& call, int k) {
   return static_cast<const float*>(call.part(k).lse.data) + call.lse_offset(k);
 }
 
-bool replaces_an_lse(const PartsCall& call) {
-  bool replaces = false;
-  for (int k = 0; k < call.num_parts; ++k) replaces |= lse_address(call, k) == call.out_lse.data;
-  return replaces;
-}
-
 void launch_few(const PartsCall& call, const AlikeShape& shape) {
   FewParts parameters{.rows = alike_rows(call),
                       .packs_per_row = static_cast<uint32_t>(shape.packs_per_row),
                       .row_factor = static_cast<uint32_t>(
                           ((1 << kRowShift) + shape.packs_per_row - 1) / shape.packs_per_row),
                       .rows_per_block = static_cast<uint32_t>(shape.rows),
+                      .value_threads = static_cast<uint32_t>(shape.threads),
                       .num_parts = call.num_parts,
-                      .replaces_an_lse = replaces_an_lse(call),
+                      .replaces_an_lse = call.replaces_an_lse(),
                       .rule = call.lse_rule(),
                       .sink = {call.sink.data, call.sink_dtype},
                       .out = call.out.data,
@@ -358,27 +392,39 @@ void launch_few(const PartsCall& call, const AlikeShape& shape) {
     parameters.lses[k] = lse_address(call, k);
     parameters.parts[k] = part_address(call, k);
   }
-  const Grid grid{.blocks = (call.num_rows() - 1) / shape.rows + 1, .threads = shape.threads};
+  const Grid grid{.blocks = (call.num_rows() - 1) / shape.rows + 1,
+                  .threads = shape.threads + shape.lse_threads};
   dispatch_floats(call.out_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto& few = call.num_parts <= 4   ? kernel<merge_few<T, 4>>()
-                      : call.num_parts <= 8 ? kernel<merge_few<T, 8>>()
-                                            : kernel<merge_few<T, kFewParts>>();
-    launch(few, grid, call, parameters);
+    const auto launch_most = [&]<int kMost>() {
+      const auto& few = call.sink.data != nullptr ? kernel<merge_few<T, kMost, false, true>>()
+                        : call.num_parts == kMost ? kernel<merge_few<T, kMost, true, false>>()
+                                                  : kernel<merge_few<T, kMost, false, false>>();
+      launch(few, grid, call, parameters);
+    };
+    if (call.num_parts <= 2) return launch_most.template operator()<2>();
+    if (call.num_parts <= 4) return launch_most.template operator()<4>();
+    if (call.num_parts <= 8) return launch_most.template operator()<8>();
+    launch_most.template operator()<kFewParts>();
   });
 }
 
 template <class Source>
 void launch_many(const PartsCall& call, const AlikeShape& shape, const Source& source) {
+  const uint32_t packs = shape.packs_per_row;
+  // Blocks that share a row may not replace what the others still read.
+  const uint32_t of_block = call.replaces_an_lse() ? packs : std::min<uint32_t>(kManyPacks, packs);
   const ManyParts<Source> parameters{.rows = alike_rows(call),
-                                     .packs_per_row = static_cast<uint32_t>(shape.packs_per_row),
+                                     .packs_per_row = packs,
+                                     .packs_per_block = of_block,
                                      .num_parts = call.num_parts,
                                      .rule = call.lse_rule(),
                                      .sink = {call.sink.data, call.sink_dtype},
                                      .out = call.out.data,
                                      .out_lse = static_cast<float*>(call.out_lse.data),
                                      .source = source};
-  const Grid grid{.blocks = call.num_rows(), .threads = kManyThreads};
+  const Grid grid{
+      .blocks = call.num_rows(), .blocks_y = (packs - 1) / of_block + 1, .threads = kManyThreads};
   dispatch_floats(call.out_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     launch(kernel<merge_many<T, Source>>(), grid, call, parameters);

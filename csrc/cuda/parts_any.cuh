@@ -72,15 +72,20 @@ __device__ RowCoordinates coordinates(const Call& call, int64_t row) {
   return result;
 }
 
+// Whether the caller's mask says that the part saw no keys; `row` is the part's own.
+template <class Call>
+__device__ bool is_declared_empty(const Call& call, const Part& part, const RowCoordinates& row) {
+  if (part.empty.data == nullptr) return false;
+  const bool marked = static_cast<const uint8_t*>(part.empty.data)[part.empty.offset(row)] != 0;
+  return marked != call.invert_empty;
+}
+
 // As it is stored, -inf where the part is absent or declared empty; `row` becomes the part's own.
 template <class Acc, class Call>
 __device__ Acc load_lse(const Call& call, int k, RowCoordinates& row) {
   const Part& part = call.source.part(k);
   if (!part.index.find(row, part.index_is_64_bit)) return -INFINITY;
-  if (part.empty.data != nullptr) {
-    const bool marked = static_cast<const uint8_t*>(part.empty.data)[part.empty.offset(row)] != 0;
-    if (marked != call.invert_empty) return -INFINITY;
-  }
+  if (is_declared_empty(call, part, row)) return -INFINITY;
   return static_cast<const Acc*>(call.source.lse(k))[part.lse.offset(row)];
 }
 
@@ -106,26 +111,33 @@ struct RowsOfBlock {
                                    : static_cast<const char*>(call.source.output(k)) +
                                          part.output.offset(row) * size_of(part.dtype);
     }
-    PartLse<Acc> sink{};
+    Acc sink{};
     const bool has_sink = call.sink.data != nullptr;
     if (threadIdx.x < count && has_sink) {
       const RowCoordinates row = coordinates(call, first + threadIdx.x);
-      sink.high = load_element<Acc>(call.sink.data, call.sink_dtype, call.sink.offset(row));
-      if (call.mixes_bases && call.rule.out_base == Base::kTwo) sink = natural(sink.high);
+      sink = load_element<Acc>(call.sink.data, call.sink_dtype, call.sink.offset(row));
     }
     __syncthreads();
     Acc lse{};
     weight_of_sink = Acc(kSkip);
     if (threadIdx.x < count) {
       Acc* const mine = weights + threadIdx.x * num_parts;
-      const auto part = [&](int k) -> PartLse<Acc> {
-        const bool converts = call.mixes_bases && call.source.part(k).base == Base::kTwo;
-        return converts ? natural(mine[k]) : PartLse<Acc>{mine[k], Acc(0)};
+      const auto weigh_row = [&](auto lse_of) {
+        const auto logit = lse_of(call.rule.out_base, sink);
+        const auto weighed = weigh_pair_or_parts<ScalarMath<Acc>, Acc>(
+            call.rule, num_parts, [&](int k) { return lse_of(call.source.part(k).base, mine[k]); },
+            has_sink ? &logit : nullptr,
+            [&](int k) -> Acc& { return k < num_parts ? mine[k] : weight_of_sink; });
+        if (wants_lse) lse = weighed.lse();
       };
-      lse = weigh_parts<ScalarMath<Acc>, Acc>(
-          call.rule, num_parts, part, has_sink ? &sink : nullptr, wants_lse,
-          [&](int k) -> Acc& { return k < num_parts ? mine[k] : weight_of_sink; });
-      if (isinf(sink.high)) weight_of_sink = Acc(kSkip);  // in a row with a NaN too
+      if (call.mixes_bases) {
+        weigh_row([](Base base, Acc one) {
+          return base == Base::kTwo ? natural(one) : PartLse<Acc>{one, Acc(0)};
+        });
+      } else {
+        weigh_row([](Base, Acc one) { return one; });
+      }
+      if (isinf(sink)) weight_of_sink = Acc(kSkip);  // in a row with a NaN too
     }
     __syncthreads();
     return lse;

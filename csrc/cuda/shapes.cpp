@@ -1,6 +1,7 @@
 // Whether a kernel family can take a call, and how it is cut into blocks. Knows strides, sizes and
 // tuning.h; nothing of CUDA.
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "families.h"
@@ -143,7 +144,7 @@ std::optional<AlikeShape> alike_shape(const PartsCall& call) {
   if (!call.parts_are_alike || !is_float(call.out_dtype) || first.dtype != call.out_dtype ||
       call.mixes_bases || call.sizes[2] != 1 || call.sizes[3] != 1 || call.num_rows() > kMaxGridX ||
       !is_multiple(call.head_size, elements) || call.head_size == 0 ||
-      call.head_size / elements > kMaxThreads ||
+      call.head_size / elements > kFewMostPacks ||
       !has_packs(call.out, call.out_element_stride, size, elements) ||
       !reaches_at_most_32_bits(call, call.out, elements) ||
       !reaches_at_most_32_bits(call, first.output, elements)) {
@@ -157,10 +158,12 @@ std::optional<AlikeShape> alike_shape(const PartsCall& call) {
   }
   if (call.is_stack && !is_multiple(call.stack_output_stride, elements)) return std::nullopt;
   const int packs = static_cast<int>(call.head_size / elements);
-  if (call.num_parts > kFewParts) return AlikeShape{packs, 1, kManyThreads};
+  if (call.num_parts > kFewParts) return AlikeShape{packs, 1, kManyThreads, 0};
   const int rows =
       static_cast<int>(std::min<int64_t>(std::max(1, kFewThreads / packs), call.num_rows()));
-  return AlikeShape{packs, rows, (rows * packs + 31) / 32 * 32};
+  const auto whole_warps = [](int threads) { return (threads + 31) / 32 * 32; };
+  const bool wants_lse = call.out_lse.data != nullptr;
+  return AlikeShape{packs, rows, whole_warps(rows * packs), wants_lse ? whole_warps(rows) : 0};
 }
 
 namespace {
@@ -183,6 +186,58 @@ AnyShape shape_with(const PartsCall& call, int64_t pack) {
 }  // namespace
 
 AnyShape any_shape(const PartsCall& call) { return shape_with(call, kAnyPack); }
+
+namespace {
+
+// Strides that a kernel multiplies as 32-bit numbers.
+bool has_short_strides(const PerRow& operand) {
+  return std::ranges::all_of(operand.strides,
+                             [](int64_t stride) { return stride >= 0 && stride <= UINT32_MAX; });
+}
+
+}  // namespace
+
+std::optional<EachShape> each_shape(const PartsCall& call) {
+  const DType first = call.part(0).dtype, others = call.part(call.num_parts > 1 ? 1 : 0).dtype;
+  const int64_t elements = 16 / size_of(first), packs = call.head_size / elements;
+  const int64_t packs_a_lane = each_elements(call.num_parts) / elements;
+  const int64_t lanes = (packs + packs_a_lane - 1) / packs_a_lane;
+  if (call.num_parts > kEachParts || call.mixes_bases || !is_float(first) ||
+      !is_float(call.out_dtype) || (first != others && first != DType::kFloat32) ||
+      shape_with(call, elements).elements == 1 || lanes > kEachThreads || call.sizes[3] != 1 ||
+      call.num_rows() > kMaxGridX || !has_short_strides(call.out) ||
+      !has_short_strides(call.out_lse) || !has_short_strides(call.sink)) {
+    return std::nullopt;
+  }
+  EachShape shape{.packs = static_cast<int>(packs),
+                  .lanes = static_cast<int>(lanes),
+                  .rows = static_cast<int>(kEachThreads / lanes),
+                  .selects = false};
+  for (int k = 0; k < static_cast<int>(call.parts.size()); ++k) {
+    const Part& part = call.parts[k];
+    if ((k > 0 && part.dtype != others) || !has_short_strides(part.output) ||
+        !has_short_strides(part.lse) || !has_short_strides(part.empty)) {
+      return std::nullopt;
+    }
+    shape.selects |= part.index.data != nullptr || part.empty.data != nullptr;
+  }
+  return shape;
+}
+
+std::optional<EachShape> each_backward_shape(const PartsCall& call) {
+  auto shape = each_shape(call);
+  const DType dtype = call.out_dtype;
+  const auto lanes = std::bit_ceil(shape ? static_cast<unsigned>(shape->lanes) : 1);
+  if (!shape || lanes > 32 || call.part(0).dtype != dtype ||
+      call.part(call.num_parts > 1 ? 1 : 0).dtype != dtype || call.out_element_stride != 1 ||
+      call.gradients.outputs_dtype != dtype ||
+      !is_multiple(reinterpret_cast<intptr_t>(call.gradients.outputs), 16)) {
+    return std::nullopt;
+  }
+  shape->lanes = static_cast<int>(lanes);
+  shape->rows = kEachThreads / shape->lanes;
+  return shape;
+}
 
 AnyShape backward_shape(const PartsCall& call) {
   AnyShape shape = shape_with(call, kBackwardPack);

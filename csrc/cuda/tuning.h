@@ -61,19 +61,26 @@ inline constexpr int64_t kGenericElements = 4096;
 inline constexpr int64_t kGenericBlocks = 132;
 
 // Many parts that lie alike: up to so many are listed in a small block of parameters and held in
-// registers; threads of a block.
+// registers; threads of a block, and the most that a long row gets, beside those that merge LSEs.
 inline constexpr int kFewParts = 16;
-inline constexpr int kFewThreads = 256;
+inline constexpr int kFewThreads = 128;
+inline constexpr int kFewMostPacks = 256;
+inline constexpr int kMaxFewThreads = kFewMostPacks + 32;
 // Beyond them: threads of a block, which is one row's, and packs of that row at a time.
 inline constexpr int kManyThreads = 256;
-inline constexpr int kManyPacks = 16;
+inline constexpr int kManyPacks = 8;
+// Few parts of any kind: as many parts; threads of a block; elements that one of them has of each
+// part, in packs of 16 bytes of the first.
+inline constexpr int kEachParts = 8;
+inline constexpr int kEachThreads = 256;
+constexpr int each_elements(int parts) { return parts <= 4 ? 16 : 8; }
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
 inline constexpr int kAnyThreads = 256;
 inline constexpr int kAnyWeights = 1024;
 inline constexpr int64_t kAnyElements = 2048;
 inline constexpr int kAnyPack = 8;
-// Of gradients a warp takes a row: 32 packs are one of 128 elements.
+// Of gradients of more parts, or longer rows, a warp takes a row: 32 packs are one of 128 elements.
 inline constexpr int kBackwardPack = 4;
 
 }  // namespace merge_attn_states::cuda

@@ -1,0 +1,222 @@
+// What the kernels of few parts share, each of which has a layout of its own: their parameters, and
+// a row's parts in the registers of one thread.
+#pragma once
+
+#include <algorithm>
+
+#include "../core/parts_call.h"
+#include "families.h"
+#include "fast_division.h"
+#include "launch.h"
+#include "sum_of_parts.cuh"
+#include "tuning.h"
+
+namespace merge_attn_states::cuda {
+
+inline constexpr int kEachDims = 3;  // of rows
+
+template <int kMost>
+struct EachCall {
+  uint32_t num_rows;
+  uint32_t rows;       // of a block
+  FastDivision lanes;  // of a row; backward a power of two
+  uint32_t packs;      // of a row
+  FastDivision sizes[kEachDims];
+  bool needs_barrier, invert_empty, out_index_is_64_bit;
+  int32_t num_parts;
+  LseRule rule;
+  DType out_dtype, sink_dtype;
+  PerRow out, out_lse, sink;
+  RowIndex out_index;
+  Gradients gradients;  // of a backward call
+  Part parts[kMost];
+
+  // The packs of a lane lie a row's lanes apart, so that the loads of a warp lie side by side.
+  __device__ bool has_pack(uint32_t lane, int i) const { return lane + i * lanes.divisor < packs; }
+  template <int kElements>
+  __device__ uint32_t column(uint32_t lane, int i) const {
+    return (lane + i * lanes.divisor) * kElements;
+  }
+};
+
+struct ShortRow {
+  uint32_t of[kEachDims];
+};
+
+template <int kMost>
+__device__ ShortRow short_row(const EachCall<kMost>& call, uint32_t number) {
+  ShortRow row;
+#pragma unroll
+  for (int dim = kEachDims - 1; dim > 0; --dim) {
+    const uint32_t above = call.sizes[dim].quotient(number);
+    row.of[dim] = number - above * call.sizes[dim].divisor;
+    number = above;
+  }
+  row.of[0] = number;
+  return row;
+}
+
+// One instruction a dimension, since strides are short and not negative; the compiler takes three.
+__device__ inline uint64_t offset_of(const PerRow& operand, const ShortRow& row) {
+  uint64_t offset = 0;
+#pragma unroll
+  for (int dim = 0; dim < kEachDims; ++dim) {
+    asm("mad.wide.u32 %0, %1, %2, %0;"
+        : "+l"(offset)
+        : "r"(row.of[dim]), "r"(static_cast<uint32_t>(operand.strides[dim])));
+  }
+  return offset;
+}
+
+// The parts of a row at some of its packs: 16 bytes of the first part. First is the dtype of the
+// first part, and Rest that of all others; kSelects says whether there are indices or masks.
+template <class First, class Rest, int kMost, bool kSelects>
+struct EachRow {
+  static constexpr int kElements = 16 / sizeof(First);
+  static constexpr int kPacks = each_elements(kMost) / kElements;
+  using Call = EachCall<kMost>;
+  template <int k>
+  using Of = std::conditional_t<k == 0, First, Rest>;
+
+  float weights[kMost];  // at first the LSEs; -inf where the part is absent or declared empty
+  Pack<First, kElements> first[kPacks];
+  Pack<Rest, kElements> rest[kMost - 1][kPacks];
+
+  // Every index is under way before the first is used, and so are LSEs and values, of empty parts
+  // too.
+  __device__ void load(const Call& call, const ShortRow& row, uint32_t lane) {
+    ShortRow of_parts[kMost];
+    bool is_there[kMost];
+    for_each_part<kMost>([&](auto k) {
+      of_parts[k] = row;
+      is_there[k] = k < call.num_parts;
+    });
+    if constexpr (kSelects) {
+      int64_t at[kMost];
+      for_each_part<kMost>([&](auto k) {
+        const Part& part = call.parts[k];
+        at[k] = row.of[0];
+        if (part.index.data == nullptr) return;
+        const int64_t place = int64_t{row.of[0]} * part.index.stride;
+        at[k] = part.index_is_64_bit
+                    ? load_global(static_cast<const int64_t*>(part.index.data) + place)
+                    : load_global(static_cast<const int32_t*>(part.index.data) + place);
+      });
+      for_each_part<kMost>([&](auto k) {
+        const RowIndex& index = call.parts[k].index;
+        if (index.data == nullptr) return;
+        is_there[k] = is_there[k] && at[k] >= 0 && at[k] < index.num_rows;
+        of_parts[k].of[0] = static_cast<uint32_t>(at[k]);
+      });
+      for_each_part<kMost>([&](auto k) {
+        const PerRow& empty = call.parts[k].empty;
+        if (empty.data == nullptr || !is_there[k]) return;
+        const auto* const masks = static_cast<const uint8_t*>(empty.data);
+        const bool marked = masks[offset_of(empty, of_parts[k])] != 0;
+        is_there[k] = marked == call.invert_empty;
+      });
+    }
+    for_each_part<kMost>([&](auto k) {
+      const PerRow& lse = call.parts[k].lse;
+      weights[k] = -INFINITY;
+      if (is_there[k]) {
+        weights[k] = load_global(static_cast<const float*>(lse.data) + offset_of(lse, of_parts[k]));
+      }
+    });
+    for_each_part<kMost>([&](auto k) {
+      using T = Of<k>;
+      const PerRow& output = call.parts[k].output;
+      const T* const from = static_cast<const T*>(output.data) + offset_of(output, of_parts[k]);
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        auto pack = minus_zeros<T, kElements>();
+        if (is_there[k] && call.has_pack(lane, i)) {
+          pack = Pack<T, kElements>::load(from + call.template column<kElements>(lane, i));
+        }
+        if constexpr (k == 0) {
+          first[i] = pack;
+        } else {
+          rest[k - 1][i] = pack;
+        }
+      }
+    });
+  }
+  // Turns the LSEs into weights. A larger table than of two is no pair's.
+  __device__ auto weigh(const Call& call, const float* sink, float& weight_of_sink) {
+    const auto part = [&](int k) { return weights[k]; };
+    const auto weight = [&](int k) -> float& { return k < kMost ? weights[k] : weight_of_sink; };
+    if constexpr (kMost == 2) {
+      return weigh_pair_or_parts<ScalarMath<float>, float>(call.rule, kMost, part, sink, weight);
+    } else {
+      return weigh_parts<ScalarMath<float>, float>(call.rule, kMost, part, sink, weight);
+    }
+  }
+  // As leave_out_empty says it.
+  __device__ int leave_out_empty_parts(const Call& call) {
+    return leave_out_empty(weights, call.num_parts, [&](auto k) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        if constexpr (k == 0) {
+          first[i] = minus_zeros<First, kElements>();
+        } else {
+          rest[k - 1][i] = minus_zeros<Rest, kElements>();
+        }
+      }
+    });
+  }
+  // Pack i of part k.
+  template <int k>
+  __device__ const auto& pack(std::integral_constant<int, k>, int i) const {
+    if constexpr (k == 0) {
+      return first[i];
+    } else {
+      return rest[k - 1][i];
+    }
+  }
+};
+
+// Calls f(parameters) with the parameters that hold the parts, in so large a table.
+template <int kMost, class F>
+void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
+  const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
+  EachCall<kMost> parameters{.num_rows = u32(call.num_rows()),
+                             .rows = u32(shape.rows),
+                             .lanes = FastDivision(u32(shape.lanes)),
+                             .packs = u32(shape.packs),
+                             .sizes = {},
+                             // The lanes of a row that lies in one warp read its LSEs at once.
+                             .needs_barrier = call.replaces_an_lse() && 32 % shape.lanes != 0,
+                             .invert_empty = call.invert_empty,
+                             .out_index_is_64_bit = call.out_index_is_64_bit,
+                             .num_parts = call.num_parts,
+                             .rule = call.lse_rule(),
+                             .out_dtype = call.out_dtype,
+                             .sink_dtype = call.sink_dtype,
+                             .out = call.out,
+                             .out_lse = call.out_lse,
+                             .sink = call.sink,
+                             .out_index = call.out_index,
+                             .gradients = call.gradients,
+                             .parts = {}};
+  for (int dim = 0; dim < kEachDims; ++dim) {
+    parameters.sizes[dim] = FastDivision(u32(call.sizes[dim]));
+  }
+  const auto advance = [](void*& data, int64_t bytes) { data = static_cast<char*>(data) + bytes; };
+  for (int k = 0; k < call.num_parts; ++k) {
+    Part part = call.part(k);
+    advance(part.output.data, call.output_offset(k) * size_of(part.dtype));
+    advance(part.lse.data, call.lse_offset(k) * size_of(call.acc_dtype));
+    parameters.parts[k] = part;
+  }
+  f(parameters);
+}
+
+// The same in the smallest table.
+template <class F>
+void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
+  if (call.num_parts <= 2) return with_each<2>(call, shape, f);
+  if (call.num_parts <= 4) return with_each<4>(call, shape, f);
+  with_each<kEachParts>(call, shape, f);
+}
+
+}  // namespace merge_attn_states::cuda
