@@ -19,13 +19,26 @@ def pair(rows, threads):
     return "vectorized", f"{rows} in a block of {threads} threads, by rows"
 
 
-def few(count, rows=15, threads=256):
+def few(count, rows=7, threads=128 + 32):
+    """Threads of values, and a warp or more that merges the LSEs."""
     return "vectorized", f"{count} parts, {rows} rows in a block of {threads} threads"
 
 
-def alike(count, rows=15, threads=256):
+def alike(count, rows=7, threads=128 + 32):
     """Of parts that differ in their addresses alone: beyond 16 of them a block has one row."""
     return few(count, rows, threads) if count <= 16 else few(count, 1, 256)
+
+
+def each(count, head_size=HEAD_SIZE):
+    """Of up to eight parts, each with a layout of its own."""
+    lanes = -(-head_size // (16 if count <= 4 else 8))
+    rows = 256 // lanes
+    return "vectorized", f"{count} parts, each apart, {rows} rows in a block of 256 threads"
+
+
+def apart(count, head_size=HEAD_SIZE, rows=1):
+    """Of parts that differ in more than their addresses."""
+    return each(count, head_size) if count <= 8 else any_kind(count, rows)
 
 
 def any_kind(count, rows=1, elements=8):

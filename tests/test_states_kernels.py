@@ -1,8 +1,9 @@
 """Which kernel takes which call of many parts, on both sides of every border, and that it is right.
 
 On CUDA two plain parts are the pair's call. Parts that differ in their addresses alone, in rows of
-whole 16-byte packs, have kernels for up to 4, 8 and 16 of them, which take some rows a block, and
-one for more, which takes one. Everything else goes to the kernel of any kind.
+whole 16-byte packs, have kernels for up to 2, 4, 8 and 16 of them, which take some rows a block,
+and one for more, which takes one. Up to 8 parts that lie each apart have kernels too, as long as
+they have one dtype, or float32 the first. Everything else goes to the kernel of any kind.
 """
 
 import pytest
@@ -14,9 +15,11 @@ from kernels_support import (
     SINK,
     alike,
     any_kind,
+    apart,
     assert_is,
     assert_runs,
     assert_same,
+    each,
     few,
     make,
     nowhere,
@@ -49,7 +52,10 @@ def test_two_plain_parts_are_the_pair(dtype, head_size, device):
         assert_runs(same, kernel)
         assert_same(same.run(), merged)
     masked = states._replace(empty=nowhere(states))
-    assert_runs(masked, any_kind(2, elements=1 if dtype == F64 or head_size == 81 else 8))
+    is_apart = dtype in (F32, F16, BF16) and head_size % 8 == 0 and head_size <= 4096
+    in_packs = dtype != F64 and head_size % 8 == 0
+    kernel = any_kind(2, elements=8 if in_packs else 1)
+    assert_runs(masked, each(2, head_size) if is_apart else kernel)
     assert_same(masked.run(), merged)
     inspect = torch.ops.merge_attn_states.inspect_update_state
     assert_is(inspect(*state, *block), kernel, state[0])
@@ -87,11 +93,12 @@ CALLS = {
 @pytest.mark.parametrize("count", COUNTS)
 def test_alike_parts(count, options, device):
     states = make(count, device, **options)
-    assert_runs(states, alike(count))
+    kernel = alike(count, threads=160 if states.return_lse else 128)
+    assert_runs(states, kernel)
     results = check(states)
     for dim in (0, 1):
         stacked = stack(states, dim)
-        assert_runs(stacked, alike(count))
+        assert_runs(stacked, kernel)
         assert_same(stacked.run(), results)
 
 
@@ -105,12 +112,15 @@ def test_alike_parts_of_other_dtypes(dtype, count, device):
 
 @pytest.mark.parametrize("count", [3, 16, 17])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("packs", [1, 512, 513])
+@pytest.mark.parametrize("packs", [1, 256, 257])
 def test_rows_of_one_pack_and_of_as_many_as_a_block_has_threads(packs, dtype, count, device):
-    """Beyond them the kernel of any kind reads eight elements at a time, or one."""
-    kernels = {1: alike(count, 6, 32), 512: alike(count, 1, 512)}
-    states = make_states((3, 2), packs * 16 // dtype.itemsize, count, dtype, device)
-    assert_runs(states, kernels.get(packs, any_kind(count, elements=8 if dtype == BF16 else 1)))
+    elements = packs * 16 // dtype.itemsize
+    beyond = each(count, elements)
+    if count > 8:  # of any kind: eight elements at a time, or one
+        beyond = any_kind(count, elements=8 if dtype == BF16 else 1)
+    kernels = {1: alike(count, 6, 64), 256: alike(count, 1, 256 + 32), 257: beyond}
+    states = make_states((3, 2), elements, count, dtype, device)
+    assert_runs(states, kernels[packs])
     check(states)
 
 
@@ -124,7 +134,7 @@ def test_lses_at_the_border_of_32_bits(beyond, cuda, gigabytes):
     far = torch.empty(stride + heads, device=cuda).as_strided((2, heads), (stride, 1))
     far.copy_(states.lses[0])
     states = states._replace(lses=[far] * 3)
-    assert_runs(states, any_kind(3) if beyond else few(3, 16))
+    assert_runs(states, each(3, head_size) if beyond else few(3, 8))
     assert_same(states.run(), states._replace(lses=[far.contiguous()] * 3).run())
 
 
@@ -160,19 +170,32 @@ def of_three_dimensions(device) -> States:
     return laid(make_states((2, 3, 5), HEAD_SIZE, 3, BF16, device), *[heads_first] * 3)
 
 
+def of_four_dimensions(device) -> States:
+    """No two of which continue one another in every part."""
+    states = make_states((2, 3, 2, 5), HEAD_SIZE, 3, BF16, device)
+    turned = [lambda x: x.transpose(0, 2).contiguous().transpose(0, 2), heads_first, heads_first]
+    return laid(states, *turned)
+
+
 def into_an_unaligned_output(device) -> States:
     return make(3, device)._replace(out=blank((*ROWS, HEAD_SIZE), BF16, device, offset=1))
 
 
-OTHERS = {
-    "dtypes that differ": lambda device: make(3, device, [F32, BF16, F16]),
-    "bases that differ": lambda device: make(3, device, base="e2e", out_lse_base="2"),
-    "a sink in another base": lambda device: make(3, device, sink=SINK, out_lse_base="2"),
+APART = {
     "another dtype of the output": lambda device: make(3, device, out_dtype=F32),
+    "a wide first part": lambda device: make(3, device, [F32, BF16, BF16]),
     "another layout of one part": lambda device: laid(make(3, device), heads_first),
     "three dimensions of rows": of_three_dimensions,
     "masks": with_masks,
     "an index": with_an_index,
+}
+OTHERS = {
+    "dtypes that differ": lambda device: make(3, device, [F32, BF16, F16]),
+    "a wide second part": lambda device: make(3, device, [BF16, F32, BF16]),
+    "bases that differ": lambda device: make(3, device, base="e2e", out_lse_base="2"),
+    "a sink in another base": lambda device: make(3, device, sink=SINK, out_lse_base="2"),
+    "nine parts": lambda device: laid(make(9, device), heads_first),
+    "four dimensions of rows": of_four_dimensions,
     "FP8": lambda device: make(3, device, E4M3),
     "an FP8 output": into_fp8,
 }
@@ -190,10 +213,28 @@ ONE_BY_ONE = {
 }
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 8])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F16), (F32, F32), (F32, BF16), (F32, F16)])
+def test_parts_that_lie_each_apart(dtypes, count, device):
+    first, others = dtypes
+    states = make_states((3, 5, 4), HEAD_SIZE, count, [first, *[others] * (count - 1)], device)
+    masks = [torch.arange(60, device=device).view(3, 5, 4) % 7 == k for k in range(count)]
+    states = laid(states, heads_first)._replace(empty=masks)
+    assert_runs(states, each(count))
+    check(states)
+
+
+@pytest.mark.parametrize("made", APART.values(), ids=APART)
+def test_parts_that_are_not_alike(made, device):
+    states = made(device)
+    assert_runs(states, apart(3))
+    check(states)
+
+
 @pytest.mark.parametrize("made", OTHERS.values(), ids=OTHERS)
 def test_any_kind_of_parts(made, device):
     states = made(device)
-    assert_runs(states, any_kind(3))
+    assert_runs(states, any_kind(len(states.outputs)))
     check(states)
 
 
@@ -209,7 +250,7 @@ def test_any_kind_of_parts_without_packs(made, device):
     [(3, 6), (16, 6), (17, 6), (200, 5)],  # the whole call's share, then as many weights as fit
 )
 def test_rows_that_share_a_block_of_the_kernel_of_any_kind(count, rows, device):
-    dtypes = [F32, *[BF16] * (count - 1)]
+    dtypes = [F32, F16, *[BF16] * (count - 2)]
     states = make_states((6 * 132, 1), 8, count, dtypes, device)
     assert_runs(states, any_kind(count, rows))
     check(states)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_support import HEAD_SIZE, ROWS, any_kind, assert_is, assert_same, few, pair
+from kernels_support import HEAD_SIZE, ROWS, assert_is, assert_same, each, few, pair
 from states_support import States, check
 from support import BF16, E4M3, F32, F64
 from update_support import copies, state_and_block, update
@@ -22,12 +22,12 @@ UPDATES = {
     "one dtype": (ROWS, SAME, {}, pair("15 tokens", 288)),
     "float64": (ROWS, (F64, F64), {}, pair_generic(1)),
     "FP8": (ROWS, (E4M3, E4M3), {}, pair_generic(8)),
-    "a wide state": (ROWS, WIDE, {}, any_kind(2)),
+    "a wide state": (ROWS, WIDE, {}, each(2)),
     "another base": (ROWS, SAME, {"lse_base": "2"}, few(2)),
-    "another base, a wide state": (ROWS, WIDE, {"lse_base": "2"}, any_kind(2)),
-    "a mask": (ROWS, SAME, {"empty": torch.arange(35).view(ROWS) % 3 == 0}, any_kind(2)),
-    "an index": (ROWS, SAME, {"index": torch.arange(7)}, any_kind(2)),
-    "tokens last": ((2, 6, 5), SAME, {}, any_kind(2)),
+    "another base, a wide state": (ROWS, WIDE, {"lse_base": "2"}, each(2)),
+    "a mask": (ROWS, SAME, {"empty": torch.arange(35).view(ROWS) % 3 == 0}, each(2)),
+    "an index": (ROWS, SAME, {"index": torch.arange(7)}, each(2)),
+    "tokens last": ((2, 6, 5), SAME, {}, each(2)),
     "tokens last, a batch of one": ((1, 6, 5), SAME, {}, pair("6 tokens", 160)),
 }
 
@@ -44,7 +44,7 @@ def test_an_update(case, device):
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "kernel"), [(SAME, pair("15 heads", 288)), (WIDE, any_kind(2))], ids=str
+    ("dtypes", "kernel"), [(SAME, pair("15 heads", 288)), (WIDE, each(2))], ids=str
 )
 def test_an_update_of_the_later_half(dtypes, kernel, device):
     """Of a batch of sequences, as a zigzag ring has it."""
