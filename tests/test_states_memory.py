@@ -19,10 +19,12 @@ def peak(run, device: str) -> int:
     """The most bytes that PyTorch's allocator had given out at once, beyond those of before."""
     if device == "cuda":
         run()  # what PyTorch makes once
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_peak()
+        before = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_peak() - before
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [x for x in seen.profiler.kineto_results.events() if x.name() == "[memory]"]
