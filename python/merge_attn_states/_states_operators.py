@@ -34,11 +34,10 @@ def new_output(
     outputs: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype | None
 ) -> torch.Tensor:
     """Return a contiguous output of that shape, of the parts' dtype if none is given."""
-    first = outputs[0]
     if dtype is None:
-        same = all(output.dtype == first.dtype for output in outputs)
-        dtype = first.dtype if same else torch.float32
-    return _new(first, shape, dtype)
+        dtypes = {output.dtype for output in outputs}
+        dtype = outputs[0].dtype if len(dtypes) == 1 else torch.float32
+    return _new(outputs[0], shape, dtype)
 
 
 def new_lse(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,9 @@ _op = torch.ops.merge_attn_states
 _fast_merge, _ = fast_path("merge_states")  # None where there is none
 _fast_update, _ = fast_path("update_state")
 _DTYPE_OR_NONE = (torch.dtype, type(None))
+_MOST_PARTS = 16  # in a list that the fast path takes: kMostParts of csrc/torch/eager_states.cpp
 _WRITTEN = [0, 1]  # output and LSE, by both operators that write in place
+_requires_grad = attrgetter("requires_grad")
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
 Base = Literal["e", "2"]
@@ -304,15 +307,24 @@ def _merge_eagerly(
     contradicts = (out is not None and out_dtype is not None) or (
         out_lse is not None and not return_lse
     )
-    plain = all(
-        type(parts) is list and parts and all(type(x) is torch.Tensor for x in parts)
-        for parts in (outputs, lses)
-    )
-    if contradicts or not plain:
+    if contradicts or not type(outputs) is type(lses) is list:
+        return None
+    for per_part in (index, empty):
+        if per_part is not None and (dim is not None or type(per_part) is not list):
+            return None
+    operands = [*outputs, *lses] if sink is None else [*outputs, *lses, sink]
+    if len(outputs) > _MOST_PARTS or {*map(type, operands)} != {torch.Tensor}:
         return None
     if out is None or (out_lse is None and return_lse):
-        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-            return None  # a mode would see results made that nobody takes
+        # Where the operator has to answer it makes results of its own: these would be a second
+        # allocation, and a mode would see it.
+        if (
+            torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._C._are_functorch_transforms_active()
+            or (torch.is_grad_enabled() and any(map(_requires_grad, operands)))
+        ):
+            return None
         shape = result_shape(outputs, dim, index)
         if out is None:
             out = new_output(outputs, shape, out_dtype)
