@@ -135,6 +135,37 @@ def test_a_stack_has_the_gradients_of_its_parts(dim, indexed, device):
     assert_bits(of_lses, torch.stack(listed[COUNT : 2 * COUNT], dim))
 
 
+@pytest.mark.parametrize("of", ["dense", "padded", "permuted", "lse of one column"])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_leaf_keeps_the_gradient_of_a_stack_as_it_lies_itself(dim, of, device):
+    """Autograd keeps one that lies as the leaf does, copies another, and adds the next one to it.
+
+    The operator's are contiguous along the parts, and `dim` is where the stack has them.
+    """
+    states = make_states((4, 3), 8, COUNT, F32, device, empty=False)
+    outputs, lses = torch.stack(states.outputs, dim), torch.stack(states.lses, dim)
+    if of == "padded":
+        outputs, lses = torch.cat([outputs] * 2, -1)[..., :8], torch.cat([lses] * 2, -1)
+        lses = lses[..., : lses.shape[-1] // 2]
+    elif of == "permuted":
+        outputs, lses = (x.transpose(0, 2).contiguous().transpose(0, 2) for x in (outputs, lses))
+    elif of == "lse of one column":
+        lses = lses.unsqueeze(-1)
+    operands = [x.detach().requires_grad_() for x in (outputs, lses)]
+    out, lse = merge_states(*operands, dim=dim)
+    loss = (out * torch.randn_like(out)).sum() + lse.sum()
+    grads = torch.autograd.grad(loss, operands, retain_graph=True)
+    loss.backward(retain_graph=True)
+    for operand, grad in zip(operands, grads, strict=True):
+        assert_bits(operand.grad, grad)
+        assert of == "padded" or operand.grad.stride() == operand.stride()
+    loss.backward()
+    for operand, grad in zip(operands, grads, strict=True):
+        assert_bits(operand.grad, 2 * grad)
+        operand.grad.zero_()
+        assert (operand.grad == 0).all()
+
+
 def test_an_empty_part_has_no_gradient_and_is_not_read(device):
     states = make_states((4, 3), 8, 3, F32, device)  # NaN where a part is empty
     outputs, lses = [wanting(x) for x in states.outputs], [wanting(x) for x in states.lses]
@@ -246,12 +277,15 @@ def test_what_has_no_gradient_is_refused(device):
         merge_states(outputs, states.lses, out_dtype=E4M3, out_scale=torch.ones((), device=device))
 
 
+@pytest.mark.parametrize("dim", [None, 0, 1, 2])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiled(backend, device):
+def test_compiled(backend, dim, device):
     states = states_with({"empty": True, "sink": True}, F32, device)
 
     def step(outputs, lses, sink):
-        out, lse = merge_states(outputs, lses, sink=sink, empty=states.empty)
+        if dim is not None:
+            outputs, lses = torch.stack(outputs, dim), torch.stack(lses, dim)
+        out, lse = merge_states(outputs, lses, dim=dim, sink=sink, empty=states.empty)
         return out.square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
 
     torch._dynamo.reset()

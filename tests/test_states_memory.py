@@ -146,12 +146,18 @@ def test_the_fast_path_is_asked_for_as_many_parts_as_it_takes(count, answers, de
     assert path(out, lse, *states[:8], None) is (count == 16)
 
 
+@pytest.mark.parametrize("dim", [None, 0, 1, 2])
 @pytest.mark.parametrize("count", [2, 5, 17])
-def test_a_backward_call_allocates_the_gradients(count, device):
+def test_a_backward_call_allocates_the_gradients(count, dim, device):
     """Of all outputs one tensor, and of all LSEs one; nothing in the dtype of the arithmetic."""
     states = make_states(ROWS, HEAD_SIZE, count, BF16, device, empty=False)
-    operands = [x.requires_grad_() for x in (*states.outputs, *states.lses)]
-    results = merge_states(states.outputs, states.lses)
+    outputs, lses = states.outputs, states.lses
+    if dim is not None:
+        outputs, lses = torch.stack(outputs, dim), torch.stack(lses, dim)
+    operands = [*outputs, *lses] if dim is None else [outputs, lses]
+    for operand in operands:
+        operand.requires_grad_()
+    results = merge_states(outputs, lses, dim=dim)
     of_results = [torch.ones_like(x) for x in results]
     grads = torch.autograd.grad(results, operands, of_results, retain_graph=True)
     assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 2
@@ -160,4 +166,5 @@ def test_a_backward_call_allocates_the_gradients(count, device):
         torch.autograd.grad(results, operands, of_results, retain_graph=True)
 
     del grads
+    assert given_out(backward, device) == bytes_of(*operands)
     assert peak(backward, device) == bytes_of(*operands)

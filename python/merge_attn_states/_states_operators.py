@@ -114,6 +114,8 @@ def _of_operands(
     grads: torch.Tensor, dim: int | None, index: PerPart | None, outputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Return each operand's gradient from the parts', which come in the merge's rows."""
+    if dim is not None and not index:
+        return [grads.movedim(0, dim)]  # a view: autograd takes a gradient of any strides
     parts = outputs if dim is None else outputs[0].unbind(dim)
     of_parts = [
         _scattered(grad, index[k] if index else None, part.shape[0])
