@@ -39,6 +39,7 @@ for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
     SHARD=$shard check "$tool" -m pytest -p shard -p no:cacheprovider -k cuda \
       tests/test_aliasing.py tests/test_overlap.py tests/test_layout.py tests/test_large.py \
       tests/test_cuda_variants.py tests/test_states.py tests/test_states_aliasing.py \
-      tests/test_states_gradients.py
+      tests/test_states_gradients.py tests/test_states_kernels.py tests/test_states_bits.py \
+      tests/test_states_update_kernels.py
   done
 done
