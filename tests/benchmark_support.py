@@ -1,11 +1,14 @@
 """What stands in for a GPU: its kernels and its timer, and a results file with made-up times."""
 
+from types import SimpleNamespace
+
 import torch
 
-from benchmarks import cold, kernels, neighbours
+from benchmarks import cold, kernels, neighbours, states
 from benchmarks.cases import GROUPS, is_compared_with_pytorch
 from benchmarks.host import MODES
 from benchmarks.results import Results
+from benchmarks.states_cases import GROUPS as STATES
 from benchmarks.timing import Timing
 
 TREES = {"csrc": "c" * 40, "include": "d" * 40, "python": "e" * 40}
@@ -14,6 +17,8 @@ TREES = {"csrc": "c" * 40, "include": "d" * 40, "python": "e" * 40}
 ADDED = {"limit": (1.2, 3.2), "ours": (1.4, 3.2), "vllm": (2.0, 3.1), "compile": (2.6, 2.4),
          "eager": (15.0, 0.3), "empty": (0.9, 20.0), "neighbours": (2.5, 2.0)}  # fmt: skip
 COLD = {"limit": (1.0, 3.0), "ours": (1.0, 2.97), "vllm": (1.5, 2.9)}
+MANY = {"limit": (1.2, 3.0), "ours": (1.4, 2.9), "pair": (1.5, 2.8), "chain": (8.0, 1.2),
+        "flashinfer": (3.0, 2.0), "compile": (2.6, 1.4), "eager": (15.0, 0.6)}  # fmt: skip
 ON_CPU = {"ours": (2.0, 0.021), "ours_ops": (5.0, 0.021), "eager": (25.0, 0.002),
           "add": (1.0, 0.02)}  # fmt: skip
 ON_HOST = {"ours": 3.5, "ours_keyword": 3.6, "ours_ops": 6.3, "add": 5.6, "vllm": 7.3,
@@ -49,6 +54,22 @@ def synthetic(gpu="NVIDIA H100 80GB HBM3"):
                 refused["vllm"] = "not supported: a token's heads must follow one another"
             records.append(case.record() | {"limit": "256 threads", "us": us, "refused": refused})
         results.add(group, run, records)
+    for group, models in (("states", MANY), ("cpu", ON_CPU)):
+        records = results.select(group)
+        for case in STATES[group]:
+            refusing = {
+                provider.name
+                for provider in states.PROVIDERS
+                if provider.refuses(SimpleNamespace(case=case))
+            }
+            us = {
+                name: spread(latency + case.bytes() / rate / 1e6)
+                for name, (latency, rate) in models.items()
+                if name not in refusing
+            }  # fmt: skip
+            which = {"kernel": "vectorized", "variant": f"{case.parts} parts, 15 rows a block"}
+            records.append(case.record() | which | {"us": us, "refused": {}})
+        results.add(group, run, records)
     hosts = [
         {"case": f"{mode}, {regime}", "mode": mode, "regime": regime, "refused": {},
          "us": {name: spread(factor * us) for name, us in ON_HOST.items()}}
@@ -60,7 +81,7 @@ def synthetic(gpu="NVIDIA H100 80GB HBM3"):
 
 def stand_in_kernels(monkeypatch):
     """Let the producer write on the CPU, and a timer count: what each kernel was given is told."""
-    given = {"produce": [], "plain": []}
+    given = {"produce": [], "plain": [], "plain_many": []}
     counted = []
 
     def filled(memory, source):
@@ -79,24 +100,31 @@ def stand_in_kernels(monkeypatch):
         assert all(len(memory) >= size for memory, size in zip(buffers, sizes, strict=True))
         given["plain"].append(sum(sizes))
 
+    def plain_many(variant, parts, output):
+        counted.append("plain")
+        assert parts.is_contiguous()
+        assert parts.nbytes == len(parts) * output.nbytes
+        given["plain_many"].append(parts.nbytes + output.nbytes)
+
     def time(providers, rounds):
         """A microsecond for each kernel that a call launches; of a merge, which launches others."""
         times = {}
         for name, calls in providers.items():
             counted.clear()
             calls[0]()
-            merges = name in ("ours", "vllm", "eager", "compile")
+            merges = name in ("ours", "vllm", "eager", "compile", "pair", "chain")
             times[name] = Timing(*[float(len(counted) + merges)] * 3)
         return times
 
     for name, made in {
-        "produce": produce, "plain": plain,
+        "produce": produce, "plain": plain, "plain_many": plain_many,
         "consume": lambda output, sink: counted.append("consume"),
         "nothing": lambda packs: counted.append("nothing"),
     }.items():  # fmt: skip
         monkeypatch.setattr(kernels, name, made)
-    for module in (neighbours, cold):
+    for module in (neighbours, cold, states):
         monkeypatch.setattr(module, "time_cuda", time)
-    monkeypatch.setattr(cold, "buffer_sets", lambda size, device: 2)
+    for module in (cold, states):
+        monkeypatch.setattr(module, "buffer_sets", lambda size, device: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return given

@@ -29,16 +29,16 @@ def alike(count, rows=7, threads=128 + 32):
     return few(count, rows, threads) if count <= 16 else few(count, 1, 256)
 
 
-def each(count, head_size=HEAD_SIZE):
-    """Of up to eight parts, each with a layout of its own."""
-    lanes = -(-head_size // (16 if count <= 4 else 8))
+def each(count, head_size=HEAD_SIZE, selects=False):
+    """Of up to eight parts, each with a layout of its own; or with an index or a mask."""
+    lanes = -(-head_size // (16 if selects and count <= 4 else 8))
     rows = 256 // lanes
     return "vectorized", f"{count} parts, each apart, {rows} rows in a block of 256 threads"
 
 
-def apart(count, head_size=HEAD_SIZE, rows=1):
-    """Of parts that differ in more than their addresses."""
-    return each(count, head_size) if count <= 8 else any_kind(count, rows)
+def selecting(count, head_size=HEAD_SIZE, rows=1):
+    """Of parts that have an index or a mask."""
+    return each(count, head_size, selects=True) if count <= 8 else any_kind(count, rows)
 
 
 def any_kind(count, rows=1, elements=8):

@@ -64,6 +64,17 @@ def test_other_layouts_are_compared_with_the_contiguous_case():
     assert outcome(results, over)[1:] == ["1.083", "missed", "2048x16x128 bf16, row-strided LSE"]
 
 
+def test_half_a_ring_is_compared_with_its_whole_step():
+    results = synthetic()
+    text = "half of a ring's rows (zigzag): time over the whole step's"
+    for size in ("4608x24", "32768x10"):
+        put(results, "ours", 100.0, "states", kind="ring step", regime="cold", size=size)
+        put(results, "ours", 51.0, "states", kind="zigzag half", size=size)
+    assert outcome(results, text)[:3] == ["<= 0.525", "0.510", "met"]
+    put(results, "ours", 54.0, "states", kind="zigzag half", size="32768x10")
+    assert outcome(results, text)[1:] == ["0.540", "missed", "32768x10x128 bf16, zigzag half"]
+
+
 def test_on_the_host_either_way_of_calling_counts():
     results = synthetic()
     text = "eager call in inference mode, tight: time over torch.add(out=)"
@@ -111,6 +122,11 @@ def section(root, name):
     return (root / name).read_text("utf-8").partition(report.BEGIN)[2].partition(report.END)[0]
 
 
+def words_of(picture):
+    drawn = ElementTree.parse(picture)
+    return {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+
+
 def test_report(root, capsys):
     results = {"h100": synthetic(), "h200": synthetic("NVIDIA H200")}
     size = {"size": "2048x16", "kind": "contiguous", "head_size": 128, "dtype": "bfloat16"}
@@ -133,12 +149,10 @@ def test_report(root, capsys):
     assert "commit ffffffffff (csrc cccccccccc, include dddddddddd, python eeeeeeeeee)" in readme
     assert "H200" not in readme
     assert "### H200" in docs
-    assert docs.count("<details>") == 6
+    assert docs.count("<details>") == 10  # of each: neighbours, cold, both of states, cpu
     assert all(one["case"] in docs for one in results["h100"].records)
     assert "| not supported | - |" in docs  # what vLLM does not take
-    drawn = ElementTree.parse(root / report.PICTURE)
-    words = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"7.00", "6.00", "2048 x 16"} <= set(words)
+    assert {"7.00", "6.00", "2048 x 16"} <= words_of(root / "docs/benchmarks.svg")
 
     # Other results: everything is seen to differ.
     put(results["h100"], "ours", 9.0, **size)
@@ -152,17 +166,51 @@ def test_report(root, capsys):
         assert report.NO_RESULTS in text if path.suffix == ".md" else text == ""
 
 
+def test_report_of_many_parts(root):
+    results = synthetic()
+    ring = {"kind": "ring step", "regime": "cold", "size": "4608x24"}
+    put(results, "ours", 50.0, "states", **ring)
+    put(results, "limit", 49.0, "states", **ring)
+    put(results, "eager", 210.0, "states", **ring)
+    put(results, "compile", 45.0, "states", **ring)  # a loss is shown
+    few = {"kind": "list", "size": "64x16", "parts": 8}
+    put(results, "limit", 2.0, "states", **few)
+    put(results, "ours", 2.2, "states", **few)
+    put(results, "chain", 14.0, "states", **few)
+    put(results, "flashinfer", 5.5, "states", **few)
+    put(results, "eager", 11.0, "states", **few)
+    del results.select("states", kind="list", size="64x16", parts=8)[0]["us"]["compile"]
+    host = {"ours": spread(7.0), "eager": spread(40.0), "warm-up": spread(2e6)}
+    results.select("states", regime="host")[0]["us"] = host
+    file = root / "h100.json"
+    results.save(file)
+    assert report.main([str(file), "--root", str(root)]) == 0
+    readme, docs = section(root, "README.md"), section(root, "docs/benchmarks.md")
+    line = "| 4608x24x128 bf16, ring step | 143 | 50.0 (49.0-51.5) | 49.0 (48.0-50.5) | 0.980 |"
+    assert f"{line} 4.20x | 0.90x |" in readme
+    assert f"{line} - | - | 4.20x | 0.90x | 2 parts, 15 rows a block |" in docs
+    line = "| 8 x 64x16x128 bf16, list | 2.40 | 2.20 (2.16-2.27) | 2.00 (1.96-2.06) | 1.10x |"
+    assert f"{line} 6.36x | 2.50x | 5.00x | - | 8 parts, 15 rows a block |" in docs
+    assert "| us a call at 64x8x128 | 64x8x128 bf16, ring step, host |" in docs
+    assert "| update_state | 7.00 (6.86-7.21) |" in docs
+    assert "| 4 x 1200x64x128 bf16, list | 99.8 |" in docs
+    words = words_of(root / "docs/benchmarks-states.svg")
+    assert {"2.20", "14.0 = 7x", "5.50", "11.0", "8 parts", "ring step", "6x"} <= words
+    assert "7x" not in words  # beyond it bars are cut
+
+
 def test_report_of_an_unknown_gpu_measured_in_part(root):
     results = synthetic("Some GPU")
     for group in ("neighbours", "host", "cpu"):
         results.add(group, {}, [])
         del results.runs[group]
-    readme, docs, drawn = (text for _, text in report.pages([results], root))
+    readme, docs, drawn, many_drawn = (text for _, text in report.pages([results], root))
     assert report.NO_RESULTS in readme
     assert "### Some GPU" in docs
     assert "<details><summary>cold" in docs
     assert "<summary>neighbours" not in docs
     assert drawn == ""
+    assert "<title>A ring's step and many parts, Some GPU: shorter" in many_drawn
 
 
 def test_a_page_without_markers_is_refused():

@@ -9,11 +9,11 @@ from kernels_support import (
     SINK,
     alike,
     any_kind,
-    apart,
     assert_runs,
     assert_same,
     make,
     nowhere,
+    selecting,
 )
 from states_support import States, check, make_states
 from support import BF16, INF, blank
@@ -27,7 +27,7 @@ def test_the_kernel_does_not_matter(count, sink, device):
     spread = blank((*ROWS, HEAD_SIZE), BF16, device, strides=(1360, 272, 2))
     others = {any_kind(count, elements=1): states._replace(out=spread)}
     if count <= 200:  # as many as may have a mask
-        others[apart(count)] = states._replace(empty=nowhere(states))
+        others[selecting(count)] = states._replace(empty=nowhere(states))
     assert_runs(states, alike(count))
     for kernel, other in others.items():
         assert_runs(other, kernel)
@@ -54,11 +54,11 @@ def test_the_other_rows_do_not_matter(count, masked, device):
     states = make_states((400, 6), HEAD_SIZE, count, BF16, device)
     if masked:
         states = states._replace(empty=nowhere(states))
-    assert_runs(states, apart(count, rows=15) if masked else alike(count))
+    assert_runs(states, selecting(count, rows=15) if masked else alike(count))
     out, lse = states.run()
     for rows, block in CUTS:
         some = cut(states, rows)
-        assert_runs(some, apart(count) if masked else alike(count, *block))
+        assert_runs(some, selecting(count) if masked else alike(count, *block))
         assert_same(some.run(), (out[rows], lse[rows]))
 
 
@@ -80,7 +80,7 @@ def test_how_a_part_is_absent_does_not_matter(count, device):
     index = torch.arange(7, device=device).index_fill(0, tokens, -1)
     for name, operand in (("empty", mask), ("index", index)):
         gone = states._replace(**{name: [None if k % 2 else operand for k in range(count)]})
-        assert_runs(gone, apart(count))
+        assert_runs(gone, selecting(count))
         results.append(gone.run())
     for other in results[1:]:
         assert_same(other, results[0])
@@ -97,5 +97,5 @@ def test_in_place_where_a_whole_block_reads_the_lse(count, masked, device):
     for of_out, of_lse in ((0, -1), (-1, 0)):
         here = states.clone()
         here = here._replace(out=here.outputs[of_out], out_lse=here.lses[of_lse])
-        assert_runs(here, apart(count, 2048) if masked else alike(count, 1, 256 + 32))
+        assert_runs(here, selecting(count, 2048) if masked else alike(count, 1, 256 + 32))
         assert_same(here.run(), results)

@@ -15,7 +15,6 @@ from kernels_support import (
     SINK,
     alike,
     any_kind,
-    apart,
     assert_is,
     assert_runs,
     assert_same,
@@ -24,6 +23,7 @@ from kernels_support import (
     make,
     nowhere,
     pair,
+    selecting,
     stack,
 )
 from states_support import States, check, make_states
@@ -55,7 +55,7 @@ def test_two_plain_parts_are_the_pair(dtype, head_size, device):
     is_apart = dtype in (F32, F16, BF16) and head_size % 8 == 0 and head_size <= 4096
     in_packs = dtype != F64 and head_size % 8 == 0
     kernel = any_kind(2, elements=8 if in_packs else 1)
-    assert_runs(masked, each(2, head_size) if is_apart else kernel)
+    assert_runs(masked, selecting(2, head_size) if is_apart else kernel)
     assert_same(masked.run(), merged)
     inspect = torch.ops.merge_attn_states.inspect_update_state
     assert_is(inspect(*state, *block), kernel, state[0])
@@ -114,10 +114,9 @@ def test_alike_parts_of_other_dtypes(dtype, count, device):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("packs", [1, 256, 257])
 def test_rows_of_one_pack_and_of_as_many_as_a_block_has_threads(packs, dtype, count, device):
+    """Beyond them the kernel of any kind reads eight elements at a time, or one."""
     elements = packs * 16 // dtype.itemsize
-    beyond = each(count, elements)
-    if count > 8:  # of any kind: eight elements at a time, or one
-        beyond = any_kind(count, elements=8 if dtype == BF16 else 1)
+    beyond = any_kind(count, elements=8 if dtype == BF16 else 1)
     kernels = {1: alike(count, 6, 64), 256: alike(count, 1, 256 + 32), 257: beyond}
     states = make_states((3, 2), elements, count, dtype, device)
     assert_runs(states, kernels[packs])
@@ -186,16 +185,15 @@ APART = {
     "a wide first part": lambda device: make(3, device, [F32, BF16, BF16]),
     "another layout of one part": lambda device: laid(make(3, device), heads_first),
     "three dimensions of rows": of_three_dimensions,
-    "masks": with_masks,
-    "an index": with_an_index,
+    "four dimensions of rows": of_four_dimensions,
 }
+SELECTED = {"masks": with_masks, "an index": with_an_index}
 OTHERS = {
     "dtypes that differ": lambda device: make(3, device, [F32, BF16, F16]),
     "a wide second part": lambda device: make(3, device, [BF16, F32, BF16]),
     "bases that differ": lambda device: make(3, device, base="e2e", out_lse_base="2"),
     "a sink in another base": lambda device: make(3, device, sink=SINK, out_lse_base="2"),
     "nine parts": lambda device: laid(make(9, device), heads_first),
-    "four dimensions of rows": of_four_dimensions,
     "FP8": lambda device: make(3, device, E4M3),
     "an FP8 output": into_fp8,
 }
@@ -219,15 +217,25 @@ def test_parts_that_lie_each_apart(dtypes, count, device):
     first, others = dtypes
     states = make_states((3, 5, 4), HEAD_SIZE, count, [first, *[others] * (count - 1)], device)
     masks = [torch.arange(60, device=device).view(3, 5, 4) % 7 == k for k in range(count)]
-    states = laid(states, heads_first)._replace(empty=masks)
+    states = laid(states, heads_first)
     assert_runs(states, each(count))
+    check(states)
+    states = states._replace(empty=masks)
+    assert_runs(states, selecting(count))
     check(states)
 
 
 @pytest.mark.parametrize("made", APART.values(), ids=APART)
 def test_parts_that_are_not_alike(made, device):
     states = made(device)
-    assert_runs(states, apart(3))
+    assert_runs(states, each(3))
+    check(states)
+
+
+@pytest.mark.parametrize("made", SELECTED.values(), ids=SELECTED)
+def test_parts_with(made, device):
+    states = made(device)
+    assert_runs(states, selecting(3))
     check(states)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels_support import HEAD_SIZE, ROWS, assert_is, assert_same, each, few, pair
+from kernels_support import HEAD_SIZE, ROWS, assert_is, assert_same, each, few, pair, selecting
 from states_support import States, check
 from support import BF16, E4M3, F32, F64
 from update_support import copies, state_and_block, update
@@ -25,8 +25,8 @@ UPDATES = {
     "a wide state": (ROWS, WIDE, {}, each(2)),
     "another base": (ROWS, SAME, {"lse_base": "2"}, few(2)),
     "another base, a wide state": (ROWS, WIDE, {"lse_base": "2"}, each(2)),
-    "a mask": (ROWS, SAME, {"empty": torch.arange(35).view(ROWS) % 3 == 0}, each(2)),
-    "an index": (ROWS, SAME, {"index": torch.arange(7)}, each(2)),
+    "a mask": (ROWS, SAME, {"empty": torch.arange(35).view(ROWS) % 3 == 0}, selecting(2)),
+    "an index": (ROWS, SAME, {"index": torch.arange(7)}, selecting(2)),
     "tokens last": ((2, 6, 5), SAME, {}, each(2)),
     "tokens last, a batch of one": ((1, 6, 5), SAME, {}, pair("6 tokens", 160)),
 }

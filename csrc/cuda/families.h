@@ -61,10 +61,9 @@ struct EachShape {
   bool selects;  // parts have an index or a mask
 };
 
-// Nothing where there are more than kEachParts, rows do not consist of aligned packs or are longer
-// than a block, or have four dimensions, strides are out of 32 bits' reach,
-// bases are mixed, or dtypes are others than one, or float32 of the first part and one of all
-// others, or FP8.
+// Nothing where there are more than kEachParts, rows do not consist of aligned packs of eight
+// elements or are longer than a block, strides are out of 32 bits' reach, bases are mixed, or dtypes
+// are FP8, float64 or more than one (but for float32 of the first part alone).
 std::optional<EachShape> each_shape(const PartsCall& call);
 void launch_each(const PartsCall& call, const EachShape& shape);
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kEachThreads, (kBlocks<First, kMost, kSelects>
   const bool has_sink = call.sink.data != nullptr;
   float sink{}, of_sink;
   if (has_sink) {
-    sink = load_element<float>(call.sink.data, call.sink_dtype, offset_of(call.sink, row));
+    sink = load_element<float>(call.sink.data, call.sink_dtype, offset_of(call, call.sink, row));
   }
   if (call.needs_barrier) {
     __syncthreads();
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kEachThreads, (kBlocks<First, kMost, kSelects>
         parts.weights, [&](auto k, auto& of_part) { parts.pack(k, i).unpack(of_part); }, values[i]);
   }
   const auto store_as = [&]<class Out>(TypeTag<Out>) {
-    Out* const to = static_cast<Out*>(call.out.data) + offset_of(call.out, own);
+    Out* const to = static_cast<Out*>(call.out.data) + offset_of(call, call.out, own);
 #pragma unroll
     for (int i = 0; i < Row::kPacks; ++i) {
       Pack<Out, kElements> merged{};
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kEachThreads, (kBlocks<First, kMost, kSelects>
           }
         });
       }
-      if (call.has_pack(lane, i)) merged.store(to + call.template column<kElements>(lane, i));
+      if (call.has_pack(lane, i)) merged.store(to + call.column(lane, i));
     }
   };
   if (call.out_dtype == DType::kFloat32) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kEachThreads, (kBlocks<First, kMost, kSelects>
     store_as(TypeTag<BFloat16>{});
   }
   if (lane == 0 && call.out_lse.data != nullptr) {
-    store_global(static_cast<float*>(call.out_lse.data) + offset_of(call.out_lse, own),
+    store_global(static_cast<float*>(call.out_lse.data) + offset_of(call, call.out_lse, own),
                  weighed.lse());
   }
 }

@@ -13,15 +13,14 @@
 
 namespace merge_attn_states::cuda {
 
-inline constexpr int kEachDims = 3;  // of rows
-
 template <int kMost>
 struct EachCall {
   uint32_t num_rows;
   uint32_t rows;       // of a block
   FastDivision lanes;  // of a row; backward a power of two
   uint32_t packs;      // of a row
-  FastDivision sizes[kEachDims];
+  FastDivision sizes[kMaxRowDims];
+  bool has_more_dims;  // than two
   bool needs_barrier, invert_empty, out_index_is_64_bit;
   int32_t num_parts;
   LseRule rule;
@@ -33,47 +32,56 @@ struct EachCall {
 
   // The packs of a lane lie a row's lanes apart, so that the loads of a warp lie side by side.
   __device__ bool has_pack(uint32_t lane, int i) const { return lane + i * lanes.divisor < packs; }
-  template <int kElements>
   __device__ uint32_t column(uint32_t lane, int i) const {
-    return (lane + i * lanes.divisor) * kElements;
+    return (lane + i * lanes.divisor) * kAnyPack;
   }
 };
 
 struct ShortRow {
-  uint32_t of[kEachDims];
+  uint32_t of[kMaxRowDims];
 };
 
 template <int kMost>
 __device__ ShortRow short_row(const EachCall<kMost>& call, uint32_t number) {
-  ShortRow row;
-#pragma unroll
-  for (int dim = kEachDims - 1; dim > 0; --dim) {
+  ShortRow row{};
+  const auto divide = [&](int dim) {
     const uint32_t above = call.sizes[dim].quotient(number);
     row.of[dim] = number - above * call.sizes[dim].divisor;
     number = above;
+  };
+  if (call.has_more_dims) {
+    divide(3);
+    divide(2);
   }
+  divide(1);
   row.of[0] = number;
   return row;
 }
 
 // One instruction a dimension, since strides are short and not negative; the compiler takes three.
-__device__ inline uint64_t offset_of(const PerRow& operand, const ShortRow& row) {
+template <int kMost>
+__device__ uint64_t offset_of(const EachCall<kMost>& call, const PerRow& operand,
+                              const ShortRow& row) {
   uint64_t offset = 0;
-#pragma unroll
-  for (int dim = 0; dim < kEachDims; ++dim) {
+  const auto add = [&](int dim) {
     asm("mad.wide.u32 %0, %1, %2, %0;"
         : "+l"(offset)
         : "r"(row.of[dim]), "r"(static_cast<uint32_t>(operand.strides[dim])));
+  };
+  add(0);
+  add(1);
+  if (call.has_more_dims) {
+    add(2);
+    add(3);
   }
   return offset;
 }
 
-// The parts of a row at some of its packs: 16 bytes of the first part. First is the dtype of the
-// first part, and Rest that of all others; kSelects says whether there are indices or masks.
+// The parts of a row at some packs of eight elements. First is the dtype of the first part, and
+// Rest that of all others; kSelects says whether there are indices or masks.
 template <class First, class Rest, int kMost, bool kSelects>
 struct EachRow {
-  static constexpr int kElements = 16 / sizeof(First);
-  static constexpr int kPacks = each_elements(kMost) / kElements;
+  static constexpr int kElements = kAnyPack, kPacks = each_packs(kMost, kSelects);
   using Call = EachCall<kMost>;
   template <int k>
   using Of = std::conditional_t<k == 0, First, Rest>;
@@ -112,7 +120,7 @@ struct EachRow {
         const PerRow& empty = call.parts[k].empty;
         if (empty.data == nullptr || !is_there[k]) return;
         const auto* const masks = static_cast<const uint8_t*>(empty.data);
-        const bool marked = masks[offset_of(empty, of_parts[k])] != 0;
+        const bool marked = masks[offset_of(call, empty, of_parts[k])] != 0;
         is_there[k] = marked == call.invert_empty;
       });
     }
@@ -120,18 +128,20 @@ struct EachRow {
       const PerRow& lse = call.parts[k].lse;
       weights[k] = -INFINITY;
       if (is_there[k]) {
-        weights[k] = load_global(static_cast<const float*>(lse.data) + offset_of(lse, of_parts[k]));
+        weights[k] =
+            load_global(static_cast<const float*>(lse.data) + offset_of(call, lse, of_parts[k]));
       }
     });
     for_each_part<kMost>([&](auto k) {
       using T = Of<k>;
       const PerRow& output = call.parts[k].output;
-      const T* const from = static_cast<const T*>(output.data) + offset_of(output, of_parts[k]);
+      const T* const from =
+          static_cast<const T*>(output.data) + offset_of(call, output, of_parts[k]);
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         auto pack = minus_zeros<T, kElements>();
         if (is_there[k] && call.has_pack(lane, i)) {
-          pack = Pack<T, kElements>::load(from + call.template column<kElements>(lane, i));
+          pack = Pack<T, kElements>::load(from + call.column(lane, i));
         }
         if constexpr (k == 0) {
           first[i] = pack;
@@ -153,6 +163,7 @@ struct EachRow {
   }
   // As leave_out_empty says it.
   __device__ int leave_out_empty_parts(const Call& call) {
+    if (has_all_parts(weights, call.num_parts)) return kSummed;
     return leave_out_empty(weights, call.num_parts, [&](auto k) {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
@@ -184,6 +195,7 @@ void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
                              .lanes = FastDivision(u32(shape.lanes)),
                              .packs = u32(shape.packs),
                              .sizes = {},
+                             .has_more_dims = call.sizes[2] != 1 || call.sizes[3] != 1,
                              // The lanes of a row that lies in one warp read its LSEs at once.
                              .needs_barrier = call.replaces_an_lse() && 32 % shape.lanes != 0,
                              .invert_empty = call.invert_empty,
@@ -198,7 +210,7 @@ void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
                              .out_index = call.out_index,
                              .gradients = call.gradients,
                              .parts = {}};
-  for (int dim = 0; dim < kEachDims; ++dim) {
+  for (int dim = 0; dim < kMaxRowDims; ++dim) {
     parameters.sizes[dim] = FastDivision(u32(call.sizes[dim]));
   }
   const auto advance = [](void*& data, int64_t bytes) { data = static_cast<char*>(data) + bytes; };

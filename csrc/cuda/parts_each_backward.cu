@@ -28,17 +28,16 @@ __global__ void __launch_bounds__(kEachThreads)
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (!call.has_pack(lane, i)) break;
-      of_out[i] = Pack<T, kElements>::load(
-          static_cast<const T*>(call.out.data) +
-          (offset_of(call.out, row) + call.template column<kElements>(lane, i)));
+      of_out[i] = Pack<T, kElements>::load(static_cast<const T*>(call.out.data) +
+                                           (offset_of(call, call.out, row) + call.column(lane, i)));
     }
     if (call.out_lse.data != nullptr) {
-      of_lse =
-          load_global(static_cast<const float*>(call.out_lse.data) + offset_of(call.out_lse, row));
+      of_lse = load_global(static_cast<const float*>(call.out_lse.data) +
+                           offset_of(call, call.out_lse, row));
     }
     const bool has_sink = call.sink.data != nullptr;
     if (has_sink) {
-      sink = load_element<float>(call.sink.data, call.sink_dtype, offset_of(call.sink, row));
+      sink = load_element<float>(call.sink.data, call.sink_dtype, offset_of(call, call.sink, row));
     }
 #pragma unroll
     for (int k = 0; k < kMost; ++k) is_there[k] = !isinf(parts.weights[k]);
@@ -79,9 +78,8 @@ __global__ void __launch_bounds__(kEachThreads)
       for (int j = 0; j < kElements; ++j) {
         values[j] = is_there[k] ? parts.weights[k] * gradients[i][j] : 0.0f;
       }
-      Pack<T, kElements>::pack(values).store(
-          static_cast<T*>(call.gradients.outputs) +
-          (k * of_part + of_row + call.template column<kElements>(lane, i)));
+      Pack<T, kElements>::pack(values).store(static_cast<T*>(call.gradients.outputs) +
+                                             (k * of_part + of_row + call.column(lane, i)));
     }
   }
   const LseRule& rule = call.rule;

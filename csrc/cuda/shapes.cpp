@@ -199,20 +199,14 @@ bool has_short_strides(const PerRow& operand) {
 
 std::optional<EachShape> each_shape(const PartsCall& call) {
   const DType first = call.part(0).dtype, others = call.part(call.num_parts > 1 ? 1 : 0).dtype;
-  const int64_t elements = 16 / size_of(first), packs = call.head_size / elements;
-  const int64_t packs_a_lane = each_elements(call.num_parts) / elements;
-  const int64_t lanes = (packs + packs_a_lane - 1) / packs_a_lane;
   if (call.num_parts > kEachParts || call.mixes_bases || !is_float(first) ||
       !is_float(call.out_dtype) || (first != others && first != DType::kFloat32) ||
-      shape_with(call, elements).elements == 1 || lanes > kEachThreads || call.sizes[3] != 1 ||
-      call.num_rows() > kMaxGridX || !has_short_strides(call.out) ||
-      !has_short_strides(call.out_lse) || !has_short_strides(call.sink)) {
+      any_shape(call).elements != kAnyPack || call.num_rows() > kMaxGridX ||
+      !has_short_strides(call.out) || !has_short_strides(call.out_lse) ||
+      !has_short_strides(call.sink)) {
     return std::nullopt;
   }
-  EachShape shape{.packs = static_cast<int>(packs),
-                  .lanes = static_cast<int>(lanes),
-                  .rows = static_cast<int>(kEachThreads / lanes),
-                  .selects = false};
+  EachShape shape{};
   for (int k = 0; k < static_cast<int>(call.parts.size()); ++k) {
     const Part& part = call.parts[k];
     if ((k > 0 && part.dtype != others) || !has_short_strides(part.output) ||
@@ -221,6 +215,13 @@ std::optional<EachShape> each_shape(const PartsCall& call) {
     }
     shape.selects |= part.index.data != nullptr || part.empty.data != nullptr;
   }
+  const int64_t packs = call.head_size / kAnyPack;
+  const int64_t of_lane = each_packs(call.num_parts, shape.selects);
+  const int64_t lanes = (packs + of_lane - 1) / of_lane;
+  if (lanes > kEachThreads) return std::nullopt;
+  shape.packs = static_cast<int>(packs);
+  shape.lanes = static_cast<int>(lanes);
+  shape.rows = kEachThreads / shape.lanes;
   return shape;
 }
 

@@ -29,6 +29,18 @@ __device__ Pack<T, kElements> minus_zeros() {
 // Instead of a part's number: the row is the sum, or has no part that is not empty.
 inline constexpr int kSummed = -1, kNoPart = -2;
 
+// Whether no part is empty, nor alone. A place without a part then has weight 0.
+template <int kMost>
+__device__ bool has_all_parts(float (&weights)[kMost], int num_parts) {
+  float least = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) least = k < num_parts ? fminf(least, weights[k]) : least;
+  if (least < 0.0f || num_parts == 1) return false;
+#pragma unroll
+  for (int k = 0; k < kMost; ++k) weights[k] = k < num_parts ? weights[k] : 0.0f;
+  return true;
+}
+
 // Makes a row's empty parts, whose weights are negative, and the places without one such that they
 // change no sum: weight 0, and leave_out(k) is to make minus_zeros of the values. Returns the part
 // that is all of the row and is to be taken byte for byte, or kSummed or kNoPart.

@@ -69,11 +69,12 @@ inline constexpr int kMaxFewThreads = kFewMostPacks + 32;
 // Beyond them: threads of a block, which is one row's, and packs of that row at a time.
 inline constexpr int kManyThreads = 256;
 inline constexpr int kManyPacks = 8;
-// Few parts of any kind: as many parts; threads of a block; elements that one of them has of each
-// part, in packs of 16 bytes of the first.
+// Few parts of any kind: as many parts; threads of a block; packs that a thread has of each part:
+// two share what there is to compute of a row with an index, and take from others the order of
+// memory.
 inline constexpr int kEachParts = 8;
 inline constexpr int kEachThreads = 256;
-constexpr int each_elements(int parts) { return parts <= 4 ? 16 : 8; }
+constexpr int each_packs(int parts, bool selects) { return parts <= 4 && selects ? 2 : 1; }
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
 inline constexpr int kAnyThreads = 256;
