@@ -200,7 +200,7 @@ struct ManyWeights {
   float terms[kMaxAlikeParts];
   float largest[kManyThreads / 32];
   float sums[kMaxAlikeParts / kAtOnce + 1];
-  int last;  // of the parts that are not empty, if there is one alone
+  int one;  // the part that is not empty, if there is one
 
   // Called by all threads, each with the LSEs of parts threadIdx.x, + kManyThreads, ...
   struct Result {
@@ -223,7 +223,7 @@ struct ManyWeights {
     for (int warp = 0; warp < kManyThreads / 32; ++warp) merged.find(largest[warp]);
     if (sink != nullptr) merged.find(*sink);
 
-    int seen = 0;
+    int seen = 0, seen_last = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int k = threadIdx.x + i * kManyThreads;
@@ -231,10 +231,12 @@ struct ManyWeights {
       terms[k] = merged.term(lses[i]);
       if (terms[k] < 0.0f) continue;
       ++seen;
-      last = k;
+      seen_last = k;
     }
     const bool several = __syncthreads_or(seen > 1);
     const int threads = __syncthreads_count(seen > 0);
+    const bool is_one = threads == 1 && !several;
+    if (is_one && seen == 1) one = seen_last;
     // In the order of the parts and the sink behind them: sixteen and sixteen, then their sums.
     const int groups = count / kAtOnce + 1;
     if (threadIdx.x < groups) {
@@ -249,12 +251,11 @@ struct ManyWeights {
     SumOfParts<float> total;
     for (int group = 0; group < groups; ++group) total.add_sixteen(sums[group]);
     const float sum = total.value(), reciprocal = ScalarMath<float>::reciprocal(sum);
-    const bool is_alone =
-        threads == 1 && !several && Lses::weight(terms[last], sum, reciprocal) == 1.0f;
+    const bool is_alone = is_one && Lses::weight(terms[one], sum, reciprocal) == 1.0f;
     return {.sum = sum,
             .reciprocal = reciprocal,
             .lse = threadIdx.x == 0 ? in_out_base<float>(rule, merged.lse(sum)) : 0.0f,
-            .taken = is_alone                     ? last
+            .taken = is_alone                     ? one
                      : threads == 0 && sum == sum ? kNoPart
                                                   : kSummed};
   }
