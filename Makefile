@@ -26,8 +26,8 @@ help:  ## show this list
 demo: $(VENV)/extra-demo $(VENV)/built  ## merge attention states of a real model and of real shapes
 	$(venv_python) -m examples.demo $(DEMO)
 
-test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/built  ## run every test
-	$(venv_python) -m pytest $(PYTEST)
+test: $(VENV)/extra-test $(VENV)/extra-demo $(VENV)/built  ## run every test; JOBS=2: in two parts at once
+	scripts/pytest_parts.sh $(venv_python) $(PYTEST)
 
 test-torch: $(VENV)/built  ## run every test on another PyTorch, with the op library of .venv; RELEASE=2.15.0
 	@$(PYTHON) scripts/environment.py $(TORCH_VENV) --release $(RELEASE) \

@@ -11,6 +11,8 @@
     cold.py         large and out of DRAM,
     host.py         what a call costs the processor,
     cpu.py          and on a CPU
+    states.py       many parts and running states, in all of these regimes: who, checks, measuring;
+    states_cases.py their cases and operands
     process.py      one process of a run
     run.py          the command that measures; options.py, what commands are given
     compare.py      op libraries side by side

@@ -5,7 +5,7 @@ in turn in one process. The limit is the best of the plain kernels over as many 
 threads, one or two packs a thread, with or without a dependent launch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -37,15 +37,35 @@ def plain_kernels(
     """The plain kernels over as many bytes, to within a pack, the LSEs counted."""
     packs = kernels.packs_moved(moved, narrow)
     buffers = [_buffers(kernels.PACK * packs // part, sets, device) for part in (1, 1, 1 + narrow)]
-    has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
     return {
         f"plain, {name}": [
             partial(kernels.plain, variant, memory, packs, narrow)
             for memory in zip(*buffers, strict=True)
         ]
-        for name, variant in kernels.COLD.items()
-        if has_dependent or not variant[2]
+        for name, variant in _launchable(kernels.COLD, device)
     }
+
+
+def plain_many_kernels(
+    parts: int, moved: int, sets: int, device: torch.device
+) -> dict[str, list[Call]]:
+    """The same of those that read so many buffers and write one, to within 512 bytes of each."""
+    size = max(1, round(moved / (parts + 1) / 512)) * 512
+    read, written = (_buffers(count * size, sets, device) for count in (parts, 1))
+    return {
+        f"plain, {name}": [
+            partial(kernels.plain_many, variant, memory.view(parts, size), output)
+            for memory, output in zip(read, written, strict=True)
+        ]
+        for name, variant in _launchable(kernels.COLD_MANY, device)
+    }
+
+
+def _launchable(
+    variants: dict[str, kernels.Variant], device: torch.device
+) -> Iterable[tuple[str, kernels.Variant]]:
+    has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
+    return (named for named in variants.items() if has_dependent or not named[1][2])
 
 
 def _buffers(size: int, sets: int, device: torch.device) -> list[torch.Tensor]:

@@ -87,6 +87,7 @@ def identity(
         "cuda": {"torch": torch.version.cuda, "build": build["cuda"]},
         "compiler": build["compiler"],
         "vllm": (vllm_version or vllm.version()) if cuda else None,
+        "flashinfer": vllm.version("flashinfer-python") if cuda else None,
         "python": platform.python_version(),
         "trees": sources["trees"],
         "dirty": sources["dirty"],

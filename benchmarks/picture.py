@@ -1,73 +1,133 @@
-"""README's picture: what a merge adds between two kernels, as a multiple of the limit, in bars."""
+"""The pictures: how often the limit's time goes into that of everybody, in bars."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from .results import Record, Results, ratio, time_of
-from .tables import headline, megabytes, microseconds
+from .tables import headline, megabytes, microseconds, ring_steps
 
-BARS = {  # provider: title and colour
-    "ours": ("merge_attn_states", "#2563eb"),
-    "vllm": ("vLLM", "#f59e0b"),
-    "compile": ("torch.compile", "#9ca3af"),
-}
 WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 94, 62
 FONT = "font-family='system-ui, sans-serif'"
 DASHES = "stroke='#111827' stroke-width='1.5' stroke-dasharray='5 3'"
+NARROW, ROOM = 24, 40  # bars over which a number must stand upright, and what it needs
+LIMIT = "1x, the limit: a kernel that only moves the bytes"
 
 
-def svg(results: Results) -> str:
+class Drawing(NamedTuple):
+    """What one of the pictures shows; bars are cut at a multiple of the limit."""
+
+    records: Callable[[Results], list[Record]]
+    title: str
+    bars: dict[str, tuple[str, str]]  # provider: title and colour
+    caption: str
+    numbers: str
+    cut: float = 100.0
+
+
+def many_parts(results: Results) -> list[Record]:
+    """A ring's steps, and many parts: cold, and of few rows."""
+    lists = results.select("states", kind="list")
+    sizes = [(size, parts) for size in ("8192x32", "64x16") for parts in (4, 8, 16)]
+    named = {(record["size"], record["parts"]): record for record in lists}
+    return [*ring_steps(results), *(named[size] for size in sizes if size in named)]
+
+
+OURS, COMPILED = ("merge_attn_states", "#2563eb"), ("torch.compile", "#9ca3af")
+DRAWINGS = {
+    "benchmarks.svg": Drawing(
+        headline,
+        "What a merge adds between two other kernels, {}: shorter is faster",
+        {"ours": OURS, "vllm": ("vLLM", "#f59e0b"), "compile": COMPILED},
+        "tokens x heads, bfloat16, D = 128",
+        "on the bars: microseconds added",
+    ),
+    "benchmarks-states.svg": Drawing(
+        many_parts,
+        "A ring's step and many parts, {}: shorter is faster",
+        {
+            "ours": OURS,
+            "chain": ("a chain of pairs", "#0d9488"),
+            "flashinfer": ("FlashInfer", "#f59e0b"),
+            "compile": COMPILED,
+            "eager": ("eager", "#d1d5db"),
+        },
+        "tokens x heads, bfloat16 (a ring's state: float32), D = 128; "
+        "64 x 16 between two other kernels, the others from DRAM",
+        "on the bars: microseconds; cut at 6x",
+        6.0,
+    ),
+}
+
+
+def svg(results: Results, drawing: Drawing) -> str:
     """The picture; the same results give the same text."""
-    records = headline(results)
-    shares = [ratio(record, name, "limit") or 0.0 for record in records for name in BARS]
-    scale = (HEIGHT - TOP - BOTTOM) / max(2.0, *shares)
-    title = f"What a merge adds between two other kernels, {results.gpu}: shorter is faster"
+    records = drawing.records(results)
+    shares = [ratio(record, name, "limit") or 0.0 for record in records for name in drawing.bars]
     step, bottom = (WIDTH - LEFT - RIGHT) / len(records), HEIGHT - BOTTOM
+    width, most = 0.8 * step / len(drawing.bars), min(drawing.cut, max(2.0, *shares))
+    scale = (bottom - TOP - ROOM * (width < NARROW)) / most
+    title = drawing.title.format(results.gpu)
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' {FONT}>",
         f"<title>{escape(title)}</title>",
         f"<rect width='{WIDTH}' height='{HEIGHT}' fill='white'/>",
         _text(16, 26, title, 17),
-        *_legend(),
+        *_legend(drawing),
     ]
     for i, record in enumerate(records):
-        parts += _bars(record, LEFT + i * step, step, scale)
-    for value in range(int(max(2.0, *shares)) + 1):
+        parts += _bars(record, drawing, LEFT + (i + 0.5) * step, width, scale)
+    for value in range(int(most) + 1):
         parts.append(_text(LEFT - 6, bottom - value * scale + 4, f"{value}x", 12, "end"))
     limit = f"y1='{bottom - scale:.1f}' y2='{bottom - scale:.1f}'"
     parts.append(f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' {limit} {DASHES}/>")
-    parts.append(_text(WIDTH / 2, HEIGHT - 8, "tokens x heads, bfloat16, D = 128", 12, "middle"))
+    parts.append(_text(WIDTH / 2, HEIGHT - 8, drawing.caption, 12, "middle"))
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _bars(record: Record, x: float, step: float, scale: float) -> Iterator[str]:
-    """A size's bars, from `x` on, with microseconds on them and the size below."""
-    bottom, width = HEIGHT - BOTTOM, 0.8 * step / len(BARS)
-    for i, (name, (_, colour)) in enumerate(BARS.items()):
-        height, left = scale * (ratio(record, name, "limit") or 0.0), x + 0.1 * step + i * width
-        if height:
-            yield (
-                f"<rect x='{left:.1f}' y='{bottom - height:.1f}' width='{width - 2:.1f}' "
-                f"height='{height:.1f}' fill='{colour}'/>"
-            )
-            us = microseconds(time_of(record, name))
-            yield _text(left + width / 2 - 1, bottom - height - 4, us, 10, "middle")
-    yield _text(x + step / 2, bottom + 18, record["size"].replace("x", " x "), 13, "middle")
-    yield _text(x + step / 2, bottom + 34, f"{megabytes(record['bytes'])} MB", 11, "middle")
+def _bars(
+    record: Record, drawing: Drawing, middle: float, width: float, scale: float
+) -> Iterator[str]:
+    """A size's bars around `middle`, with microseconds on them and the size below."""
+    shares = {name: ratio(record, name, "limit") or 0.0 for name in drawing.bars}
+    shown = [name for name, share in shares.items() if share]
+    bottom, left = HEIGHT - BOTTOM, middle - len(shown) * width / 2
+    for name in shown:
+        top = bottom - scale * min(shares[name], drawing.cut)
+        yield (
+            f"<rect x='{left:.1f}' y='{top:.1f}' width='{width - 2:.1f}' "
+            f"height='{bottom - top:.1f}' fill='{drawing.bars[name][1]}'/>"
+        )
+        us = microseconds(time_of(record, name))
+        us += f" = {shares[name]:.0f}x" if shares[name] > drawing.cut else ""
+        yield _text(left + width / 2 - 1, top - 4, us, 10, "middle", is_turned=width < NARROW)
+        left += width
+    below = f"{megabytes(record['bytes'])} MB"
+    if record["group"] == "states":
+        below = f"{record['parts']} parts" if record["kind"] == "list" else record["kind"]
+    yield _text(middle, bottom + 18, record["size"].replace("x", " x "), 13, "middle")
+    yield _text(middle, bottom + 34, below, 11, "middle")
 
 
-def _legend() -> Iterator[str]:
-    x = 16
-    for title, colour in BARS.values():
+def _legend(drawing: Drawing) -> Iterator[str]:
+    x, y = 16, 48
+    for title, colour in drawing.bars.values():
         yield f"<rect x='{x}' y='42' width='12' height='12' fill='{colour}'/>"
         yield _text(x + 17, 53, title, 13)
         x += 44 + 8 * len(title)
-    yield f"<line x1='{x}' x2='{x + 24}' y1='48' y2='48' {DASHES}/>"
-    yield _text(x + 30, 53, "1x, the limit: a kernel that only moves the bytes", 13)
-    yield _text(16, 72, "on the bars: microseconds added", 11)
+    if x + 8 * len(LIMIT) > WIDTH:
+        x, y = 30 + 6 * len(drawing.numbers), 67
+    yield f"<line x1='{x}' x2='{x + 24}' y1='{y}' y2='{y}' {DASHES}/>"
+    yield _text(x + 30, y + 5, LIMIT, 13)
+    yield _text(16, 72, drawing.numbers, 11)
 
 
-def _text(x: float, y: float, text: str, size: int, anchor: str = "start") -> str:
+def _text(
+    x: float, y: float, text: str, size: int, anchor: str = "start", is_turned: bool = False
+) -> str:
     where = f"x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}'"
+    if is_turned:  # upwards from there
+        x += size / 3
+        where = f"transform='translate({x:.1f} {y:.1f}) rotate(-90)' font-size='{size}'"
     return f"<text {where} fill='#374151'>{escape(text)}</text>"

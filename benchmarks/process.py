@@ -5,6 +5,7 @@ run starts several: what each of them says is kept, and compared within it (resu
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 
-from . import cold, cpu, host, neighbours, options, vllm
+from . import cold, cpu, host, neighbours, options, states, vllm
 from .cases import GROUPS, is_compared_with_pytorch
 from .providers import COMPILED, EAGER, OURS, VLLM
 from .results import Record
+from .states_cases import GROUPS as STATES_GROUPS
 
 
 def run_processes(
@@ -64,15 +66,22 @@ def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str
     device, rounds = chosen.device, chosen.rounds
     if group == "host":
         return host.measure(device, missing, rounds)
-    cases = [case for case in GROUPS[group] if chosen.case in case.name]
+    cases = [case for case in GROUPS.get(group, []) if chosen.case in case.name]
+    many = [case for case in STATES_GROUPS.get(group, []) if chosen.case in case.name]
     if group == "cpu":
-        return [cpu.measure(case, rounds) for case in cases]
+        processor = torch.device("cpu")
+        of_many = [states.measure(case, states.ON_A_CPU, processor, rounds) for case in many]
+        return [*(cpu.measure(case, rounds) for case in cases), *of_many]
+    if group == "states":
+        asked = [one for one in states.PROVIDERS if one.name not in missing]
+        asked = asked[:1] if chosen.only_ours else asked
+        return [states.measure(case, asked, device, rounds) for case in many]
     who = [OURS] if "vllm" in missing else [OURS, VLLM]
     if group == "cold":
         return [cold.measure(case, who, device, rounds) for case in cases]
     everyone = who if chosen.only_ours else [*who, COMPILED, EAGER]
-    asked = [everyone if is_compared_with_pytorch(case) else who for case in cases]
-    return [neighbours.measure(*one, device, rounds) for one in zip(cases, asked, strict=True)]
+    wanted = [everyone if is_compared_with_pytorch(case) else who for case in cases]
+    return [neighbours.measure(*one, device, rounds) for one in zip(cases, wanted, strict=True)]
 
 
 def passed_on(chosen: argparse.Namespace) -> list[str]:
@@ -94,6 +103,8 @@ def main(arguments: list[str]) -> None:
     if chosen.device.type == "cuda" and not chosen.only_ours:
         why = vllm.load(chosen.vllm_op_library)
         missing = {"vllm": why} if why else {}
+    if importlib.util.find_spec("flashinfer") is None:
+        missing["flashinfer"] = "not installed"
     measured = {}
     for group in options.groups(chosen):
         begin = time.monotonic()

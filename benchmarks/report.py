@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import picture
+from .cases import GPU_GROUPS
 from .environment import ROOT
 from .results import Results
-from .tables import group_table, headline, headline_table, markdown
+from .tables import group_tables, headline, headline_table, markdown, ring_steps, ring_table
 from .targets import targets_table
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks:begin -->\n", "<!-- benchmarks:end -->"
 NO_RESULTS = "No GPU has measured these sources yet: `python -m benchmarks` does."
-PICTURE = Path("docs", "benchmarks.svg")
 
 
 def load(paths: Iterable[Path]) -> list[Results]:
@@ -37,11 +37,22 @@ def readme(machines: Sequence[Results]) -> str:
             "processes (least-most). The limit is a kernel that reads two buffers, writes one and "
             "computes nothing.",
             markdown(*headline_table(shown)),
-            f"![What a merge adds, as a multiple of the limit]({PICTURE})",
+            "![What a merge adds, as a multiple of the limit](docs/benchmarks.svg)",
+            *_ring(shown),
             f"{origin(shown)}. [docs/benchmarks.md](docs/benchmarks.md) has the recipe, every "
             "case, the host's time, the CPU, and the targets that were met and missed.",
         ]
     )
+
+
+def _ring(results: Results) -> Iterator[str]:
+    if ring_steps(results):
+        yield (
+            "A ring's step, `update_state` of a float32 state by a bfloat16 block, both from DRAM "
+            "(eager is what public rings run); [the picture](docs/benchmarks-states.svg) has many "
+            "parts too:"
+        )
+        yield markdown(*ring_table(results))
 
 
 def docs(machines: Sequence[Results]) -> str:
@@ -54,12 +65,11 @@ def docs(machines: Sequence[Results]) -> str:
 
 def _machine(results: Results) -> Iterator[str]:
     yield markdown(*targets_table(results)).replace("| missed |", "| **missed** |")
-    if results.select("host"):
-        yield markdown(*group_table(results, "host"))
-    for group in ("neighbours", "cold", "cpu"):
-        if records := results.select(group):
-            head = f"<details><summary>{group}, {len(records)} cases</summary>"
-            yield f"{head}\n\n{markdown(*group_table(results, group))}\n\n</details>"
+    for group in filter(results.select, GPU_GROUPS):
+        for title, (header, rows) in group_tables(results, group):
+            table = markdown(header, rows)
+            head = f"<details><summary>{title}, {len(rows)} cases</summary>"
+            yield table if title.endswith("host") else f"{head}\n\n{table}\n\n</details>"
 
 
 def origin(results: Results) -> str:
@@ -67,11 +77,8 @@ def origin(results: Results) -> str:
     environment, runs = results.environment, list(results.runs.values())
     clocks = runs[-1]["clocks"]
     at = f" (SM {clocks['clocks.sm']}, memory {clocks['clocks.mem']})" if clocks else ""
-    others = [
-        f"{name} {environment[key]}"
-        for key, name in (("driver", "driver"), ("torch", "PyTorch"), ("vllm", "vLLM"))
-        if environment[key]
-    ]
+    named = {"driver": "driver", "torch": "PyTorch", "vllm": "vLLM", "flashinfer": "FlashInfer"}
+    others = [f"{name} {environment[key]}" for key, name in named.items() if environment.get(key)]
     machine = environment["gpu"] or environment.get("cpu") or _joined(run["cpu"] for run in runs)
     trees = ", ".join(f"{tree} {str(h)[:10]}" for tree, h in environment["trees"].items())
     changed = ", with changes that are not committed" if environment["dirty"] else ""
@@ -97,8 +104,9 @@ def pages(machines: Sequence[Results], root: Path) -> Iterator[tuple[Path, str]]
     """What each published file should hold; an empty one should not be there."""
     for name, section in (("README.md", readme), ("docs/benchmarks.md", docs)):
         yield root / name, replaced((root / name).read_text("utf-8"), section(machines), name)
-    shown = next((results for results in machines if headline(results)), None)
-    yield root / PICTURE, picture.svg(shown) if shown else ""
+    for name, drawing in picture.DRAWINGS.items():
+        drawn = next((results for results in machines if drawing.records(results)), None)
+        yield root / "docs" / name, picture.svg(drawn, drawing) if drawn else ""
 
 
 def main(arguments: list[str]) -> int:

@@ -5,10 +5,10 @@
      "runs": {group: {date, commit, clocks, processes, seconds, missing: {who: why}}},
      "records": [{group, case, us: {provider: [one a process]}, refused: {who: why}, ...}]}
 
-A record is a line: a case's fields (cases.py), its bytes by the contract, which kernel of ours ran,
-and everybody's microseconds (added, between neighbours) in each process; `limit` is the best plain
-kernel, and which one that is. Times are compared within a process, since clocks differ between
-them, and the median of that is taken. The environment agrees for all groups.
+A record is a line: a case's fields (cases.py, states_cases.py), its bytes by the contract, which
+kernel of ours ran, and everybody's microseconds (added, between neighbours) in each process;
+`limit` is the best plain kernel, and which one that is. Times are compared within a process, since
+clocks differ between them, and the median of that is taken. The environment agrees for all groups.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class Results:
         wanted = {"group": group} | fields
         return [record for record in self.records if wanted.items() <= record.items()]
 
-    def contiguous(self, record: Record) -> Record | None:
-        """The record of the same size with nothing special about it."""
+    def contiguous(self, record: Record, kind: str = "contiguous") -> Record | None:
+        """The record of the same size with nothing special about it, or of another kind."""
         same = {field: record.get(field) for field in ("size", "dtype", "head_size")}
-        return next(iter(self.select(record["group"], kind="contiguous", **same)), None)
+        return next(iter(self.select(record["group"], kind=kind, **same)), None)
 
 
 def times_of(record: Record | None, provider: str) -> list[float]:

@@ -11,7 +11,7 @@ import merge_attn_states
 from . import environment, kernels, options
 from .process import joined, passed_on, run_processes
 from .results import Results
-from .tables import group_table, markdown
+from .tables import group_tables, markdown
 from .targets import targets_table
 
 PROCESSES = 3
@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
     }
     for group in groups:
         results.add(group, run, joined([answer["groups"][group] for answer in answers]))
-        print(f"\n{group}\n{markdown(*group_table(results, group))}")
+        for title, table in group_tables(results, group):
+            print(f"\n{title}\n{markdown(*table)}")
     if not results.records:
         raise SystemExit(f"benchmarks: --case: no case's name holds {chosen.case!r}")
     if chosen.output:

@@ -1,17 +1,18 @@
-"""Many parts and running states, on a GPU: merge_states and update_state beside everybody else.
+"""Many parts and running states: merge_states and update_state beside everybody else.
 
-Two regimes, as for the pair: what a merge of few rows adds between neighbours (neighbours.py), and
-cold, with inputs from DRAM (cold.py). The limit is the best plain kernel: one that reads as many
-buffers and writes one; of a ring's step, an index and the backward pass the one that reads two,
-over as many bytes; of a split's many parts one that only reads them.
+Regimes, as for the pair: what a merge of few rows adds between neighbours (neighbours.py); cold,
+with inputs from DRAM (cold.py); a ring's step on the host; and on a CPU. The limit is the best
+plain kernel: one that reads as many buffers and writes one; of a ring's step, an index and the
+backward pass the one that reads two, over as many bytes; of a split's many parts one that only
+reads them.
 """
 
+import importlib
 import math
-import time
+import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,169 +23,59 @@ from merge_attn_states.reference import merge_states_reference
 from . import cold, kernels, neighbours
 from .providers import Provider, prepare
 from .results import Record
-from .timing import Call, buffer_sets, time_cuda, time_host
+from .states_cases import (
+    BACKWARD,
+    BASE_2,
+    HALF,
+    INDEX,
+    LIST,
+    SPLIT,
+    STACK,
+    STEP,
+    States,
+    StatesCase,
+    make_states,
+)
+from .timing import Call, Timing, buffer_sets, time_cpu, time_cuda, time_host
 
-LIST, STACK, SPLIT, BASE_2, INDEX = "list", "stack", "split", "base 2", "index"
-STEP, HALF, BACKWARD = "ring step", "zigzag half", "backward"
-KINDS = (LIST, STACK, SPLIT, BASE_2, INDEX, STEP, HALF, BACKWARD)
 LN2 = math.log(2)
 SAMPLED_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class StatesCase:
-    """`parts` of [*rows, 128] in bfloat16; a ring's state is in float32 and the first part."""
-
-    kind: str
-    parts: int
-    rows: tuple[int, ...]  # [tokens, heads] or [batch, tokens, heads]
-    regime: str
-
-    @property
-    def size(self) -> str:
-        return "x".join(map(str, self.rows[-2:]))
-
-    @property
-    def name(self) -> str:
-        parts = "" if self.kind in (STEP, HALF) else f"{self.parts} x "
-        return f"{parts}{self.size}x128, {self.kind}"
-
-    @property
-    def is_ring(self) -> bool:
-        return self.kind in (STEP, HALF)
-
-    @property
-    def bytes(self) -> int:
-        """What must move, each once: parts and LSEs, and what is written."""
-        rows, part, lse = math.prod(self.rows), 256, 4
-        if self.is_ring:
-            rows //= 1 + (self.kind == HALF)
-            return rows * (2 * (2 * part + lse) + part + lse)
-        if self.kind == BACKWARD:  # the output's gradient too; its LSE has none
-            return rows * (2 * self.parts * (part + lse) + part)
-        if self.kind == INDEX:  # half of each part's rows; 4 bytes an index a token
-            halves = rows * self.parts * (part + lse) // 2
-            return halves + rows * (part + lse) + self.rows[-2] * self.parts * 4
-        return rows * (self.parts + 1) * (part + lse)
-
-
-class States(NamedTuple):
-    """The operands of a case."""
-
-    case: StatesCase
-    outputs: Tensor  # [parts, *rows, 128]; of a ring the block alone, [*rows, 128]
-    lses: Tensor
-    out: Tensor
-    out_lse: Tensor
-    index: list[Tensor] | None = None
-    grad: Tensor | None = None  # of the output
-
-    @property
-    def options(self) -> dict[str, Any]:
-        if self.case.kind == BASE_2:
-            return {"lse_base": "2", "out_lse_base": "e"}
-        return {"index": self.index} if self.index else {}
-
-    @property
-    def merged(self) -> tuple[Tensor, Tensor]:
-        return self.out, self.out_lse
-
-    @property
-    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        return list(self.outputs.unbind()), list(self.lses.unbind())
-
-
-def _cases() -> list[StatesCase]:
-    near = [(k, n, h) for k in (2, 4, 8, 16) for n, h in ((1, 128), (64, 16))]
-    near += [(8, 512, 16), (4, 2048, 16)]
-    cases = [StatesCase(LIST, k, (n, h), "neighbours") for k, n, h in near]
-    cases += [StatesCase(STACK, 8, (64, 16), "neighbours")]
-    cases += [StatesCase(BASE_2, 2, (256, 16), "neighbours")]
-    cases += [StatesCase(k, n, (8192, 32), "cold") for n in (2, 4, 8, 16) for k in (LIST, STACK)]
-    cases += [StatesCase(SPLIT, 256, (8, 8), "cold")]
-    cases += [StatesCase(INDEX, 3, (8192, 24), "cold")]
-    cases += [
-        StatesCase(kind, 2, (1, *rows), "cold")
-        for rows in ((4608, 24), (32768, 10))
-        for kind in (STEP, HALF)
-    ]
-    return cases + [StatesCase(BACKWARD, k, (8192, 32), "cold") for k in (2, 8)]
-
-
-CASES = _cases()
-
-
-def make_states(case: StatesCase, sets: int, device: torch.device) -> list[States]:
-    """Random operands, a tuple a set."""
-    bf16, f32 = ({"dtype": d, "device": device} for d in (torch.bfloat16, torch.float32))
-    made = []
-    for _ in range(sets):
-        if case.is_ring:  # FlashAttention's [B, H, S] beside [B, S, H, D]
-            batch, tokens, heads = case.rows
-            block, state = (torch.randn(*case.rows, 128, **each) for each in (bf16, f32))
-            lses = [3 * torch.randn(batch, heads, tokens, **f32).transpose(1, 2) for _ in range(2)]
-            whole = (block, lses[0], state, lses[1])
-            half = slice(tokens // 2 if case.kind == HALF else 0, None)
-            made.append(States(case, *(tensor[:, half] for tensor in whole)))
-            continue
-        outputs = torch.randn(case.parts, *case.rows, 128, **bf16)
-        lses = 3 * torch.randn(case.parts, *case.rows, **f32)
-        one = States(case, outputs, lses, outputs.new_empty(*case.rows, 128), lses[0].clone())
-        if case.kind == INDEX:
-            one = one._replace(index=_indices(case, device))
-        if case.kind == BACKWARD:
-            one = one._replace(grad=torch.randn(*case.rows, 128, **bf16))
-        made.append(one)
-    return made
-
-
-def _indices(case: StatesCase, device: torch.device) -> list[Tensor]:
-    """Of each part every second row, as an engine's requests lie: runs of 64, in turn absent."""
-    rows = torch.arange(case.rows[0], device=device, dtype=torch.int32)
-    return [
-        torch.where(((rows // 64 + k) % 2).bool(), rows // 128 * 64 + rows % 64, -1).int()
-        for k in range(case.parts)
-    ]
+HOST_CALLS = 500  # a round
 
 
 # Who is measured. Each call returns the merged output and LSE (and the ln of its base, if it is not
 # the case's), or the gradients of the parts.
 
 
+def _updated(out: Tensor, lse: Tensor, *block: Tensor) -> tuple[Tensor, Tensor]:
+    update_state(out, lse, *block)
+    return out, lse
+
+
 def _ours(o: States) -> Call:
     if o.case.is_ring:
-        return lambda: (update_state(*o.merged, o.outputs, o.lses), o.merged)[1]
+        return partial(_updated, *o.merged, o.outputs, o.lses)
     if o.case.kind == BACKWARD:
         backward = torch.ops.merge_attn_states.merge_states_backward
         return lambda: backward(o.grad, None, *o.parts, [], [], None, None, "e", None)
     given: dict[str, Any] = {"out": o.out, "out_lse": o.out_lse} | o.options
-    if o.case.kind in (STACK, SPLIT):
+    if o.case.is_stacked:
         return lambda: merge_states(o.outputs, o.lses, dim=0, **given)
     parts = o.parts
     return lambda: merge_states(*parts, **given)
 
 
-def _pair(o: States) -> Call:
-    """Section 2's op; of base-2 LSEs behind the four kernels that it takes to convert them."""
-    parts, lses = o.parts
-
-    def call() -> tuple[Tensor, Tensor]:
-        a, b = lses
-        if o.case.kind == BASE_2:
-            a, b = ((lse * LN2).T.contiguous().T for lse in lses)
-        merge_attn_states(o.out, parts[0], a.T, parts[1], b.T, o.out_lse.T)
-        return o.merged
-
-    return call
-
-
 def _chain(o: States) -> Call:
+    """Section 2's op, part after part; of base-2 LSEs behind the four kernels that convert them."""
     parts, lses = o.parts
 
     def call() -> tuple[Tensor, Tensor]:
-        before = parts[0], lses[0].T
-        for part, lse in zip(parts[1:], lses[1:], strict=True):
-            merge_attn_states(o.out, *before, part, lse.T, o.out_lse.T)
+        given = [lse.T for lse in lses]
+        if o.case.kind == BASE_2:
+            given = [(lse * LN2).contiguous() for lse in given]
+        before = parts[0], given[0]
+        for part in zip(parts[1:], given[1:], strict=True):
+            merge_attn_states(o.out, *before, *part, o.out_lse.T)
             before = o.out, o.out_lse.T
         return o.merged
 
@@ -211,155 +102,168 @@ def _in_pytorch(compiled: bool) -> Callable[[States], Call]:
         if compiled:
             torch._dynamo.config.recompile_limit = 1000
             function = torch.compile(function, dynamic=False)
+        args: tuple[Tensor, ...] = (o.outputs, o.lses)
         if o.case.is_ring:
-            return partial(function, o.out, o.out_lse.unsqueeze(-1), o.outputs, o.lses)
-        return partial(function, o.outputs, o.lses)
+            args = (o.out, o.out_lse.unsqueeze(-1), *args)
+        # As a program keeps them: memory that is freed at once is the next call's, in the caches.
+        kept: list[Any] = []
+
+        def call() -> Any:
+            kept[:] = [function(*args)]
+            return kept[0]
+
+        return call
 
     return bind
 
 
 def _flashinfer(o: States) -> Call:
-    import flashinfer
-
+    flashinfer = importlib.import_module("flashinfer")
     # Their parts are [tokens, parts, heads, size], LSEs to base 2: laid so beforehand, untimed.
     outputs, lses = (each.transpose(0, 1).contiguous() for each in (o.outputs, o.lses / LN2))
     return lambda: (*flashinfer.merge_states(outputs, lses), LN2)
 
 
-def _not(*kinds: str) -> Callable[[States], str]:
-    return lambda o: f"not {o.case.kind}" if o.case.kind in kinds else ""
+def _takes(*kinds: str, least: int = 2, most: int = 256) -> Callable[[States], str]:
+    def refuses(o: States) -> str:
+        is_taken = o.case.kind in kinds and least <= o.case.parts <= most
+        return "" if is_taken else f"{o.case.parts} parts, {o.case.kind}"
+
+    return refuses
 
 
-def _pairs_alone(o: States) -> str:
-    return "" if o.case.parts == 2 and o.case.kind in (LIST, BASE_2) else "not a pair"
-
-
-def _chained_alone(o: States) -> str:
-    return "" if o.case.parts > 2 and o.case.kind in (LIST, STACK) else "no chain"
-
-
-_WITHOUT = (INDEX, BACKWARD, BASE_2)
 PROVIDERS = (
     Provider("ours", _ours),
-    Provider("pair", _pair, _pairs_alone),
-    Provider("chain", _chain, _chained_alone),
-    Provider("eager", _in_pytorch(False), _not(*_WITHOUT)),
-    Provider("compile", _in_pytorch(True), _not(*_WITHOUT)),
-    Provider("flashinfer", _flashinfer, _not(INDEX, BACKWARD, BASE_2, STEP, HALF)),
+    Provider("eager", _in_pytorch(False), _takes(LIST, STACK, SPLIT, STEP, HALF)),
+    Provider("compile", _in_pytorch(True), _takes(LIST, STACK, SPLIT, STEP, HALF)),
+    Provider("pair", _chain, _takes(LIST, BASE_2, most=2)),
+    Provider("chain", _chain, _takes(LIST, STACK, least=3)),
+    Provider("flashinfer", _flashinfer, _takes(LIST, STACK, SPLIT)),
 )
+ON_A_CPU = PROVIDERS[:2]
 
 
 def check_states(call: Call, o: States) -> str:
-    """Call once and say what is wrong with tokens from end to end, against float64."""
-    tokens = o.out.shape[-3]
-    sample = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device=o.out.device).long().unique()
+    """Call once and say what is wrong with its answer: NaN, or a token from end to end."""
+    rows = torch.linspace(0, o.out.shape[-3] - 1, SAMPLED_TOKENS, device=o.out.device).long()
 
     def sampled(output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        at = output.detach().index_select(-3, sample), lse.detach().index_select(-2, sample)
+        at = output.detach().index_select(-3, rows), lse.detach().index_select(-2, rows)
         return at[0].double(), at[1].double()
 
-    if o.case.kind == BACKWARD:
-        parts = [sampled(*part) for part in zip(*o.parts, strict=True)]
-        leaves = [[t.requires_grad_() for t in each] for each in zip(*parts, strict=True)]
-        merged, _ = merge_states_reference(*leaves)
-        grad = o.grad.index_select(-3, sample).double()  # type: ignore[union-attr]
-        of_parts = torch.autograd.grad(merged, [*leaves[0], *leaves[1]], grad)
-        due = list(zip(of_parts[: o.case.parts], of_parts[o.case.parts :], strict=True))
-        outputs, lses, _ = call()  # type: ignore[misc]
-        found = [sampled(*part) for part in zip(outputs, lses, strict=True)]
+    due: list[tuple[Tensor, ...]]
+    if o.case.kind == INDEX:
+        index = [each[rows] for each in o.rows_of or ()]
+        due = [merge_states_reference(*o.parts, index=index)]
+    elif o.grad is not None:
+        leaves = [[t.requires_grad_() for t in part] for part in map(sampled, *o.parts)]
+        merged, _ = merge_states_reference(*zip(*leaves, strict=True))
+        grad = o.grad.index_select(-3, rows).double()
+        due = [torch.autograd.grad(merged, leaf, grad, retain_graph=True) for leaf in leaves]
     else:
-        parts = [(o.out, o.out_lse), (o.outputs, o.lses)]
-        if not o.case.is_ring:
-            parts = list(zip(o.outputs, o.lses, strict=True))
-        base = {k: v for k, v in o.options.items() if k != "index"}
-        index = [each[sample] for each in o.index] if o.index else None
-        taken = [part if o.index else sampled(*part) for part in parts]
-        due = [merge_states_reference(*zip(*taken, strict=True), index=index, **base)]
-        if not o.case.is_ring:
-            o.out.fill_(torch.nan)
-            o.out_lse.fill_(torch.nan)
-        output, lse, *of_base = call()  # type: ignore[misc]
-        lse = lse.reshape(output.shape[:-1]) * (of_base[0] if of_base else 1.0)
-        found = [sampled(output, lse)]
+        due = [merge_states_reference(*zip(*map(sampled, *o.parts), strict=True), **o.options)]
+    if not o.case.is_ring:  # there it is an input
+        o.out.fill_(torch.nan)
+        o.out_lse.fill_(torch.nan)
+    answer: Any = call()
+    output, lse, base = (*answer, 1.0)[:3]
+    if o.case.kind == BACKWARD:
+        found = list(zip(output, lse, strict=True))
+    else:
+        found = [(output, lse.reshape(output.shape[:-1]) * base)]
+    tolerance = 1e-5 if o.out.dtype == torch.float32 else 2e-2
     try:
-        for (output, lse), (of_output, of_lse) in zip(found, due, strict=True):
-            tolerance = 1e-5 if o.out.dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(output, of_output, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(lse, of_lse, rtol=1e-4, atol=1e-3)
+        for one, expected in zip(found, due, strict=True):
+            if any(bool(each.isnan().any()) for each in one):
+                return "NaN in the answer"
+            values, lses = zip(sampled(*one), expected, strict=True)
+            torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(*lses, rtol=1e-4, atol=1e-3)
     except AssertionError as error:
         return " ".join(str(error).split())
     return ""
 
 
-# How it is measured.
+# How it is measured: microseconds, by provider.
+
+Timed = dict[str, list[Call]]
+Times = dict[str, float]
 
 
-def measure(case: StatesCase, device: torch.device, rounds: int) -> Record:
-    """One case: microseconds, by provider."""
-    if case.regime == "neighbours":
-        (states,) = make_states(case, 1, device)
-        timed, refused = prepare(PROVIDERS, [states], check_states)
-        middles = {name: calls[0] for name, calls in timed.items()} | _limits(states)
-        halves = (neighbours.whole(each).chunk(2) for each in (states.outputs, states.lses))
-        around = neighbours.neighbours_of(*halves, neighbours.whole(states.out))
-        us = neighbours.added(around, middles, rounds)
+def medians(timings: dict[str, Timing]) -> Times:
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def measure(
+    case: StatesCase, providers: Sequence[Provider], device: torch.device, rounds: int
+) -> Record:
+    """One case."""
+    how = {"neighbours": _added, "cold": _cold, "host": _on_host, "cpu": _on_cpu}[case.regime]
+    sets = buffer_sets(case.bytes(), device) if case.regime == "cold" else 1
+    with torch.inference_mode(case.regime == "host"):
+        states = make_states(case, sets, device)
+        timed, refused = prepare(providers, states, check_states)
+        us = how(timed, states, rounds)
+    return case.record() | selected_kernel(states[0]) | {"us": us, "refused": refused}
+
+
+def selected_kernel(o: States) -> dict[str, str]:
+    """Which kernel of ours runs; nothing of a backward pass, which cannot be asked."""
+    op = torch.ops.merge_attn_states
+    if o.case.is_ring:
+        _, _, kernel, variant = op.inspect_update_state(*o.merged, o.outputs, o.lses)
+    elif o.case.kind == BACKWARD:
+        return {}
     else:
-        sets = make_states(case, buffer_sets(case.bytes, device), device)
-        timed, refused = prepare(PROVIDERS, sets, check_states)
-        if case.kind == SPLIT:
-            sink = torch.empty(kernels.PACK, dtype=torch.uint8, device=device)
-            timed["plain, reads alone"] = [partial(kernels.consume, o.outputs, sink) for o in sets]
-        elif case.kind in (LIST, STACK):
-            limits = [_limits(o, kernels.COLD_MANY) for o in sets]
-            timed |= {name: [one[name] for one in limits] for name in limits[0]}
-        else:
-            timed |= cold.plain_kernels(case.bytes, len(sets), device)
-        us = {name: timing.median for name, timing in time_cuda(timed, rounds).items()}
-    fields = {"case": case.name, "kind": case.kind, "size": case.size, "parts": case.parts}
-    return fields | {"regime": case.regime, "bytes": case.bytes, "us": us, "refused": refused}
+        parts, dim = (o.parts, None) if not o.case.is_stacked else (([o.outputs], [o.lses]), 0)
+        bases = (o.options.get("lse_base", "e"), o.options.get("out_lse_base"))
+        given: tuple[Any, ...] = (*o.merged, *parts, o.rows_of or [], [], dim, None, *bases)
+        _, _, kernel, variant = op.inspect_merge_states(*given)
+    return {"kernel": kernel, "variant": variant}
 
 
-def _limits(
-    o: States, variants: dict[str, kernels.Variant] = kernels.BETWEEN_NEIGHBOURS
-) -> dict[str, Call]:
-    limits: dict[str, Call] = {
+def _added(timed: Timed, sets: list[States], rounds: int) -> Times:
+    (o,) = sets
+    middles: dict[str, Call] = {
         f"plain, {name}": partial(kernels.plain_many, variant, o.outputs, o.out)
-        for name, variant in variants.items()
+        for name, variant in kernels.BETWEEN_NEIGHBOURS.items()
     }
-    if o.case.regime == "neighbours":
-        limits["empty"] = partial(kernels.nothing, o.out.nbytes // kernels.PACK)
-    return limits
+    middles["empty"] = partial(kernels.nothing, o.out.nbytes // kernels.PACK)
+    parts, lses = (neighbours.whole(each).chunk(2) for each in (o.outputs, o.lses))
+    around = neighbours.neighbours_of(parts, lses, neighbours.whole(o.out))
+    return neighbours.added(around, {name: c[0] for name, c in timed.items()} | middles, rounds)
 
 
-def measure_host(device: torch.device, rounds: int) -> Record:
-    """Host microseconds of a ring's step, launches included, and a compiled one's warm-up."""
-    case = StatesCase(STEP, 2, (1, 64, 8), "host")
-    (states,) = make_states(case, 1, device)
-    with torch.inference_mode():
-        timed, refused = prepare(PROVIDERS, [states], check_states)
-        calls = {name: made[0] for name, made in timed.items()}
-        begin = time.perf_counter()
+def _cold(timed: Timed, sets: list[States], rounds: int) -> Times:
+    case, device = sets[0].case, sets[0].out.device
+    if case.kind == SPLIT:
+        sink = torch.empty(kernels.PACK, dtype=torch.uint8, device=device)
+        timed["plain, reads alone"] = [partial(kernels.consume, o.outputs, sink) for o in sets]
+    elif case.kind in (LIST, STACK):
+        timed |= cold.plain_many_kernels(case.parts, case.bytes(), len(sets), device)
+    else:
+        timed |= cold.plain_kernels(case.bytes(), len(sets), device)
+    return medians(time_cuda(timed, rounds))
+
+
+def _on_host(timed: Timed, sets: list[States], rounds: int) -> Times:
+    """What an eager call costs, launches included, and a compiled one's first, caches empty."""
+    first = {}
+    if "compile" in timed:
+        from torch._inductor.utils import fresh_cache
+
         torch._dynamo.reset()
-        _in_pytorch(True)(states)()
-        warm_up = time.perf_counter() - begin
-
-        def repeated(call: Call) -> Callable[[int], float]:
-            def run(count: int) -> float:
-                begin = time.perf_counter()
-                for _ in range(count):
-                    call()
-                return time.perf_counter() - begin
-
-            return run
-
-        synchronize: Call = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        loops = {name: repeated(call) for name, call in calls.items()}
-        times = time_host(loops, dict.fromkeys(loops, 500), rounds, synchronize)
-    us = {name: timing.median for name, timing in times.items()} | {"warm-up": 1e6 * warm_up}
-    fields = {"case": "ring step, host", "kind": STEP, "size": case.size, "parts": 2}
-    return fields | {"regime": "host", "bytes": case.bytes, "us": us, "refused": refused}
+        with fresh_cache():
+            first["warm-up"] = 1e6 * timeit.timeit(_in_pytorch(True)(sets[0]), number=1)
+    synchronize: Call = torch.cuda.synchronize if sets[0].out.is_cuda else lambda: None
+    loops = {name: timeit.Timer(calls[0]).timeit for name, calls in timed.items()}
+    return medians(time_host(loops, dict.fromkeys(loops, HOST_CALLS), rounds, synchronize)) | first
 
 
-def measure_all(device: torch.device, rounds: int, named: str) -> Sequence[Record]:
-    records = [measure(case, device, rounds) for case in CASES if named in case.name]
-    return [*records, measure_host(device, rounds)] if named in "ring step, host" else records
+def _on_cpu(timed: Timed, sets: list[States], rounds: int) -> Times:
+    """torch.add's are for this case's bytes."""
+    (o,) = sets
+    calls: dict[str, Call] = {name: calls[0] for name, calls in timed.items()}
+    calls["add"] = partial(torch.add, *o.outputs[:2], out=o.out)
+    us = medians(time_cpu(calls, rounds))
+    return us | {"add": us["add"] * o.case.bytes() / (3 * o.out.nbytes)}

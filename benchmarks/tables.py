@@ -16,6 +16,9 @@ HOST = {  # who is called on the host, in the order of the table
     "add": "torch.add(out=)",
     "vllm": "vLLM's op",
     "vllm_dispatcher": "vLLM's op behind its dispatcher",
+    "eager": "the formula, eager",
+    "compile": "the formula by torch.compile",
+    "warm-up": "torch.compile's first call",
 }
 
 
@@ -59,14 +62,18 @@ def of_limit(record: Record) -> str:
     value = ratio(record, "ours", "limit")
     if value is not None and value <= 1:
         return AT_THE_LIMIT
-    return number(1 / value, 3) if value and record["group"] == "cold" else times(value)
+    is_cold = "cold" in (record["group"], record.get("regime"))
+    return number(1 / value, 3) if value and is_cold else times(value)
 
 
 GPU = ("vLLM", "vLLM / ours", "ours / contiguous")
 NEIGHBOURS = (*GPU, "empty kernel", "torch.compile", "eager", "neighbours alone")
+MANY = ("chain / ours", "FlashInfer / ours", "eager / ours", "torch.compile / ours", "kernel")
 HEADERS = {
     "neighbours": ("us added", "MB", "ours", "limit", "ours / limit", *NEIGHBOURS),
     "cold": ("us", "MB", "ours", "limit", "of the limit", *GPU, "the limit is"),
+    "states, neighbours": ("us added", "MB", "ours", "limit", "ours / limit", *MANY),
+    "states, cold": ("us", "MB", "ours", "limit", "of the limit", *MANY),
     "cpu": ("us", "MB", "ours", "torch.ops", "torch.add's bytes", "eager", "eager / ours"),
 }
 HEADLINE_COLUMNS = 7  # of the neighbours'
@@ -80,6 +87,11 @@ def _row(results: Results, record: Record) -> Iterator[str]:
         yield times(ratio(record, "eager", "ours"))
         return
     yield from (spread(record, "limit"), of_limit(record))
+    if group == "states":
+        others = ("pair" if record["parts"] == 2 else "chain", "flashinfer", "eager", "compile")
+        yield from (times(ratio(record, name, "ours")) for name in others)
+        yield record.get("variant", "-")
+        return
     yield from (spread(record, "vllm"), times(ratio(record, "vllm", "ours")))
     base = None if record["kind"] == PLAIN else results.contiguous(record)
     yield times(ratio(record, "ours", "ours", base)) if base else "-"
@@ -100,14 +112,36 @@ def headline_table(results: Results) -> Table:
     return HEADERS["neighbours"][:HEADLINE_COLUMNS], rows
 
 
-def group_table(results: Results, group: str) -> Table:
-    """Every case of a group; of the host a provider a row."""
-    records = results.select(group)
-    if group != "host":
-        return HEADERS[group], [list(_row(results, record)) for record in records]
+def ring_steps(results: Results) -> list[Record]:
+    return results.select("states", kind="ring step", regime="cold")
+
+
+def ring_table(results: Results) -> Table:
+    """README's: a ring's step and who else takes it."""
+    columns = [0, 1, 2, 3, 4, 7, 8]
+    rows = [list(_row(results, record)) for record in ring_steps(results)]
+    header, *rows = [[row[i] for i in columns] for row in (HEADERS["states, cold"], *rows)]
+    return header, rows
+
+
+def group_tables(results: Results, group: str) -> Iterator[tuple[str, Table]]:
+    """Every case of a group, under its name and the regime's; of a host a provider a row."""
+    if group != "states":
+        yield group, _table(results, group, results.select(group))
+        return
+    for regime in ("neighbours", "cold", "host"):
+        if records := results.select(group, regime=regime):
+            yield f"{group}, {regime}", _table(results, f"{group}, {regime}", records)
+
+
+def _table(results: Results, title: str, records: Sequence[Record]) -> Table:
+    if title in HEADERS:
+        return HEADERS[title], [list(_row(results, record)) for record in records]
+    named = HOST | ({"ours": "update_state"} if title == "states, host" else {})
     rows = [
-        [title, *(spread(record, provider) for record in records)]
-        for provider, title in HOST.items()
+        [name, *(spread(record, provider) for record in records)]
+        for provider, name in named.items()
         if any(provider in record["us"] for record in records)
     ]
-    return ["us a call at 4x8x128", *(record["case"] for record in records)], rows
+    size = records[0].get("size", "4x8") if records else "4x8"
+    return [f"us a call at {size}x128", *(record["case"] for record in records)], rows

@@ -1,7 +1,8 @@
 """How results do against what we ask of ourselves (targets.json), met or missed.
 
 A target is a list of figures, one a case: the time of `of` over that of `over`, or less that of
-`less`, where "contiguous" is our own time of the same size with nothing special about it. Its
+`less`, where "contiguous" is our own time of the same size with nothing special about it, and
+"ring step" that of a whole step. Its
 bound, `at_most` or `at_least`, is a number or one for each size. It is met where every case meets
 it; a case that `noise_us` less of our time would bring to its bound is "within noise". Figures are
 taken within each process (results.py).
@@ -66,8 +67,8 @@ def _figure(
     """The figure, as it would be if our time were so many microseconds less."""
     against = target.get("over") or target["less"]
     times, bases = times_of(record, provider), times_of(record, against)
-    if against == "contiguous":
-        bases = times_of(results.contiguous(record), "ours")
+    if against in ("contiguous", "ring step"):
+        bases = times_of(results.contiguous(record, against), "ours")
     times = [us - noise_us for us in times] if provider == "ours" else times
     bases = [us - noise_us for us in bases] if against == "ours" else bases
     return compared(times, bases, operator.truediv if "over" in target else operator.sub)

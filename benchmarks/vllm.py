@@ -40,10 +40,10 @@ def argument_names() -> list[str]:
     return [argument.name for argument in schema.arguments]
 
 
-def version() -> str | None:
+def version(package: str = "vllm") -> str | None:
     """Of an installed package."""
     try:
-        return importlib.metadata.version("vllm")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

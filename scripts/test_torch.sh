@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the suite with the interpreter $1, which has PyTorch $2, against the op library $3, which was
-# built for another release: only _C is built. Options behind them go to pytest.
+# built for another release: only _C is built. Options behind them go to pytest_parts.sh.
 #
 # The build has a copy of the sources: in the checkout it would replace the binaries that lie there.
 set -eu
@@ -19,4 +19,4 @@ mkdir -p "$copy"
 cp -R csrc include python scripts setup.py pyproject.toml README.md LICENSE "$copy"
 rm -f "$copy"/python/merge_attn_states/*.so
 MERGE_ATTN_STATES_OP_LIBRARY=$op_library "$copy/scripts/build.sh" "$python"
-PYTHONPATH=$copy/python exec "$python" -m pytest -p no:cacheprovider "$@"
+PYTHONPATH=$copy/python exec scripts/pytest_parts.sh "$python" "$@"

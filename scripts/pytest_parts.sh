@@ -1,0 +1,32 @@
+#!/bin/sh
+# Runs the suite with the interpreter $1; options behind it go to pytest. SHARD=k/n runs a part;
+# JOBS=n runs n parts at once, with their logs in the folder LOGS (build/).
+set -eu
+cd "$(dirname "$0")/.."
+python=$1
+shift
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}scripts"
+jobs=${JOBS:-1} logs=${LOGS:-build}
+[ "$jobs" -gt 1 ] || exec "$python" -m pytest -p shard -p no:cacheprovider "$@"
+
+# Otherwise the PyTorch of every part would use all cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + jobs - 1) / jobs))}"
+mkdir -p "$logs"
+part() {
+  number=$1 status=0
+  shift
+  log=$logs/pytest-$number.log
+  SHARD=$number/$jobs "$python" -m pytest -p shard -p no:cacheprovider "$@" > "$log" 2>&1 ||
+    status=$?
+  [ $status -eq 0 ] || sed -n '/^=* \(ERRORS\|FAILURES\)/,$p' "$log"
+  echo "part $number/$jobs: $(grep . "$log" | tail -n 1)"
+  return $status
+}
+parts=
+for number in $(seq "$jobs"); do
+  part "$number" "$@" &
+  parts="$parts $!"
+done
+status=0
+for each in $parts; do wait "$each" || status=1; done
+exit $status
