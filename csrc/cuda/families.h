@@ -62,8 +62,8 @@ struct EachShape {
 };
 
 // Nothing where there are more than kEachParts, rows do not consist of aligned packs of eight
-// elements or are longer than a block, strides are out of 32 bits' reach, bases are mixed, or dtypes
-// are FP8, float64 or more than one (but for float32 of the first part alone).
+// elements or are longer than a block, strides are out of 32 bits' reach, bases are mixed, or
+// dtypes are FP8, float64 or more than one (but for float32 of the first part alone).
 std::optional<EachShape> each_shape(const PartsCall& call);
 void launch_each(const PartsCall& call, const EachShape& shape);
 
