@@ -19,6 +19,8 @@ EPS = {F32: 2.0**-23, F64: 2.0**-52}
 
 SOURCE = """
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -44,25 +46,40 @@ Acc first(V v) {
   return result;
 }
 
+template <class Math, class V, class Lse, bool kMayBeEmpty, class Acc, class Part>
+void weigh_as(Base base, int count, Part part, const Lse* sink, Acc* weights, Acc* lse) {
+  std::vector<V> terms(count + 1);
+  const auto weighed = weigh_parts<Math, V, Lse, kMayBeEmpty>(
+      {base, base, false}, count, part, sink, [&](int k) -> V& { return terms[k]; });
+  for (int k = 0; k < count; ++k) weights[k] = first<Acc>(terms[k]);
+  *lse = first<Acc>(weighed.lse());
+}
+
 // As a kernel does, of one row or of eight: `bases` of each part where they differ, else null; the
-// sink last.
+// sink last. Where no part is empty the weights are those of who knows it, bit for bit; else -2.
 template <class Math, class V, class Acc>
 void weigh(const Acc* lses, const int* bases, int count, const Acc* sink, Base base, Acc* weights,
            Acc* lse) {
-  const auto part = [&](int k) -> PartLse<V> {
-    PartLse<Acc> one{lses[k], Acc(0)};
-    if (bases != nullptr && bases[k] == int(Base::kTwo)) one = natural(lses[k]);
-    return {all<V>(one.high), all<V>(one.low)};
-  };
-  const PartLse<V> logit{all<V>(sink ? *sink : Acc(0)), V{}};
-  ManyLses<Math, V> merged(base);
-  for (int k = 0; k < count; ++k) merged.find(part(k));
-  if (sink != nullptr) merged.find(logit);
-  std::vector<V> terms;
-  for (int k = 0; k < count; ++k) terms.push_back(merged.add(part(k)));
-  if (sink != nullptr) merged.add(logit);
-  for (int k = 0; k < count; ++k) weights[k] = first<Acc>(merged.weight(terms[k], merged.sum()));
-  *lse = first<Acc>(merged.lse(merged.sum()));
+  if (bases != nullptr) {
+    const auto part = [&](int k) -> PartLse<V> {
+      PartLse<Acc> one{lses[k], Acc(0)};
+      if (bases[k] == int(Base::kTwo)) one = natural(lses[k]);
+      return {all<V>(one.high), all<V>(one.low)};
+    };
+    const PartLse<V> logit{all<V>(sink ? *sink : Acc(0)), V{}};
+    return weigh_as<Math, V, PartLse<V>, true>(base, count, part, sink ? &logit : nullptr, weights,
+                                               lse);
+  }
+  const auto part = [&](int k) { return all<V>(lses[k]); };
+  const V logit = all<V>(sink ? *sink : Acc(0));
+  const V* const given = sink ? &logit : nullptr;
+  weigh_as<Math, V, V, true>(base, count, part, given, weights, lse);
+  const auto is_infinite = [](Acc one) { return std::isinf(one); };
+  if (std::any_of(lses, lses + count, is_infinite) || (sink && is_infinite(*sink))) return;
+  std::vector<Acc> others(count + 1), own(weights, weights + count);
+  own.push_back(*lse);
+  weigh_as<Math, V, V, false>(base, count, part, given, others.data(), &others[count]);
+  if (memcmp(own.data(), others.data(), sizeof(Acc) * own.size()) != 0) weights[0] = Acc(-2);
 }
 
 template <class Math, class V, class Acc>

@@ -34,6 +34,20 @@ def test_the_kernel_does_not_matter(count, sink, device):
         assert_same(other.run(), results)
 
 
+@pytest.mark.parametrize("options", [{"base": "2"}, {"out_lse_base": "2"}, {"sink": SINK}], ids=str)
+def test_two_parts_that_are_no_pair(options, device):
+    states = make(2, device, **options)
+    results = states.run()
+    spread = blank((*ROWS, HEAD_SIZE), BF16, device, strides=(1360, 272, 2))
+    others = {
+        selecting(2): states._replace(empty=nowhere(states)),
+        any_kind(2, elements=1): states._replace(out=spread),
+    }
+    for kernel, other in others.items():
+        assert_runs(other, kernel)
+        assert_same(other.run(), results)
+
+
 def cut(states: States, rows) -> States:
     """Those rows of the call, as views."""
     outputs, lses = ([x[rows] for x in each] for each in states[:2])

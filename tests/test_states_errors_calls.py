@@ -108,6 +108,20 @@ def test_a_list_for_a_stack_by_the_operator():
     assert is_untouched(states)
 
 
+@pytest.mark.parametrize(
+    ("count", "dim", "message"),
+    [
+        (0, None, "outputs: expected one part or more, got 0"),
+        (1, 99, "dim: expected a row dimension of outputs, in [0, 2], got 99"),
+        (1, -5, "dim: expected a row dimension of outputs, in [0, 2], got -5"),
+    ],
+)
+def test_a_backward_call_by_the_operator(count, dim, message):
+    outputs, lses = [zeros(K, N, H, D)] * count, [zeros(K, N, H)] * count
+    with pytest.raises(OPERATOR_ERROR, match=f"^{re.escape(message)}"):
+        OPS.merge_states_backward(zeros(N, H, D), None, outputs, lses, [], [], dim, None, "e", None)
+
+
 # How many there may be, on both sides of each limit.
 
 ANY = r"parts that differ in dtype, base or strides or have an index or a mask \(and 1024 that do"

@@ -1,4 +1,5 @@
-// The kernel of a merge's gradients that takes every call; each_backward.cu takes the usual ones.
+// The kernel of a merge's gradients that takes every call; parts_each_backward.cu takes the usual
+// ones.
 //
 // A block takes a few rows, weighs their parts as parts_any.cu does, and then gives each row to a
 // warp: of each part its lanes read the values, write the output's gradient times the weight, and

@@ -48,8 +48,8 @@ struct AlikeShape {
   int lse_threads;  // beside them: a merged LSE each
 };
 
-// Nothing where the parts differ in more than their addresses, or rows do not consist of aligned
-// packs of 16 bytes, or are out of 32 bits' reach.
+// Nothing where the parts differ in more than their addresses or are a pair by LseRule, or rows do
+// not consist of aligned packs of 16 bytes, or are out of 32 bits' reach.
 std::optional<AlikeShape> alike_shape(const PartsCall& call);
 void launch_alike(const PartsCall& call, const AlikeShape& shape);
 
@@ -67,7 +67,8 @@ struct EachShape {
 std::optional<EachShape> each_shape(const PartsCall& call);
 void launch_each(const PartsCall& call, const EachShape& shape);
 
-// Nothing, too, where rows want more than 32 lanes or dtypes differ at all.
+// Nothing, too, where rows want more than 32 lanes, dtypes differ at all, or the outputs' gradients
+// are not 16-byte aligned.
 std::optional<EachShape> each_backward_shape(const PartsCall& call);
 void launch_each_backward(const PartsCall& call, const EachShape& shape);
 

@@ -115,7 +115,7 @@ __device__ inline void store_global(uint2* to, uint2 w) {
 __device__ inline void store_global(float* to, float w) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(w) : "memory");
 }
-// Eight float32 of eight FP8 elements: two stores.
+// Eight float32: two words.
 struct TwoWords {
   uint4 first;
   uint4 second;
@@ -146,6 +146,9 @@ __device__ inline float load_global(const float* from) {
   float w;
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(w) : "l"(from) : "memory");
   return w;
+}
+__device__ inline TwoWords load_global(const TwoWords* from) {
+  return {load_global(&from->first), load_global(&from->second)};
 }
 __device__ inline int32_t load_global(const int32_t* from) {
   int32_t w;

@@ -196,6 +196,8 @@ static_assert(sizeof(ManyParts<Listed>) <= 32764, "more than a kernel's paramete
 struct ManyWeights {
   using Lses = ManyLses<ScalarMath<float>, float>;
   static constexpr int kAtOnce = SumOfParts<float>::kAtOnce;
+  static_assert(kManyThreads % 32 == 0 && kMaxAlikeParts % kManyThreads == 0);
+  static_assert(kMaxAlikeParts / kAtOnce + 1 <= kManyThreads);
 
   float terms[kMaxAlikeParts];
   float largest[kManyThreads / 32];
@@ -270,6 +272,7 @@ __global__ void __launch_bounds__(kManyThreads)
   using PackT = Pack<T, kElements<T>>;
   constexpr int kAtOnce = SumOfParts<float>::kAtOnce, kColumns = kManyPacks * kElements<T>;
   constexpr int kThreadsAPack = kManyThreads / kManyPacks;
+  static_assert(kColumns <= kManyThreads && kManyThreads % kManyPacks == 0);
   __shared__ ManyWeights parts;
   __shared__ float sums[kMaxAlikeParts / kAtOnce][kColumns];
   const Row row(call.rows, blockIdx.x);

@@ -92,6 +92,7 @@ __device__ Acc load_lse(const Call& call, int k, RowCoordinates& row) {
 // The rows that a block has to do with: what each part of each weighs, and where its row lies.
 template <class Acc>
 struct RowsOfBlock {
+  static_assert(kAnyWeights >= kMaxAlikeParts);
   Acc weights[kAnyWeights];  // [rows][num_parts]
   // Null where the part is absent or empty; its weight is NaN there in a row with a NaN.
   const char* parts[kAnyWeights];

@@ -13,11 +13,12 @@ namespace {
 // Behind an index comes a second trip to memory: there many threads count for more than registers,
 // as long as the parts fit them.
 template <class First, int kMost, bool kSelects>
-inline constexpr int kBlocks = kSelects&& kMost <= 4 && sizeof(First) == 2 ? 1024 / kEachThreads
-                                                                           : 1;
+constexpr int blocks_a_multiprocessor() {
+  return kSelects && kMost <= 4 && sizeof(First) == 2 ? 1024 / kEachThreads : 1;
+}
 
 template <class First, class Rest, int kMost, bool kSelects>
-__global__ void __launch_bounds__(kEachThreads, (kBlocks<First, kMost, kSelects>))
+__global__ void __launch_bounds__(kEachThreads, (blocks_a_multiprocessor<First, kMost, kSelects>()))
     merge_each(const __grid_constant__ EachCall<kMost> call) {
   using Row = EachRow<First, Rest, kMost, kSelects>;
   constexpr int kElements = Row::kElements;

@@ -163,7 +163,7 @@ struct EachRow {
   }
   // As leave_out_empty says it.
   __device__ int leave_out_empty_parts(const Call& call) {
-    if (has_all_parts(weights, call.num_parts)) return kSummed;
+    if (takes_all_parts(weights, call.num_parts)) return kSummed;
     return leave_out_empty(weights, call.num_parts, [&](auto k) {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
@@ -226,9 +226,14 @@ void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
 // The same in the smallest table.
 template <class F>
 void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
-  if (call.num_parts <= 2) return with_each<2>(call, shape, f);
-  if (call.num_parts <= 4) return with_each<4>(call, shape, f);
-  with_each<kEachParts>(call, shape, f);
+  switch (each_most(call.num_parts)) {
+    case 2:
+      return with_each<2>(call, shape, f);
+    case 4:
+      return with_each<4>(call, shape, f);
+    default:
+      return with_each<kEachParts>(call, shape, f);
+  }
 }
 
 }  // namespace merge_attn_states::cuda

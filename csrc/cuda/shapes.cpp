@@ -141,10 +141,11 @@ bool reaches_at_most_32_bits(const PartsCall& call, const PerRow& operand, int64
 std::optional<AlikeShape> alike_shape(const PartsCall& call) {
   const Part& first = call.part(0);
   const int64_t size = size_of(call.out_dtype), elements = 16 / size;
-  if (!call.parts_are_alike || !is_float(call.out_dtype) || first.dtype != call.out_dtype ||
-      call.mixes_bases || call.sizes[2] != 1 || call.sizes[3] != 1 || call.num_rows() > kMaxGridX ||
-      !is_multiple(call.head_size, elements) || call.head_size == 0 ||
-      call.head_size / elements > kFewMostPacks ||
+  // What has a pair's weights has its logarithm too, which merge_few has not.
+  if (call.lse_rule().is_pair || !call.parts_are_alike || !is_float(call.out_dtype) ||
+      first.dtype != call.out_dtype || call.mixes_bases || call.sizes[2] != 1 ||
+      call.sizes[3] != 1 || call.num_rows() > kMaxGridX || !is_multiple(call.head_size, elements) ||
+      call.head_size == 0 || call.head_size / elements > kFewMostPacks ||
       !has_packs(call.out, call.out_element_stride, size, elements) ||
       !reaches_at_most_32_bits(call, call.out, elements) ||
       !reaches_at_most_32_bits(call, first.output, elements)) {
@@ -195,6 +196,11 @@ bool has_short_strides(const PerRow& operand) {
                              [](int64_t stride) { return stride >= 0 && stride <= UINT32_MAX; });
 }
 
+bool has_short_strides(const Part& part) {
+  return has_short_strides(part.output) && has_short_strides(part.lse) &&
+         has_short_strides(part.empty) && part.index.num_rows <= UINT32_MAX;
+}
+
 }  // namespace
 
 std::optional<EachShape> each_shape(const PartsCall& call) {
@@ -209,14 +215,11 @@ std::optional<EachShape> each_shape(const PartsCall& call) {
   EachShape shape{};
   for (int k = 0; k < static_cast<int>(call.parts.size()); ++k) {
     const Part& part = call.parts[k];
-    if ((k > 0 && part.dtype != others) || !has_short_strides(part.output) ||
-        !has_short_strides(part.lse) || !has_short_strides(part.empty)) {
-      return std::nullopt;
-    }
+    if ((k > 0 && part.dtype != others) || !has_short_strides(part)) return std::nullopt;
     shape.selects |= part.index.data != nullptr || part.empty.data != nullptr;
   }
   const int64_t packs = call.head_size / kAnyPack;
-  const int64_t of_lane = each_packs(call.num_parts, shape.selects);
+  const int64_t of_lane = each_packs(each_most(call.num_parts), shape.selects);
   const int64_t lanes = (packs + of_lane - 1) / of_lane;
   if (lanes > kEachThreads) return std::nullopt;
   shape.packs = static_cast<int>(packs);
@@ -230,7 +233,7 @@ std::optional<EachShape> each_backward_shape(const PartsCall& call) {
   const DType dtype = call.out_dtype;
   const auto lanes = std::bit_ceil(shape ? static_cast<unsigned>(shape->lanes) : 1);
   if (!shape || lanes > 32 || call.part(0).dtype != dtype ||
-      call.part(call.num_parts > 1 ? 1 : 0).dtype != dtype || call.out_element_stride != 1 ||
+      call.part(call.num_parts > 1 ? 1 : 0).dtype != dtype ||
       call.gradients.outputs_dtype != dtype ||
       !is_multiple(reinterpret_cast<intptr_t>(call.gradients.outputs), 16)) {
     return std::nullopt;

@@ -11,10 +11,10 @@ namespace merge_attn_states::cuda {
 // is compiled.
 template <int kCount, class F>
 __device__ void for_each_part(F&& f) {
-  [&]<int... kParts>(std::integer_sequence<int, kParts...>) {
+  const auto call = [&]<int... kParts>(std::integer_sequence<int, kParts...>) {
     (f(std::integral_constant<int, kParts>{}), ...);
-  }
-  (std::make_integer_sequence<int, kCount>{});
+  };
+  call(std::make_integer_sequence<int, kCount>{});
 }
 
 // In place of a part that there is not: with weight 0 it changes no sum, not even -0.
@@ -29,9 +29,9 @@ __device__ Pack<T, kElements> minus_zeros() {
 // Instead of a part's number: the row is the sum, or has no part that is not empty.
 inline constexpr int kSummed = -1, kNoPart = -2;
 
-// Whether no part is empty, nor alone. A place without a part then has weight 0.
+// Whether no part is empty, nor alone; then a place without a part gets weight 0.
 template <int kMost>
-__device__ bool has_all_parts(float (&weights)[kMost], int num_parts) {
+__device__ bool takes_all_parts(float (&weights)[kMost], int num_parts) {
   float least = 0.0f;
 #pragma unroll
   for (int k = 0; k < kMost; ++k) least = k < num_parts ? fminf(least, weights[k]) : least;

@@ -61,7 +61,7 @@ inline constexpr int64_t kGenericElements = 4096;
 inline constexpr int64_t kGenericBlocks = 132;
 
 // Many parts that lie alike: up to so many are listed in a small block of parameters and held in
-// registers; threads of a block, and the most that a long row gets, beside those that merge LSEs.
+// registers; threads of a block; packs of the longest row, and so the most threads of values.
 inline constexpr int kFewParts = 16;
 inline constexpr int kFewThreads = 128;
 inline constexpr int kFewMostPacks = 256;
@@ -69,12 +69,14 @@ inline constexpr int kMaxFewThreads = kFewMostPacks + 32;
 // Beyond them: threads of a block, which is one row's, and packs of that row at a time.
 inline constexpr int kManyThreads = 256;
 inline constexpr int kManyPacks = 8;
-// Few parts of any kind: as many parts; threads of a block; packs that a thread has of each part:
-// two share what there is to compute of a row with an index, and take from others the order of
-// memory.
+// Few parts of any kind: as many parts; threads of a block; for how many a call's kernel has room;
+// packs that a thread of it has of each part: two share what there is to compute of a row with an
+// index, and take from others the order of memory.
 inline constexpr int kEachParts = 8;
 inline constexpr int kEachThreads = 256;
-constexpr int each_packs(int parts, bool selects) { return parts <= 4 && selects ? 2 : 1; }
+static_assert(kEachThreads % 32 == 0);
+constexpr int each_most(int parts) { return parts <= 2 ? 2 : parts <= 4 ? 4 : kEachParts; }
+constexpr int each_packs(int most, bool selects) { return most <= 4 && selects ? 2 : 1; }
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
 inline constexpr int kAnyThreads = 256;

@@ -115,7 +115,8 @@ void merge_states_backward(StableIValue* values, uint64_t, uint64_t) {
   PartsArguments parts(stack);
   const bool invert_empty = stack.take<bool>();
   const bool has_sink = is_given(parts.sink.tensor);
-  const Tensor first = parts.outputs.at(0);
+  if (parts.outputs.empty()) refuse("outputs", [] { return "expected one part or more, got 0"; });
+  const Tensor first = parts.outputs[0];
   const ScalarType dtype = result_dtype(parts);
   const ScalarType wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   std::vector<int64_t> shape = result_shape(parts);

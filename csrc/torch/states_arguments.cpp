@@ -87,7 +87,9 @@ merge_attn_states_parts_args MergeStatesCall::args() const {
 }
 
 int64_t MergeStatesCall::num_parts() const {
-  return is_stack_ ? given_.outputs[0].size(*given_.dim) : parts_.size();
+  if (!is_stack_) return parts_.size();
+  const int64_t dim = *given_.dim;  // what it may be is for the C entry to say
+  return dim >= 0 && dim < given_.outputs[0].dim() ? given_.outputs[0].size(dim) : 0;
 }
 
 std::vector<Tensor> MergeStatesCall::written() const {

@@ -23,7 +23,7 @@ import torch
 from benchmarks import environment, options, vllm
 from benchmarks.check import check
 from benchmarks.host import Times, tight_and_swept
-from benchmarks.neighbours import added
+from benchmarks.neighbours import added, neighbours
 from benchmarks.operands import Operands
 from benchmarks.process import run_processes
 from benchmarks.results import Record, Results
@@ -150,7 +150,9 @@ def time_device(
     right = {name: merge for name, merge in merges.items() if not refusals[name]}
     if regime == "neighbours":
         calls = {name: partial(pattern.call, merge, one) for name, merge in right.items()}
-        timings = {name: Timing(us, us, us) for name, us in added(one, calls, ROUNDS).items()}
+        timings = {
+            name: Timing(us, us, us) for name, us in added(neighbours(one), calls, ROUNDS).items()
+        }
     else:
         touched = {id(t): t.nbytes for t in one if isinstance(t, torch.Tensor)}
         sets = buffer_sets(sum(touched.values()), device)
