@@ -48,7 +48,7 @@ void check_value(const CallOfParts& call, const Row& row, Index index, int64_t i
   if (row.alone >= 0 && only != nullptr) {
     expected = {only->value(i), 0};
   } else if (std::isfinite(most)) {
-    expected.error = 8 * eps * most;
+    expected.error = row.rounding() * eps * most;
   }
   if (scaled) {
     const Real scale = read(call.regions, call.scale, {});

@@ -50,7 +50,7 @@ void check_gradients(const CallOfParts& call) {
       std::copy_n(index.begin(), dims, of_part.begin() + 1);
       for (int64_t i = 0; i < head_size && !is_sink && call.grad_outputs.given; ++i) {
         of_part[dims + 1] = i;
-        Estimate expected = row.product(term, gradient[i], 8 * eps);
+        Estimate expected = row.product(term, gradient[i], row.rounding() * eps);
         if (row.nan) expected = {NAN, 0};
         if (term.skipped) expected = {0, 0};
         check(call.grad_outputs, of_part, expected, term.skipped);

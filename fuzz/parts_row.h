@@ -35,6 +35,9 @@ struct Row {
 
   // A term's weight times a value.
   Estimate product(const Term& term, Real value, Real error) const;
+  // In eps of the largest value. Sums of sixteen are added one by one, and errors of many alike
+  // parts have one sign.
+  Real rounding() const { return 8 + Real(count) / 64; }
 
  private:
   Underflow underflow_;
