@@ -378,14 +378,8 @@ std::optional<MergeCall> as_pair(const PartsCall& call) {
                  .device_index = call.device_index,
                  .dependent_launch = call.dependent_launch,
                  .stream = call.stream};
-  if (call.is_stack) {
-    const auto advance = [](void*& data, int64_t bytes) {
-      data = static_cast<char*>(data) + bytes;
-    };
-    State& second = pair.parts.suffix;
-    advance(second.output.data, call.stack_output_stride * size_of(prefix.dtype));
-    advance(second.lse.data, call.stack_lse_stride * size_of(call.acc_dtype));
-  }
+  pair.parts.suffix.output.data = call.output_data(1);
+  pair.parts.suffix.lse.data = call.lse_data(1);
   return pair;
 }
 

@@ -47,11 +47,12 @@ struct RowIndex {
   int64_t stride = 0;          // in elements
   int64_t num_rows = 0;        // of the operand
 
+  MERGE_ATTN_STATES_HOST_DEVICE bool has(int64_t row) const { return row >= 0 && row < num_rows; }
   // -1: none.
   MERGE_ATTN_STATES_HOST_DEVICE int64_t at(int64_t place, bool is_64_bit) const {
     const int64_t row = is_64_bit ? static_cast<const int64_t*>(data)[place * stride]
                                   : static_cast<const int32_t*>(data)[place * stride];
-    return row < 0 || row >= num_rows ? -1 : row;
+    return has(row) ? row : -1;
   }
   // Makes the coordinates those of the operand's own row; false where it has none.
   MERGE_ATTN_STATES_HOST_DEVICE bool find(RowCoordinates& row, bool is_64_bit) const {
@@ -69,6 +70,11 @@ struct Part {
   DType dtype;
   Base base;
   bool index_is_64_bit;
+
+  // Whether the caller's mask, which is given, says there that the part saw no keys.
+  MERGE_ATTN_STATES_HOST_DEVICE bool is_declared_empty(int64_t offset, bool is_inverted) const {
+    return (static_cast<const uint8_t*>(empty.data)[offset] != 0) != is_inverted;
+  }
 };
 static_assert(sizeof(Part) == 160, "a kernel's parameters hold kMaxParts of them");
 
@@ -96,7 +102,7 @@ struct PartsCall {
   PerRow out;
   int64_t out_element_stride;
   PerRow out_lse;  // may be not given
-  RowIndex out_index;
+  RowIndex out_index;  // of an update, the first part's
   bool out_index_is_64_bit;
   PerRow sink;  // may be not given
   DType sink_dtype;
@@ -115,10 +121,18 @@ struct PartsCall {
   void* stream;
   Gradients gradients;  // of a backward call
 
+  // In all but the addresses of a stack's parts, which the two functions below it give.
   const Part& part(int k) const { return parts[is_stack ? 0 : k]; }
-  // Of a stack's part, in elements, behind what its first one has.
-  int64_t output_offset(int k) const { return is_stack ? k * stack_output_stride : 0; }
-  int64_t lse_offset(int k) const { return is_stack ? k * stack_lse_stride : 0; }
+  void* output_data(int k) const {
+    const int64_t offset = is_stack ? k * stack_output_stride : 0;
+    return static_cast<char*>(part(k).output.data) + offset * size_of(part(k).dtype);
+  }
+  void* lse_data(int k) const {
+    const int64_t offset = is_stack ? k * stack_lse_stride : 0;
+    return static_cast<char*>(part(k).lse.data) + offset * size_of(acc_dtype);
+  }
+  // Of all parts but the first, where they have one.
+  DType dtype_of_others() const { return part(num_parts > 1 ? 1 : 0).dtype; }
   LseRule lse_rule() const {
     const bool is_natural = base == Base::kE && !mixes_bases;
     return {base, out_base, is_natural && num_parts == 2 && sink.data == nullptr};
@@ -126,8 +140,7 @@ struct PartsCall {
   // Exactly in place; elsewhere an LSE that is read is none that is written.
   bool replaces_an_lse() const {
     for (int k = 0; k < num_parts; ++k) {
-      const char* const lse = static_cast<const char*>(part(k).lse.data);
-      if (lse + lse_offset(k) * size_of(acc_dtype) == out_lse.data) return true;
+      if (lse_data(k) == out_lse.data) return true;
     }
     return false;
   }

@@ -2,6 +2,8 @@
 // its own. launch.cu asks them in turn.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <optional>
 
@@ -13,6 +15,20 @@ namespace merge_attn_states::cuda {
 // Blocks of one launch, along either axis.
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
+
+// A kernel of few parts has room for a power of two of them, so that it keeps them in registers.
+constexpr int room_for(int parts) {
+  return static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(parts, 2))));
+}
+
+// Calls f<room_for(parts)>(), for at most kMost of them.
+template <int kMost, class F>
+void with_room_for(int parts, F&& f) {
+  if constexpr (kMost > 2) {
+    if (room_for(parts) < kMost) return with_room_for<kMost / 2>(parts, f);
+  }
+  f.template operator()<kMost>();
+}
 
 // pair.cu. A tile is a run of rows along one axis, the inner one, at one place of the outer one.
 struct PairShape {
@@ -40,7 +56,7 @@ struct GenericShape {
 GenericShape generic_shape(const MergeCall& call);
 void launch_generic(const MergeCall& call, const GenericShape& shape);
 
-// parts.cu. Many parts that lie alike.
+// parts_few.cu, and parts_many.cu for more than kFewParts. Many parts that lie alike.
 struct AlikeShape {
   int packs_per_row;
   int rows;         // of a block; of more than kFewParts one
@@ -51,7 +67,8 @@ struct AlikeShape {
 // Nothing where the parts differ in more than their addresses or are a pair by LseRule, or rows do
 // not consist of aligned packs of 16 bytes, or are out of 32 bits' reach.
 std::optional<AlikeShape> alike_shape(const PartsCall& call);
-void launch_alike(const PartsCall& call, const AlikeShape& shape);
+void launch_few(const PartsCall& call, const AlikeShape& shape);
+void launch_many(const PartsCall& call, const AlikeShape& shape);
 
 // parts_each.cu and parts_each_backward.cu. Few parts, each with a layout of its own.
 struct EachShape {

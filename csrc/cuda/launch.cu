@@ -216,7 +216,7 @@ void run(const PartsCall& given) {
   const DeviceGuard guard(given.device_index);
   const PartsCall call = with_launch_attribute(given);
   if (const auto shape = alike_shape(call)) {
-    launch_alike(call, *shape);
+    (call.num_parts <= kFewParts ? launch_few : launch_many)(call, *shape);
   } else if (const auto shape = each_shape(call)) {
     launch_each(call, *shape);
   } else {

@@ -72,20 +72,15 @@ __device__ RowCoordinates coordinates(const Call& call, int64_t row) {
   return result;
 }
 
-// Whether the caller's mask says that the part saw no keys; `row` is the part's own.
-template <class Call>
-__device__ bool is_declared_empty(const Call& call, const Part& part, const RowCoordinates& row) {
-  if (part.empty.data == nullptr) return false;
-  const bool marked = static_cast<const uint8_t*>(part.empty.data)[part.empty.offset(row)] != 0;
-  return marked != call.invert_empty;
-}
-
 // As it is stored, -inf where the part is absent or declared empty; `row` becomes the part's own.
 template <class Acc, class Call>
 __device__ Acc load_lse(const Call& call, int k, RowCoordinates& row) {
   const Part& part = call.source.part(k);
   if (!part.index.find(row, part.index_is_64_bit)) return -INFINITY;
-  if (is_declared_empty(call, part, row)) return -INFINITY;
+  if (part.empty.data != nullptr &&
+      part.is_declared_empty(part.empty.offset(row), call.invert_empty)) {
+    return -INFINITY;
+  }
   return static_cast<const Acc*>(call.source.lse(k))[part.lse.offset(row)];
 }
 
@@ -194,14 +189,8 @@ void with_parameters(const PartsCall& call, const AnyShape& shape, F&& f) {
   AnyCall<AlikeTable> parameters;
   parameters.source.first = call.part(0);
   for (int k = 0; k < call.num_parts; ++k) {
-    const Part& part = call.part(k);
-    const auto advanced = [](const void* data, int64_t bytes) {
-      return static_cast<const char*>(data) + bytes;
-    };
-    parameters.source.outputs[k] =
-        advanced(part.output.data, call.output_offset(k) * size_of(part.dtype));
-    parameters.source.lses[k] =
-        advanced(part.lse.data, call.lse_offset(k) * size_of(call.acc_dtype));
+    parameters.source.outputs[k] = call.output_data(k);
+    parameters.source.lses[k] = call.lse_data(k);
   }
   fill(call, shape, parameters);
   f(parameters);

@@ -1,7 +1,7 @@
 // The kernel of few parts, each with a layout of its own: masks, indices, four row dimensions, a
 // float32 state beside 16-bit blocks. The steps of a ring are its usual call.
 //
-// As in merge_few (parts.cu) each thread reads its row's LSEs and some packs of every part,
+// As in merge_few (parts_few.cu) each thread reads its row's LSEs and some packs of every part,
 // weighs for itself, and stores as many. In place is safe: a row belongs to one warp or one block,
 // its LSEs are read in front of a barrier and the merged one is written behind it, and an element
 // is read and written by one thread.
@@ -27,15 +27,13 @@ __global__ void __launch_bounds__(kEachThreads, (blocks_a_multiprocessor<First, 
   const uint32_t number = blockIdx.x * call.rows + of_block;
   if (of_block >= call.rows || number >= call.num_rows) return;
   const ShortRow row = short_row(call, number);
-  ShortRow own = row;
   wait_for_previous();
-  if (kSelects && call.out_index.data != nullptr) {
-    const int64_t at = call.out_index.at(row.of[0], call.out_index_is_64_bit);
-    if (at < 0) return;
-    own.of[0] = static_cast<uint32_t>(at);
-  }
+  const auto places = Row::find(call, row);
+  const bool writes_by_index = kSelects && call.writes_by_index;
+  if (writes_by_index && !places.has[0]) return;
+  const ShortRow own = writes_by_index ? places.of[0] : row;
   Row parts;
-  parts.load(call, row, lane);
+  parts.load(call, places, lane);
   const bool has_sink = call.sink.data != nullptr;
   float sink{}, of_sink;
   if (has_sink) {
@@ -88,13 +86,13 @@ __global__ void __launch_bounds__(kEachThreads, (blocks_a_multiprocessor<First, 
 
 void launch_each(const PartsCall& call, const EachShape& shape) {
   const Grid grid{.blocks = (call.num_rows() - 1) / shape.rows + 1, .threads = kEachThreads};
-  with_each(call, shape, [&]<int kMost>(const EachCall<kMost>& parameters) {
+  with_room_for<kEachParts>(call.num_parts, [&]<int kMost>() {
     const auto launch_of = [&]<class First, class Rest>(TypeTag<First>, TypeTag<Rest>) {
       const auto& each = shape.selects ? kernel<merge_each<First, Rest, kMost, true>>()
                                        : kernel<merge_each<First, Rest, kMost, false>>();
-      launch(each, grid, call, parameters);
+      launch(each, grid, call, each_call<kMost>(call, shape));
     };
-    dispatch_floats(call.part(call.num_parts > 1 ? 1 : 0).dtype, [&](auto rest) {
+    dispatch_floats(call.dtype_of_others(), [&](auto rest) {
       if (call.part(0).dtype == DType::kFloat32) return launch_of(TypeTag<float>{}, rest);
       launch_of(rest, rest);
     });

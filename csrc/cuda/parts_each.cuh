@@ -2,8 +2,6 @@
 // a row's parts in the registers of one thread.
 #pragma once
 
-#include <algorithm>
-
 #include "../core/parts_call.h"
 #include "families.h"
 #include "fast_division.h"
@@ -21,12 +19,12 @@ struct EachCall {
   uint32_t packs;      // of a row
   FastDivision sizes[kMaxRowDims];
   bool has_more_dims;  // than two
-  bool needs_barrier, invert_empty, out_index_is_64_bit;
+  bool needs_barrier, invert_empty;
+  bool writes_by_index;  // what is written is the first part's row, by its index
   int32_t num_parts;
   LseRule rule;
   DType out_dtype, sink_dtype;
   PerRow out, out_lse, sink;
-  RowIndex out_index;
   Gradients gradients;  // of a backward call
   Part parts[kMost];
 
@@ -90,14 +88,18 @@ struct EachRow {
   Pack<First, kElements> first[kPacks];
   Pack<Rest, kElements> rest[kMost - 1][kPacks];
 
-  // Every index is under way before the first is used, and so are LSEs and values, of empty parts
-  // too.
-  __device__ void load(const Call& call, const ShortRow& row, uint32_t lane) {
-    ShortRow of_parts[kMost];
-    bool is_there[kMost];
+  // The row of each part, where it has one that is not declared empty.
+  struct Places {
+    ShortRow of[kMost];
+    bool has[kMost];
+  };
+
+  // Every index is under way before the first is used.
+  static __device__ Places find(const Call& call, const ShortRow& row) {
+    Places places;
     for_each_part<kMost>([&](auto k) {
-      of_parts[k] = row;
-      is_there[k] = k < call.num_parts;
+      places.of[k] = row;
+      places.has[k] = k < call.num_parts;
     });
     if constexpr (kSelects) {
       int64_t at[kMost];
@@ -113,34 +115,37 @@ struct EachRow {
       for_each_part<kMost>([&](auto k) {
         const RowIndex& index = call.parts[k].index;
         if (index.data == nullptr) return;
-        is_there[k] = is_there[k] && at[k] >= 0 && at[k] < index.num_rows;
-        of_parts[k].of[0] = static_cast<uint32_t>(at[k]);
+        places.has[k] = places.has[k] && index.has(at[k]);
+        places.of[k].of[0] = static_cast<uint32_t>(at[k]);
       });
       for_each_part<kMost>([&](auto k) {
-        const PerRow& empty = call.parts[k].empty;
-        if (empty.data == nullptr || !is_there[k]) return;
-        const auto* const masks = static_cast<const uint8_t*>(empty.data);
-        const bool marked = masks[offset_of(call, empty, of_parts[k])] != 0;
-        is_there[k] = marked == call.invert_empty;
+        const Part& part = call.parts[k];
+        if (part.empty.data == nullptr || !places.has[k]) return;
+        const uint64_t offset = offset_of(call, part.empty, places.of[k]);
+        places.has[k] = !part.is_declared_empty(offset, call.invert_empty);
       });
     }
+    return places;
+  }
+  // LSEs and values are all under way before the first is used, those of empty parts too.
+  __device__ void load(const Call& call, const Places& places, uint32_t lane) {
     for_each_part<kMost>([&](auto k) {
       const PerRow& lse = call.parts[k].lse;
       weights[k] = -INFINITY;
-      if (is_there[k]) {
+      if (places.has[k]) {
         weights[k] =
-            load_global(static_cast<const float*>(lse.data) + offset_of(call, lse, of_parts[k]));
+            load_global(static_cast<const float*>(lse.data) + offset_of(call, lse, places.of[k]));
       }
     });
     for_each_part<kMost>([&](auto k) {
       using T = Of<k>;
       const PerRow& output = call.parts[k].output;
       const T* const from =
-          static_cast<const T*>(output.data) + offset_of(call, output, of_parts[k]);
+          static_cast<const T*>(output.data) + offset_of(call, output, places.of[k]);
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
         auto pack = minus_zeros<T, kElements>();
-        if (is_there[k] && call.has_pack(lane, i)) {
+        if (places.has[k] && call.has_pack(lane, i)) {
           pack = Pack<T, kElements>::load(from + call.column(lane, i));
         }
         if constexpr (k == 0) {
@@ -186,9 +191,9 @@ struct EachRow {
   }
 };
 
-// Calls f(parameters) with the parameters that hold the parts, in so large a table.
-template <int kMost, class F>
-void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
+// The parameters that hold the parts, in so large a table.
+template <int kMost>
+EachCall<kMost> each_call(const PartsCall& call, const EachShape& shape) {
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   EachCall<kMost> parameters{.num_rows = u32(call.num_rows()),
                              .rows = u32(shape.rows),
@@ -199,7 +204,7 @@ void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
                              // The lanes of a row that lies in one warp read its LSEs at once.
                              .needs_barrier = call.replaces_an_lse() && 32 % shape.lanes != 0,
                              .invert_empty = call.invert_empty,
-                             .out_index_is_64_bit = call.out_index_is_64_bit,
+                             .writes_by_index = call.out_index.data != nullptr,
                              .num_parts = call.num_parts,
                              .rule = call.lse_rule(),
                              .out_dtype = call.out_dtype,
@@ -207,33 +212,17 @@ void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
                              .out = call.out,
                              .out_lse = call.out_lse,
                              .sink = call.sink,
-                             .out_index = call.out_index,
                              .gradients = call.gradients,
                              .parts = {}};
   for (int dim = 0; dim < kMaxRowDims; ++dim) {
     parameters.sizes[dim] = FastDivision(u32(call.sizes[dim]));
   }
-  const auto advance = [](void*& data, int64_t bytes) { data = static_cast<char*>(data) + bytes; };
   for (int k = 0; k < call.num_parts; ++k) {
-    Part part = call.part(k);
-    advance(part.output.data, call.output_offset(k) * size_of(part.dtype));
-    advance(part.lse.data, call.lse_offset(k) * size_of(call.acc_dtype));
-    parameters.parts[k] = part;
+    parameters.parts[k] = call.part(k);
+    parameters.parts[k].output.data = call.output_data(k);
+    parameters.parts[k].lse.data = call.lse_data(k);
   }
-  f(parameters);
-}
-
-// The same in the smallest table.
-template <class F>
-void with_each(const PartsCall& call, const EachShape& shape, F&& f) {
-  switch (each_most(call.num_parts)) {
-    case 2:
-      return with_each<2>(call, shape, f);
-    case 4:
-      return with_each<4>(call, shape, f);
-    default:
-      return with_each<kEachParts>(call, shape, f);
-  }
+  return parameters;
 }
 
 }  // namespace merge_attn_states::cuda

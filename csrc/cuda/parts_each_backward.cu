@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kEachThreads)
   bool is_there[kMost]{};
   if (exists) {
     const ShortRow row = short_row(call, number);
-    parts.load(call, row, lane);
+    parts.load(call, Row::find(call, row), lane);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (!call.has_pack(lane, i)) break;
@@ -104,12 +104,12 @@ __global__ void __launch_bounds__(kEachThreads)
 
 void launch_each_backward(const PartsCall& call, const EachShape& shape) {
   const Grid grid{.blocks = (call.num_rows() - 1) / shape.rows + 1, .threads = kEachThreads};
-  with_each(call, shape, [&]<int kMost>(const EachCall<kMost>& parameters) {
+  with_room_for<kEachParts>(call.num_parts, [&]<int kMost>() {
     dispatch_floats(call.out_dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       const auto& each = shape.selects ? kernel<backward_each<T, kMost, true>>()
                                        : kernel<backward_each<T, kMost, false>>();
-      launch(each, grid, call, parameters);
+      launch(each, grid, call, each_call<kMost>(call, shape));
     });
   });
 }

@@ -204,7 +204,7 @@ bool has_short_strides(const Part& part) {
 }  // namespace
 
 std::optional<EachShape> each_shape(const PartsCall& call) {
-  const DType first = call.part(0).dtype, others = call.part(call.num_parts > 1 ? 1 : 0).dtype;
+  const DType first = call.part(0).dtype, others = call.dtype_of_others();
   if (call.num_parts > kEachParts || call.mixes_bases || !is_float(first) ||
       !is_float(call.out_dtype) || (first != others && first != DType::kFloat32) ||
       any_shape(call).elements != kAnyPack || call.num_rows() > kMaxGridX ||
@@ -219,7 +219,7 @@ std::optional<EachShape> each_shape(const PartsCall& call) {
     shape.selects |= part.index.data != nullptr || part.empty.data != nullptr;
   }
   const int64_t packs = call.head_size / kAnyPack;
-  const int64_t of_lane = each_packs(each_most(call.num_parts), shape.selects);
+  const int64_t of_lane = each_packs(room_for(call.num_parts), shape.selects);
   const int64_t lanes = (packs + of_lane - 1) / of_lane;
   if (lanes > kEachThreads) return std::nullopt;
   shape.packs = static_cast<int>(packs);
@@ -232,8 +232,7 @@ std::optional<EachShape> each_backward_shape(const PartsCall& call) {
   auto shape = each_shape(call);
   const DType dtype = call.out_dtype;
   const auto lanes = std::bit_ceil(shape ? static_cast<unsigned>(shape->lanes) : 1);
-  if (!shape || lanes > 32 || call.part(0).dtype != dtype ||
-      call.part(call.num_parts > 1 ? 1 : 0).dtype != dtype ||
+  if (!shape || lanes > 32 || call.part(0).dtype != dtype || call.dtype_of_others() != dtype ||
       call.gradients.outputs_dtype != dtype ||
       !is_multiple(reinterpret_cast<intptr_t>(call.gradients.outputs), 16)) {
     return std::nullopt;

@@ -75,7 +75,6 @@ inline constexpr int kManyPacks = 8;
 inline constexpr int kEachParts = 8;
 inline constexpr int kEachThreads = 256;
 static_assert(kEachThreads % 32 == 0);
-constexpr int each_most(int parts) { return parts <= 2 ? 2 : parts <= 4 ? 4 : kEachParts; }
 constexpr int each_packs(int most, bool selects) { return most <= 4 && selects ? 2 : 1; }
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.

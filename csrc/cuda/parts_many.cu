@@ -1,162 +1,17 @@
-// The kernels of many parts that lie alike: one dtype, one layout, no index and no mask, rows of
-// 16-byte packs.
+// The kernel of more parts that lie alike than parts_few.cu takes: a block takes some packs of one
+// row, its threads share the LSEs, sum sixteen parts each, and then add those sums in their order,
+// as one thread would.
 //
-//   merge_few    up to 16 parts, listed among the parameters: every thread reads its row's LSEs and
-//                one pack of each part, weighs for itself, and stores a pack; further threads, one
-//                a row, merge the LSEs.
-//   merge_many   more of them: a block takes some packs of one row, its threads share the LSEs, sum
-//                sixteen parts each, and then add those sums in their order, as one thread would.
-//
-// In place is safe: a row belongs to one block, a barrier stands between the reads of its LSEs and
-// the store of the merged one, and a pack of the parts is read by the block before it is written.
+// In place is safe: a barrier stands between the reads of a row's LSEs and the store of the merged
+// one, which is no part's where several blocks share a row, and a pack of the parts is read by the
+// block before it is written.
 #include <algorithm>
 
-#include "families.h"
-#include "fast_division.h"
-#include "launch.h"
-#include "pack.cuh"
+#include "parts_alike.cuh"
 #include "sum_of_parts.cuh"
-#include "tuning.h"
 
 namespace merge_attn_states::cuda {
 namespace {
-
-// Strides along the two row dimensions: of outputs in packs, of LSEs in elements.
-struct PerDim {
-  uint32_t outer;
-  uint32_t inner;
-};
-
-struct AlikeRows {
-  uint32_t num_rows;
-  FastDivision inner;  // rows of the inner dimension
-  PerDim of_parts, of_lses, of_out, of_out_lse, of_sink;
-};
-
-struct Row {
-  uint32_t outer;
-  uint32_t inner;
-
-  __device__ Row(const AlikeRows& rows, uint32_t row)
-      : outer(rows.inner.quotient(row)), inner(row - outer * rows.inner.divisor) {}
-  __device__ uint32_t offset(const PerDim& strides) const {
-    return outer * strides.outer + inner * strides.inner;
-  }
-};
-
-struct Sink {
-  const void* data;  // null: none
-  DType dtype;
-
-  __device__ float load(uint32_t offset) const { return load_element<float>(data, dtype, offset); }
-};
-
-struct FewParts {
-  AlikeRows rows;
-  uint32_t packs_per_row;
-  uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
-  uint32_t rows_per_block;
-  uint32_t value_threads;  // threads from there on merge an LSE each
-  int32_t num_parts;
-  bool replaces_an_lse;
-  LseRule rule;
-  Sink sink;
-  void* out;
-  float* out_lse;  // null: not asked for
-  const float* lses[kFewParts];
-  const void* parts[kFewParts];
-};
-
-constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
-static_assert(kMaxFewThreads * kMaxFewThreads <= 1 << kRowShift);
-
-// Elements of a pack.
-template <class T>
-inline constexpr int kElements = 16 / sizeof(T);
-
-template <class T>
-__device__ T* pack_at(void* data, uint32_t row_offset, uint32_t column) {
-  return static_cast<T*>(data) + (uint64_t{row_offset} + column) * kElements<T>;
-}
-template <class T>
-__device__ const T* pack_at(const void* data, uint32_t row_offset, uint32_t column) {
-  return static_cast<const T*>(data) + (uint64_t{row_offset} + column) * kElements<T>;
-}
-
-// kMost >= num_parts, so that arrays stay in registers; what is beyond the parts is empty.
-template <class T, int kMost, bool kIsFull, bool kHasSink>
-__global__ void __launch_bounds__(kMaxFewThreads) merge_few(const __grid_constant__ FewParts call) {
-  using PackT = Pack<T, kElements<T>>;
-  const int num_parts = kIsFull ? kMost : call.num_parts;
-  const bool merges_lse = threadIdx.x >= call.value_threads;
-  const uint32_t of_values = threadIdx.x * call.row_factor >> kRowShift;
-  const uint32_t of_block = merges_lse ? threadIdx.x - call.value_threads : of_values;
-  const uint32_t column = threadIdx.x - of_values * call.packs_per_row;
-  const uint32_t number = blockIdx.x * call.rows_per_block + of_block;
-  if (of_block >= call.rows_per_block || number >= call.rows.num_rows) return;
-  const Row row(call.rows, number);
-  wait_for_previous();
-
-  float weights[kMost], weight_of_sink, sink{};
-  PackT packs[kMost];
-  const uint32_t lse_offset = row.offset(call.rows.of_lses);
-#pragma unroll
-  for (int k = 0; k < kMost; ++k) {
-    weights[k] = -INFINITY;
-    if (k < num_parts) weights[k] = load_global(call.lses[k] + lse_offset);
-  }
-  if (!merges_lse) {
-    const uint32_t offset = row.offset(call.rows.of_parts);
-#pragma unroll
-    for (int k = 0; k < kMost; ++k) {
-      packs[k] = minus_zeros<T, kElements<T>>();
-      if (k < num_parts) packs[k] = PackT::load(pack_at<T>(call.parts[k], offset, column));
-    }
-  }
-  if constexpr (kHasSink) sink = call.sink.load(row.offset(call.rows.of_sink));
-  if (call.replaces_an_lse) __syncthreads();
-
-  // Most rows have no empty part, and then nothing is asked of each.
-  float farthest = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kMost; ++k) {
-    if (k < num_parts) farthest = fmaxf(farthest, fabsf(weights[k]));
-  }
-  if constexpr (kHasSink) farthest = fmaxf(farthest, fabsf(sink));
-  int taken = kSummed;
-  float lse{};
-  const auto weigh = [&](auto may_be_empty) {
-    const auto weighed = weigh_parts<ScalarMath<float>, float, float, may_be_empty>(
-        call.rule, kMost, [&](int k) { return weights[k]; }, kHasSink ? &sink : nullptr,
-        [&](int k) -> float& { return k < kMost ? weights[k] : weight_of_sink; });
-    if (merges_lse) lse = weighed.lse();
-  };
-  if (farthest < INFINITY && num_parts > 1) {
-    weigh(std::false_type{});
-  } else {
-    weigh(std::true_type{});
-    taken = leave_out_empty(weights, num_parts,
-                            [&](int k) { packs[k] = minus_zeros<T, kElements<T>>(); });
-  }
-  if (merges_lse) {
-    store_global(call.out_lse + row.offset(call.rows.of_out_lse), lse);
-    return;
-  }
-  PackT merged{};
-  if (taken != kNoPart) {
-    float values[kElements<T>];
-    sum_parts(
-        weights, [&](int k, auto& of_part) { packs[k].unpack(of_part); }, values);
-    merged = PackT::pack(values);
-  }
-  if (taken >= 0) {
-#pragma unroll
-    for (int k = 0; k < kMost; ++k) {
-      if (k == taken) merged = packs[k];  // byte for byte
-    }
-  }
-  merged.store(pack_at<T>(call.out, row.offset(call.rows.of_out), column));
-}
 
 // Parts at equal distances, or a table of their addresses.
 struct Stacked {
@@ -275,7 +130,7 @@ __global__ void __launch_bounds__(kManyThreads)
   static_assert(kColumns <= kManyThreads && kManyThreads % kManyPacks == 0);
   __shared__ ManyWeights parts;
   __shared__ float sums[kMaxAlikeParts / kAtOnce][kColumns];
-  const Row row(call.rows, blockIdx.x);
+  const AlikeRow row(call.rows, blockIdx.x);
   const int count = call.num_parts, groups = (count + kAtOnce - 1) / kAtOnce;
   const uint32_t pack = threadIdx.x % kManyPacks, first_group = threadIdx.x / kManyPacks;
   const uint32_t first = blockIdx.y * call.packs_per_block;
@@ -351,70 +206,8 @@ __global__ void __launch_bounds__(kManyThreads)
   }
 }
 
-AlikeRows alike_rows(const PartsCall& call) {
-  const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
-  const int64_t elements = 16 / size_of(call.out_dtype);
-  const auto per_dim = [&](const PerRow& operand, int64_t unit) -> PerDim {
-    return {u32(operand.strides[0] / unit), u32(operand.strides[1] / unit)};
-  };
-  const Part& part = call.part(0);
-  return {.num_rows = u32(call.num_rows()),
-          .inner = FastDivision(u32(call.sizes[1])),
-          .of_parts = per_dim(part.output, elements),
-          .of_lses = per_dim(part.lse, 1),
-          .of_out = per_dim(call.out, elements),
-          .of_out_lse = per_dim(call.out_lse, 1),
-          .of_sink = per_dim(call.sink, 1)};
-}
-
-const void* part_address(const PartsCall& call, int k) {
-  const Part& part = call.part(k);
-  return static_cast<const char*>(part.output.data) +
-         call.output_offset(k) * size_of(call.out_dtype);
-}
-
-const float* lse_address(const PartsCall& call, int k) {
-  return static_cast<const float*>(call.part(k).lse.data) + call.lse_offset(k);
-}
-
-void launch_few(const PartsCall& call, const AlikeShape& shape) {
-  FewParts parameters{.rows = alike_rows(call),
-                      .packs_per_row = static_cast<uint32_t>(shape.packs_per_row),
-                      .row_factor = static_cast<uint32_t>(
-                          ((1 << kRowShift) + shape.packs_per_row - 1) / shape.packs_per_row),
-                      .rows_per_block = static_cast<uint32_t>(shape.rows),
-                      .value_threads = static_cast<uint32_t>(shape.threads),
-                      .num_parts = call.num_parts,
-                      .replaces_an_lse = call.replaces_an_lse(),
-                      .rule = call.lse_rule(),
-                      .sink = {call.sink.data, call.sink_dtype},
-                      .out = call.out.data,
-                      .out_lse = static_cast<float*>(call.out_lse.data),
-                      .lses = {},
-                      .parts = {}};
-  for (int k = 0; k < call.num_parts; ++k) {
-    parameters.lses[k] = lse_address(call, k);
-    parameters.parts[k] = part_address(call, k);
-  }
-  const Grid grid{.blocks = (call.num_rows() - 1) / shape.rows + 1,
-                  .threads = shape.threads + shape.lse_threads};
-  dispatch_floats(call.out_dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const auto launch_most = [&]<int kMost>() {
-      const auto& few = call.sink.data != nullptr ? kernel<merge_few<T, kMost, false, true>>()
-                        : call.num_parts == kMost ? kernel<merge_few<T, kMost, true, false>>()
-                                                  : kernel<merge_few<T, kMost, false, false>>();
-      launch(few, grid, call, parameters);
-    };
-    if (call.num_parts <= 2) return launch_most.template operator()<2>();
-    if (call.num_parts <= 4) return launch_most.template operator()<4>();
-    if (call.num_parts <= 8) return launch_most.template operator()<8>();
-    launch_most.template operator()<kFewParts>();
-  });
-}
-
 template <class Source>
-void launch_many(const PartsCall& call, const AlikeShape& shape, const Source& source) {
+void launch_from(const PartsCall& call, const AlikeShape& shape, const Source& source) {
   const uint32_t packs = shape.packs_per_row;
   // Blocks that share a row may not replace what the others still read.
   const uint32_t of_block = call.replaces_an_lse() ? packs : std::min<uint32_t>(kManyPacks, packs);
@@ -437,10 +230,9 @@ void launch_many(const PartsCall& call, const AlikeShape& shape, const Source& s
 
 }  // namespace
 
-void launch_alike(const PartsCall& call, const AlikeShape& shape) {
-  if (call.num_parts <= kFewParts) return launch_few(call, shape);
+void launch_many(const PartsCall& call, const AlikeShape& shape) {
   if (call.is_stack) {
-    return launch_many(call, shape,
+    return launch_from(call, shape,
                        Stacked{.data = call.part(0).output.data,
                                .lse = static_cast<const float*>(call.part(0).lse.data),
                                .output_step = static_cast<uint64_t>(call.stack_output_stride *
@@ -449,10 +241,10 @@ void launch_alike(const PartsCall& call, const AlikeShape& shape) {
   }
   Listed listed;
   for (int k = 0; k < call.num_parts; ++k) {
-    listed.data[k] = part_address(call, k);
-    listed.lse[k] = lse_address(call, k);
+    listed.data[k] = call.output_data(k);
+    listed.lse[k] = static_cast<const float*>(call.lse_data(k));
   }
-  launch_many(call, shape, listed);
+  launch_from(call, shape, listed);
 }
 
 }  // namespace merge_attn_states::cuda
