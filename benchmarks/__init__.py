@@ -15,7 +15,6 @@
     states_cases.py their cases and operands
     process.py      one process of a run
     run.py          the command that measures; options.py, what commands are given
-    compare.py      op libraries side by side
     environment.py  GPU, clocks, versions, the hashes of the sources; results.py, the JSON file
     targets.py      how results do against targets.json
     report.py       publishes: README and docs, out of tables.py and picture.py

@@ -135,13 +135,8 @@ def _cpu() -> list[Case]:
 
 GROUPS: dict[str, list[Case]] = {"neighbours": _neighbours(), "cold": _cold(), "cpu": _cpu()}
 HOST_CASE = Case(4, 8, 128)
-GPU_GROUPS = (
-    "host",
-    "neighbours",
-    "cold",
-    "states",
-    "cpu",
-)  # the host first: nothing else has run yet
+# The host first: nothing else has run yet.
+GPU_GROUPS = ("host", "neighbours", "cold", "states", "cpu")
 CPU_GROUPS = ("host", "cpu")
 
 

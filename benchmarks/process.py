@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,9 @@ from .results import Record
 from .states_cases import GROUPS as STATES_GROUPS
 
 
-def run_processes(
-    module: str, arguments: Sequence[str], count: int, first_on_path: Path | None = None
-) -> list[Any]:
+def run_processes(module: str, arguments: Sequence[str], count: int) -> list[Any]:
     """What a module prints as its last line, in JSON, from processes one after the other."""
-    paths = filter(None, [str(first_on_path or ""), *sys.path])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     answers = []
     for _ in range(count):
         command = [sys.executable, "-m", module, *arguments]
@@ -74,13 +70,11 @@ def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str
         return [*(cpu.measure(case, rounds) for case in cases), *of_many]
     if group == "states":
         asked = [one for one in states.PROVIDERS if one.name not in missing]
-        asked = asked[:1] if chosen.only_ours else asked
         return [states.measure(case, asked, device, rounds) for case in many]
     who = [OURS] if "vllm" in missing else [OURS, VLLM]
     if group == "cold":
         return [cold.measure(case, who, device, rounds) for case in cases]
-    everyone = who if chosen.only_ours else [*who, COMPILED, EAGER]
-    wanted = [everyone if is_compared_with_pytorch(case) else who for case in cases]
+    wanted = [[*who, COMPILED, EAGER] if is_compared_with_pytorch(case) else who for case in cases]
     return [neighbours.measure(*one, device, rounds) for one in zip(cases, wanted, strict=True)]
 
 
@@ -95,12 +89,11 @@ def passed_on(chosen: argparse.Namespace) -> list[str]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     options.add_measuring(parser)
-    parser.add_argument("--only-ours", action="store_true", help="and the limit")
     chosen = parser.parse_args(arguments)
     if chosen.device.type == "cuda":
         torch.cuda.set_device(chosen.device.index or 0)
     missing = {"vllm": "measured on a GPU only"}
-    if chosen.device.type == "cuda" and not chosen.only_ours:
+    if chosen.device.type == "cuda":
         why = vllm.load(chosen.vllm_op_library)
         missing = {"vllm": why} if why else {}
     if importlib.util.find_spec("flashinfer") is None:

@@ -8,13 +8,12 @@ import torch
 from benchmark_support import TREES, environment_of, stand_in_kernels, synthetic
 
 import merge_attn_states
-from benchmarks import check, cold, compare, environment, neighbours, run, timing, vllm
+from benchmarks import check, cold, environment, neighbours, run, timing, vllm
 from benchmarks.cases import GROUPS, Case, is_compared_with_pytorch
 from benchmarks.operands import Operands, make_operands
 from benchmarks.process import joined
 from benchmarks.providers import EAGER, OURS, VLLM, Provider, prepare
 from benchmarks.results import Results, ratio, time_of
-from merge_attn_states._library import OP_LIBRARY
 from merge_attn_states.reference import merge_attn_states_reference
 
 CPU = torch.device("cpu")
@@ -237,22 +236,6 @@ def test_the_command_measures(capfd):
     assert "| merge_attn_states, by keyword |" in said
     assert "| 1x5x128 fp16 | 0.004 |" in said
     assert "| CPU, 4 KB: time of the formula in eager PyTorch over ours | >= 1 |" in said
-
-
-def test_op_libraries_side_by_side(capfd, tmp_path):
-    assert compare.main([*SMOKE, "--turns", "1", str(OP_LIBRARY), str(OP_LIBRARY)]) == 0
-    said = capfd.readouterr().out
-    assert said.count("over the limit") == 2
-    assert "| 1x5x64 fp32 |" in said
-    broken = tmp_path / "broken.so"  # the library that is named is the one that is measured
-    broken.write_text("no library")
-    with pytest.raises(SystemExit, match=r"a process of benchmarks\.process failed"):
-        compare.main([*SMOKE, "--turns", "1", str(broken), str(OP_LIBRARY)])
-    assert "cannot be loaded" in capfd.readouterr().err
-    for others in ([], [str(tmp_path / "not there.so")]):
-        with pytest.raises(SystemExit):
-            compare.main([*SMOKE, str(OP_LIBRARY), *others])
-        assert "LIBRARY: expected two or more files" in capfd.readouterr().err
 
 
 def test_a_case_that_is_none_is_said():

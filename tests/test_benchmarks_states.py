@@ -181,15 +181,14 @@ def test_on_a_cpu(dtype):
 
 
 @pytest.mark.parametrize(
-    ("group", "text", "missing", "only_ours", "asked"),
+    ("group", "text", "missing", "asked"),
     [
-        ("states", "ring step", {}, False, [*BY_NAME]),
-        ("states", "8 x 64x16", {"flashinfer": "not installed"}, False, [*BY_NAME][:-1]),
-        ("states", "", {}, True, ["ours"]),
-        ("cpu", "4 x 1200x64", {}, False, ["ours", "eager"]),
+        ("states", "ring step", {}, [*BY_NAME]),
+        ("states", "8 x 64x16", {"flashinfer": "not installed"}, [*BY_NAME][:-1]),
+        ("cpu", "4 x 1200x64", {}, ["ours", "eager"]),
     ],
 )
-def test_the_group(group, text, missing, only_ours, asked, monkeypatch):
+def test_the_group(group, text, missing, asked, monkeypatch):
     seen = []
 
     def measure(case, providers, device, rounds):
@@ -199,7 +198,7 @@ def test_the_group(group, text, missing, only_ours, asked, monkeypatch):
         return {}
 
     monkeypatch.setattr(states, "measure", measure)
-    chosen = Namespace(device=CPU, rounds=1, case=text, only_ours=only_ours)
+    chosen = Namespace(device=CPU, rounds=1, case=text)
     process.measure_group(group, chosen, missing)
     assert seen == [case.name for case in GROUPS[group] if text in case.name]
     assert seen

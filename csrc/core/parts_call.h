@@ -101,7 +101,7 @@ struct PartsCall {
 
   PerRow out;
   int64_t out_element_stride;
-  PerRow out_lse;  // may be not given
+  PerRow out_lse;      // may be not given
   RowIndex out_index;  // of an update, the first part's
   bool out_index_is_64_bit;
   PerRow sink;  // may be not given

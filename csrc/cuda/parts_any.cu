@@ -1,5 +1,5 @@
-// The kernel that takes every call of many parts: what parts_few.cu, parts_many.cu and parts_each.cu
-// leave, as many parts of any kind, any strides, mixed bases, float64.
+// The kernel that takes every call of many parts: what parts_few.cu, parts_many.cu and
+// parts_each.cu leave, as many parts of any kind, any strides, mixed bases, float64.
 //
 // A block takes a few whole rows. Its threads read the LSEs of all their parts and leave them, with
 // the address of each part's row, in shared memory; one thread a row weighs; then all threads walk

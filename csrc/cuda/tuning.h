@@ -1,5 +1,5 @@
-// The GPU's numbers that were chosen by measurement, and nothing else: between ordinary kernels, by
-// `python -m benchmarks compare`; docs/experiments.md has what others gave.
+// The GPU's numbers that were chosen by measurement, and nothing else: between ordinary kernels, op
+// libraries side by side (docs/benchmarks.md); docs/experiments.md has what others gave.
 #pragma once
 
 #include <algorithm>
