@@ -101,14 +101,17 @@ void pass(Struct& seen, Passed<Struct>& passed) {
 // What lies outside its memory is always told of it.
 void pass(const Regions& regions, Operand& operand);
 
-// Calls f(index, address) for each element of a view of up to kMostDimensions.
+// Calls f(index, address) for each element of a view; dimensions past kMostDimensions, which a
+// scale may have, are 1.
 template <class F>
 void for_each_element(const merge_attn_states_tensor& view, F&& f) {
   if (is_empty(view)) return;  // the other sizes may be anything
   Index index{};
   for (int32_t at = 0; at >= 0;) {
     f(static_cast<const Index&>(index), const_cast<uint8_t*>(address_of(view, index)));
-    for (at = view.rank - 1; at >= 0 && ++index[at] == view.sizes[at]; --at) index[at] = 0;
+    for (at = std::min(view.rank, kMostDimensions) - 1; at >= 0 && ++index[at] == view.sizes[at];
+         --at)
+      index[at] = 0;
   }
 }
 
