@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["", ".ops", ".states"]
+MODULES = ["", ".ops", ".states", ".distributed"]
 MODULES += [f".integrations.{name}" for name in ("flashinfer", "pytorch", "sglang")]
 
 

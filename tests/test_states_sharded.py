@@ -1,84 +1,18 @@
 """DTensors: each rank merges its own rows. Two processes of gloo, and what is refused in one."""
 
-import subprocess
 import sys
 
 import pytest
+import ranks_support
 import torch
 import torch.distributed as dist
 from support import run_command
 
 pytest.importorskip("torch.distributed.tensor")
 
-PROGRAM = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
-from merge_attn_states import merge_states, update_state
-
-rank, world, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-mesh = init_device_mesh("cpu", (world,))
-torch.manual_seed(0)  # the same operands on every rank
-outputs = [torch.randn(5, 3, 8) for _ in range(3)]  # 5 tokens over 2 ranks: uneven
-lses = [torch.randn(5, 3) for _ in range(3)]
-sink, empty = torch.randn(3), [torch.rand(5, 3) < 0.3, None, None]
-wanted, wanted_lse = merge_states(outputs, lses, sink=sink, empty=empty)
-grad = torch.randn(5, 3, 8)
-
-def spread(x, placement):
-    return None if x is None else distribute_tensor(x, mesh, [placement])
-
-whole = Replicate()
-for placement, of_sink in ((Shard(0), whole), (Shard(1), Shard(0)), (whole, whole)):
-    mine = [spread(x, placement).requires_grad_() for x in outputs]
-    out, lse = merge_states(
-        mine,
-        [spread(x, placement) for x in lses],
-        empty=[spread(x, placement) for x in empty],
-        sink=spread(sink, of_sink),
-    )
-    assert isinstance(out, DTensor) and tuple(out.placements) == (placement,), out
-    assert torch.equal(out.full_tensor(), wanted) and torch.equal(lse.full_tensor(), wanted_lse)
-    out.backward(spread(grad, placement))
-    plain = [x.clone().requires_grad_() for x in outputs]
-    merge_states(plain, lses, sink=sink, empty=empty)[0].backward(grad)
-    for a, b in zip(mine, plain):
-        assert torch.equal(a.grad.full_tensor(), b.grad)
-
-    stacked, of_lses = torch.stack(outputs, 1), torch.stack(lses, 1)
-    apart = Shard(2) if placement == Shard(1) else placement
-    out, _ = merge_states(spread(stacked, apart), spread(of_lses, apart), dim=1)
-    assert tuple(out.placements) == (placement,)
-    assert torch.equal(out.full_tensor(), merge_states(outputs, lses)[0])
-
-    state, state_lse = torch.zeros(5, 3, 8), torch.full((5, 3), -torch.inf)
-    own, own_lse = spread(state, placement), spread(state_lse, placement)
-    for block, block_lse in zip(outputs, lses):
-        update_state(own, own_lse, spread(block, placement), spread(block_lse, placement))
-        update_state(state, state_lse, block, block_lse)
-    assert torch.equal(own.full_tensor(), state) and torch.equal(own_lse.full_tensor(), state_lse)
-dist.destroy_process_group()
-print("merged")
-"""
-
 
 def test_two_ranks(tmp_path, child_environment):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), "2", str(tmp_path / "store")],
-            env=child_environment | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert all(text.strip().endswith("merged") for text in said), "\n".join(said)
+    ranks_support.run("shards", 2, tmp_path, child_environment)
 
 
 @pytest.fixture

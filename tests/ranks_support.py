@@ -1,0 +1,49 @@
+"""Ranks as processes of their own, over gloo or NCCL: each runs a function of ranks_programs.py."""
+
+import datetime
+import importlib
+import subprocess
+import sys
+
+import torch
+import torch.distributed as dist
+
+LIMIT = datetime.timedelta(seconds=120)  # of a group: what hangs is an error that says where
+
+
+def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
+    """Run it on every rank; all must come to its end, but those that are to be killed."""
+    command = [sys.executable, __file__, program, str(ranks), str(tmp_path / "store"), device]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    for rank, process in enumerate(processes):
+        assert (process.returncode == 0) == (rank not in killed), "\n".join(said)
+
+
+def main(program, ranks, store, device, rank):
+    ranks, rank = int(ranks), int(rank)
+    device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=ranks,
+        timeout=LIMIT,
+    )
+    getattr(importlib.import_module("ranks_programs"), program)(rank, ranks, device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

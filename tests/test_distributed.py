@@ -1,0 +1,174 @@
+"""Merges across ranks: values, disagreement and absence in real processes; refusals in one.
+
+The programs stand in ranks_programs.py. Three ranks, besides two, since with two many an order is
+right by chance.
+"""
+
+import pytest
+import ranks_support
+import torch
+import torch.distributed as dist
+from support import BF16, E4M3, F32, F64
+
+from merge_attn_states.distributed import RankMerge
+
+HEADS, SIZE = 6, 16
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def where(request):
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return request.param
+
+
+def gpus_for(ranks, where):
+    if where == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("program", ["values", "whole_on_every_rank"])
+def test_values(program, ranks, where, tmp_path, child_environment):
+    gpus_for(ranks, where)
+    ranks_support.run(program, ranks, tmp_path, child_environment, where)
+
+
+@pytest.mark.parametrize("program", ["other_objects", "other_calls", "gone_group"])
+def test_two_ranks(program, where, tmp_path, child_environment):
+    ranks_support.run(program, 2, tmp_path, child_environment, where)
+
+
+def test_some_of_the_ranks(where, tmp_path, child_environment):
+    gpus_for(3, where)
+    ranks_support.run("subgroup", 3, tmp_path, child_environment, where)
+
+
+# A GPU's stream waits, and not the processor: there the group's watchdog rules.
+
+
+def test_a_late_rank(tmp_path, child_environment):
+    ranks_support.run("late", 3, tmp_path, child_environment)
+
+
+def test_a_killed_rank(tmp_path, child_environment):
+    ranks_support.run("killed", 3, tmp_path, child_environment, killed={2})
+
+
+# In one process.
+
+HOW = {"max_tokens": 4, "num_heads": HEADS, "head_size": SIZE, "dtype": F32, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A group of this process alone."""
+    if dist.is_initialized():
+        pytest.skip("another test has a process group")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_without_a_group():
+    if dist.is_initialized():
+        pytest.skip("another test has a process group")
+    with pytest.raises(ValueError, match="group: expected one, or a default group"):
+        RankMerge(**HOW)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"max_tokens": 0}, "max_tokens: expected 1 or more, got 0"),
+        ({"num_heads": -1}, "num_heads: expected 1 or more, got -1"),
+        ({"head_size": 0}, "head_size: expected 1 or more, got 0"),
+        ({"dtype": torch.int32}, r"dtype: expected one of torch\.float32, .*, got torch\.int32"),
+        ({"scatter": "tokens"}, "scatter: expected 'heads' or None, got 'tokens'"),
+    ],
+)
+def test_a_wrong_object(wrong, said, alone):
+    with pytest.raises(ValueError, match=said):
+        RankMerge(**HOW | wrong)
+
+
+def test_heads_that_do_not_divide(alone, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
+    with pytest.raises(ValueError, match="num_heads: expected a multiple of the group's 4 ranks"):
+        RankMerge(**HOW)
+
+
+def wrong_calls():
+    output, lse = torch.zeros(3, HEADS, SIZE), torch.zeros(3, HEADS)
+    mask, two = torch.zeros(3, HEADS, dtype=torch.bool), torch.zeros(2, dtype=torch.int32)
+    three = torch.zeros(3, dtype=torch.int32)
+    yield TypeError, "output: expected a tensor, got list", ([], lse), {}
+    yield ValueError, r"output: expected torch\.float32, got", (output.to(BF16), lse), {}
+    shape = rf"output: expected shape \[num_tokens, {HEADS}, {SIZE}\], got \[3, 5, {SIZE}\]"
+    yield ValueError, shape, (output[:, :5], lse), {}
+    yield ValueError, r"output: expected shape .*, got \[3, 6\]", (output[..., 0], lse), {}
+    many = output.repeat(2, 1, 1), lse.repeat(2, 1)
+    yield ValueError, "output: expected at most max_tokens = 4 tokens, got 6", many, {}
+    yield ValueError, "output: expected a tensor on cpu, got meta", (output.to("meta"), lse), {}
+    yield ValueError, r"lse: expected shape \[3, 6\], got \[6, 3\]", (output, lse.T), {}
+    yield ValueError, r"lse: expected torch\.float32, got torch\.float64", (output, lse.to(F64)), {}
+    right = output, lse
+    yield TypeError, "out: expected a tensor", right, {"out": 1}
+    yield ValueError, "out: expected shape", right, {"out": output[:2]}
+    yield ValueError, r"out_lse: expected shape \[3, 6\]", right, {"out_lse": lse.T}
+    yield ValueError, "out: expected torch", right, {"out": output.to(E4M3)}
+    yield ValueError, r"empty: expected torch\.bool", right, {"empty": lse}
+    yield ValueError, r"empty: expected shape \[3, 6\], got \[2, 6\]", right, {"empty": mask[:2]}
+    yield TypeError, r"empty: expected bools or \(lengths, starts\), got list", right, {"empty": []}
+    both = r"empty: expected \(lengths, starts\), both int32 or both int64"
+    yield TypeError, both, right, {"empty": (two, [0, 1, 2])}
+    yield TypeError, both, right, {"empty": (two, three.float())}
+    yield ValueError, r"empty\[0\]: expected torch\.int32", right, {"empty": (two.long(), three)}
+    shape = r"empty\[1\]: expected shape \[3\], got \[2\]"
+    yield ValueError, shape, right, {"empty": (two, two)}
+    yield ValueError, "lse_base: expected 'e' or '2', got '10'", right, {"lse_base": "10"}
+    yield ValueError, "nan_lse: expected 'visible' or 'empty'", right, {"nan_lse": "no"}
+    grad = output.clone().requires_grad_(), lse
+    yield RuntimeError, "output: expected a tensor that requires no grad", grad, {}
+    grad = output, lse.clone().requires_grad_()
+    yield RuntimeError, "lse: expected a tensor that requires no grad", grad, {}
+
+
+@pytest.mark.parametrize(("error", "said", "operands", "options"), [*wrong_calls()])
+def test_a_wrong_call_sends_nothing(error, said, operands, options, alone, monkeypatch):
+    merge = RankMerge(**HOW)
+    monkeypatch.setattr(dist, "all_to_all_single", None)
+    with pytest.raises(error, match=said):
+        merge(*operands, **options)
+
+
+def test_an_overlapping_result_is_refused(alone):
+    output, lse = torch.zeros(3, HEADS, SIZE), torch.zeros(3, HEADS)
+    with pytest.raises(ValueError, match="out: "):
+        RankMerge(**HOW)(output, lse, out=torch.zeros(1, HEADS, SIZE).expand(3, -1, -1))
+
+
+def test_an_interrupt_is_remembered(alone, monkeypatch):
+    """The others wait for a call that will not come again."""
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    merge, operands = RankMerge(**HOW), (torch.zeros(3, HEADS, SIZE), torch.zeros(3, HEADS))
+    monkeypatch.setattr(dist, "all_to_all_single", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(*operands)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"failed before \(KeyboardInterrupt\)"):
+        merge(*operands)
+
+
+def test_operands_that_require_grad_are_taken_where_none_is_recorded(alone):
+    output, lse = torch.ones(3, HEADS, SIZE, requires_grad=True), torch.zeros(3, HEADS)
+    with torch.no_grad():
+        merged, _ = RankMerge(**HOW)(output, lse)
+    assert torch.equal(merged, output)
+
+
+def test_it_says_how_states_travel(alone):
+    assert RankMerge(**HOW).transport == "collective"
