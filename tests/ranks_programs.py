@@ -302,3 +302,61 @@ def shards(rank, ranks, device):
             update_state(state, state_lse, block, block_lse)
         assert torch.equal(own.full_tensor(), state)
         assert torch.equal(own_lse.full_tensor(), state_lse)
+
+
+# PyTorch's context parallel.
+
+
+def exact_attention(query, key, value, is_causal):
+    """In float64, of all queries and keys, with its LSE."""
+    scores = query.double() @ key.double().mT * query.shape[-1] ** -0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -INF)
+    return scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
+
+
+def ring(rank, ranks, device):
+    """Its ring of attention blocks gives one attention, nearer than without us, in our launches."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    from merge_attn_states.integrations import context_parallel
+    from merge_attn_states.integrations.pytorch import attention_with_lse
+
+    steps = []
+
+    def counted(*operands):
+        steps.append(operands[0].shape[2])
+        update_state(*operands)
+
+    def attend(query, key, value, is_causal):
+        return attention_with_lse(query, key, value, is_causal=is_causal)
+
+    context_parallel.update_state = counted
+    torch.manual_seed(0)  # the same operands on every rank
+    size = 8 * ranks
+    for is_causal, balances in ((False, False), (True, False), (True, True)):
+        whole = [torch.randn(2, 3, size, 16).bfloat16() for _ in range(3)]
+        due, due_lse = exact_attention(*whole, is_causal)
+        # Balanced, a rank has one of the first chunks and one of the last: as much to do as others.
+        places = torch.arange(size).chunk(2 * ranks)
+        places = torch.cat(
+            [places[rank], places[-1 - rank]] if balances else places[2 * rank : 2 * rank + 2]
+        )
+        query, key, value = (x[:, :, places].to(device) for x in whole)
+        _attention._cp_options.enable_load_balance = balances
+        errors = []
+        for is_ours in (False, True):
+            (context_parallel.enable if is_ours else context_parallel.disable)()
+            assert context_parallel.is_enabled() == is_ours
+            out, lse = _attention._templated_ring_attention(
+                dist.group.WORLD, 2, attend, query, key, value, is_causal=is_causal
+            )
+            assert out.dtype == BF16
+            torch.testing.assert_close(lse.cpu().double(), due_lse[:, :, places], rtol=0, atol=1e-3)
+            errors.append((out.cpu().double() - due[:, :, places]).abs().max())
+        assert errors[1] < 2e-2
+        assert errors[1] <= 1.01 * errors[0]
+        blocks = rank if is_causal and not balances else ranks - 1
+        assert len(steps) == blocks
+        steps.clear()
+    context_parallel.disable()

@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 MODULES = ["", ".ops", ".states", ".distributed"]
-MODULES += [f".integrations.{name}" for name in ("flashinfer", "pytorch", "sglang")]
+MODULES += [
+    f".integrations.{name}" for name in ("context_parallel", "flashinfer", "pytorch", "sglang")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
