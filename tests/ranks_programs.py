@@ -150,6 +150,21 @@ def whole_on_every_rank(rank, ranks, device):
     assert all(torch.equal(raw, other) for other in others)
 
 
+def compiled(rank, ranks, device):
+    """Inside a compiled function: the graph breaks there, and nothing else does."""
+    merge = RankMerge(max_tokens=4, num_heads=HEADS, head_size=16, dtype=F32, device=device)
+    torch.manual_seed(0)
+    outputs, lses = states_of_ranks(ranks, 4, 16, F32, device)
+
+    def layer(output, lse):
+        merged, merged_lse = merge(2 * output, lse)
+        return merged + 1, merged_lse
+
+    due = layer(outputs[rank], lses[rank])
+    for got, wanted in zip(torch.compile(layer)(outputs[rank], lses[rank]), due, strict=True):
+        assert_bits(got, wanted)
+
+
 # What ranks disagree about.
 
 
@@ -166,6 +181,13 @@ def other_objects(rank, ranks, device):
         how = same | {name: value} if rank == 1 else same
         with pytest.raises(ValueError, match=f"^{name}: expected the same on every rank, {said}$"):
             RankMerge(device=device, **how)
+    said = "num_heads: expected a multiple of the group's 2 ranks, got 7"
+    with pytest.raises(ValueError, match=said):
+        RankMerge(device=device, **same | {"num_heads": 7, "scatter": "heads"})
+    # One that is wrong by itself: its rank says why, the others that it does.
+    said = "num_heads: expected 1 or more, got 0" if rank == 1 else "rank 1 of the group refuses"
+    with pytest.raises(ValueError, match=said):
+        RankMerge(device=device, **same | ({"num_heads": 0} if rank == 1 else {}))
     RankMerge(device=device, **same)
 
 
@@ -181,12 +203,18 @@ def other_calls(rank, ranks, device):
     none = 0 if rank == 1 else 4
     with pytest.raises(ValueError, match="got 4 on rank 0 and 0 on rank 1"):
         merge(output[:none], lse[:none])
+    # Another object of the same kind.
+    other = RankMerge(max_tokens=4, num_heads=HEADS, head_size=16, dtype=F32, device=device,
+                      check=True)  # fmt: skip
+    with pytest.raises(ValueError, match=r"^object: expected the same on every rank"):
+        (merge if rank == 1 else other)(output, lse)
     with pytest.raises(ValueError, match=r"^lse_base: .* got 'e' on rank 0 and '2' on rank 1$"):
         merge(output, lse, lse_base="2" if rank == 1 else "e")
-    # A mistake of one rank's that it hears of before anything is sent: the others still wait.
-    if rank == 1:
-        with pytest.raises(ValueError, match="output: expected at most max_tokens = 4 tokens"):
-            merge(output.repeat(2, 1, 1), lse.repeat(2, 1))
+    # A mistake of one rank's is heard of on all.
+    said = "output: expected at most max_tokens = 4 tokens" if rank == 1 else "rank 1 of the group"
+    times = 2 if rank == 1 else 1
+    with pytest.raises(ValueError, match=said):
+        merge(output.repeat(times, 1, 1), lse.repeat(times, 1))
     for num_tokens in (4, 0, 2):
         torch.manual_seed(num_tokens)
         call_and_compare(merge, num_tokens, ("2", "visible", "mask", True, True))
@@ -240,11 +268,9 @@ def killed(rank, ranks, device):
 def gone_group(rank, ranks, device):
     """In any order."""
     group = dist.new_group()
-    first, second = (
-        short_of_time(device),
-        RankMerge(group, max_tokens=4, num_heads=HEADS, head_size=16, dtype=F32, device=device),
-    )
-    operands = torch.zeros(4, HEADS, 16), torch.zeros(4, HEADS)
+    first = short_of_time(device)
+    second = RankMerge(group, max_tokens=4, num_heads=HEADS, head_size=16, dtype=F32, device=device)
+    operands = torch.zeros(4, HEADS, 16, device=device), torch.zeros(4, HEADS, device=device)
     second(*operands)
     dist.destroy_process_group(group)
     del second

@@ -1,7 +1,9 @@
 """Ranks as processes of their own, over gloo or NCCL: each runs a function of ranks_programs.py."""
 
+import contextlib
 import datetime
 import importlib
+import signal
 import subprocess
 import sys
 
@@ -14,19 +16,21 @@ LIMIT = datetime.timedelta(seconds=120)  # of a group: what hangs is an error th
 def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
     """Run it on every rank; all must come to its end, but those that are to be killed."""
     command = [sys.executable, __file__, program, str(ranks), str(tmp_path / "store"), device]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            env=environment | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    for rank, process in enumerate(processes):
-        assert (process.returncode == 0) == (rank not in killed), "\n".join(said)
+    logs = [tmp_path / f"{rank}.log" for rank in range(ranks)]
+    due = [-signal.SIGKILL if rank in killed else 0 for rank in range(ranks)]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank, log in enumerate(logs):
+            process = subprocess.Popen(
+                [*command, str(rank)],
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stdout=stack.enter_context(log.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(process.kill)
+            processes.append(process)
+        ended = [process.wait(timeout=300) for process in processes]
+    assert ended == due, "\n".join(log.read_text() for log in logs)
 
 
 def main(program, ranks, store, device, rank):

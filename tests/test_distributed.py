@@ -4,6 +4,8 @@ The programs stand in ranks_programs.py. Three ranks, besides two, since with tw
 right by chance.
 """
 
+import datetime
+
 import pytest
 import ranks_support
 import torch
@@ -34,7 +36,7 @@ def test_values(program, ranks, where, tmp_path, child_environment):
     ranks_support.run(program, ranks, tmp_path, child_environment, where)
 
 
-@pytest.mark.parametrize("program", ["other_objects", "other_calls", "gone_group"])
+@pytest.mark.parametrize("program", ["other_objects", "other_calls", "gone_group", "compiled"])
 def test_two_ranks(program, where, tmp_path, child_environment):
     ranks_support.run(program, 2, tmp_path, child_environment, where)
 
@@ -83,19 +85,17 @@ def test_without_a_group():
         ({"max_tokens": 0}, "max_tokens: expected 1 or more, got 0"),
         ({"num_heads": -1}, "num_heads: expected 1 or more, got -1"),
         ({"head_size": 0}, "head_size: expected 1 or more, got 0"),
+        ({"max_tokens": 4.5}, "max_tokens: expected an int, got float"),
+        ({"check": 1}, "check: expected a bool, got int"),
+        ({"timeout": 5}, "timeout: expected a timedelta, got int"),
+        ({"timeout": datetime.timedelta(0)}, "timeout: expected a millisecond or more, got 0:00"),
         ({"dtype": torch.int32}, r"dtype: expected one of torch\.float32, .*, got torch\.int32"),
         ({"scatter": "tokens"}, "scatter: expected 'heads' or None, got 'tokens'"),
     ],
 )
 def test_a_wrong_object(wrong, said, alone):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         RankMerge(**HOW | wrong)
-
-
-def test_heads_that_do_not_divide(alone, monkeypatch):
-    monkeypatch.setattr(dist, "get_world_size", lambda group: 4)
-    with pytest.raises(ValueError, match="num_heads: expected a multiple of the group's 4 ranks"):
-        RankMerge(**HOW)
 
 
 def wrong_calls():
@@ -109,7 +109,12 @@ def wrong_calls():
     yield ValueError, r"output: expected shape .*, got \[3, 6\]", (output[..., 0], lse), {}
     many = output.repeat(2, 1, 1), lse.repeat(2, 1)
     yield ValueError, "output: expected at most max_tokens = 4 tokens, got 6", many, {}
-    yield ValueError, "output: expected a tensor on cpu, got meta", (output.to("meta"), lse), {}
+    yield (
+        ValueError,
+        r"output: expected a dense tensor on cpu, got .* on meta",
+        (output.to("meta"), lse),
+        {},
+    )
     yield ValueError, r"lse: expected shape \[3, 6\], got \[6, 3\]", (output, lse.T), {}
     yield ValueError, r"lse: expected torch\.float32, got torch\.float64", (output, lse.to(F64)), {}
     right = output, lse
@@ -120,18 +125,28 @@ def wrong_calls():
     yield ValueError, r"empty: expected torch\.bool", right, {"empty": lse}
     yield ValueError, r"empty: expected shape \[3, 6\], got \[2, 6\]", right, {"empty": mask[:2]}
     yield TypeError, r"empty: expected bools or \(lengths, starts\), got list", right, {"empty": []}
-    both = r"empty: expected \(lengths, starts\), both int32 or both int64"
-    yield TypeError, both, right, {"empty": (two, [0, 1, 2])}
-    yield TypeError, both, right, {"empty": (two, three.float())}
+    starts = r"empty\[1\]: expected the starts of requests, int32 or int64, got"
+    yield ValueError, rf"{starts} list", right, {"empty": (two, [0, 1, 2])}
+    yield ValueError, rf"{starts} torch\.float32", right, {"empty": (two, three.float())}
     yield ValueError, r"empty\[0\]: expected torch\.int32", right, {"empty": (two.long(), three)}
     shape = r"empty\[1\]: expected shape \[3\], got \[2\]"
     yield ValueError, shape, right, {"empty": (two, two)}
     yield ValueError, "lse_base: expected 'e' or '2', got '10'", right, {"lse_base": "10"}
     yield ValueError, "nan_lse: expected 'visible' or 'empty'", right, {"nan_lse": "no"}
     grad = output.clone().requires_grad_(), lse
-    yield RuntimeError, "output: expected a tensor that requires no grad", grad, {}
+    said = "expected a tensor that does not require grad, since a merge across ranks"
+    yield ValueError, f"output: {said}", grad, {}
     grad = output, lse.clone().requires_grad_()
-    yield RuntimeError, "lse: expected a tensor that requires no grad", grad, {}
+    yield ValueError, f"lse: {said}", grad, {}
+    yield ValueError, f"out: {said}", right, {"out": output.clone().requires_grad_()}
+    # What only a kernel's own checks can tell.
+    yield ValueError, "out: ", right, {"out": torch.zeros(1, HEADS, SIZE).expand(3, -1, -1)}
+    memory = torch.zeros(3 * HEADS * SIZE)
+    overlapping = {"out": memory.view(3, HEADS, SIZE), "out_lse": memory[: 3 * HEADS].view(3, -1)}
+    yield ValueError, "out", right, overlapping
+    negative = torch.zeros(3, HEADS, SIZE, dtype=torch.complex64).conj().imag
+    yield ValueError, "out: expected a tensor without the negative bit", right, {"out": negative}
+    yield ValueError, "expected a dense tensor on cpu", (output.to_sparse(), lse), {}
 
 
 @pytest.mark.parametrize(("error", "said", "operands", "options"), [*wrong_calls()])
@@ -142,10 +157,22 @@ def test_a_wrong_call_sends_nothing(error, said, operands, options, alone, monke
         merge(*operands, **options)
 
 
-def test_an_overlapping_result_is_refused(alone):
+def test_dtensors_are_refused_by_name(alone):
+    distribute = pytest.importorskip("torch.distributed.tensor").distribute_tensor
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
     output, lse = torch.zeros(3, HEADS, SIZE), torch.zeros(3, HEADS)
-    with pytest.raises(ValueError, match="out: "):
-        RankMerge(**HOW)(output, lse, out=torch.zeros(1, HEADS, SIZE).expand(3, -1, -1))
+    with pytest.raises(ValueError, match="lse: expected this rank's own tensor, got a DTensor"):
+        RankMerge(**HOW)(output, distribute(lse, mesh))
+
+
+def test_an_lse_may_have_a_trailing_1(alone):
+    merge, output, lse = RankMerge(**HOW), torch.randn(3, HEADS, SIZE), torch.randn(3, HEADS)
+    due = merge(output, lse)
+    out_lse = torch.empty(3, HEADS, 1)
+    merged, merged_lse = merge(output, lse[..., None], out_lse=out_lse)
+    assert merged_lse is out_lse
+    assert torch.equal(merged, due[0])
+    assert torch.equal(merged_lse[..., 0], due[1])
 
 
 def test_an_interrupt_is_remembered(alone, monkeypatch):

@@ -24,6 +24,7 @@ constexpr int room_for(int parts) {
 // Calls f<room_for(parts)>(), for at most kMost of them.
 template <int kMost, class F>
 void with_room_for(int parts, F&& f) {
+  static_assert(std::has_single_bit(static_cast<unsigned>(kMost)));
   if constexpr (kMost > 2) {
     if (room_for(parts) < kMost) return with_room_for<kMost / 2>(parts, f);
   }

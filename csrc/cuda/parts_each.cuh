@@ -20,7 +20,7 @@ struct EachCall {
   FastDivision sizes[kMaxRowDims];
   bool has_more_dims;  // than two
   bool needs_barrier, invert_empty;
-  bool writes_by_index;  // what is written is the first part's row, by its index
+  bool writes_by_index;  // what is written is the row of the first part, which has no mask
   int32_t num_parts;
   LseRule rule;
   DType out_dtype, sink_dtype;

@@ -69,9 +69,9 @@ inline constexpr int kMaxFewThreads = kFewMostPacks + 32;
 // Beyond them: threads of a block, which is one row's, and packs of that row at a time.
 inline constexpr int kManyThreads = 256;
 inline constexpr int kManyPacks = 8;
-// Few parts of any kind: as many parts; threads of a block; for how many a call's kernel has room;
-// packs that a thread of it has of each part: two share what there is to compute of a row with an
-// index, and take from others the order of memory.
+// Few parts of any kind: as many parts; threads of a block; packs that a thread of it has of each
+// part: two share what there is to compute of a row with an index, and take from others the order
+// of memory.
 inline constexpr int kEachParts = 8;
 inline constexpr int kEachThreads = 256;
 static_assert(kEachThreads % 32 == 0);

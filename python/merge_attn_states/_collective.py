@@ -7,36 +7,26 @@ stack, so that empty rows, NaNs, layouts and rounding are merge_states' own.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from ._rank_state import lse_dtype_of
 from .states import Base, merge_states
 
-__all__ = ["Collective", "State", "lse_dtype_of"]
+__all__ = ["Collective", "Packed"]
 
 _ALIGNMENT = 16  # bytes: a kernel's pack
 # PyTorch 2.13 gave it another name, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def lse_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the LSEs beside outputs of this one."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class State(NamedTuple):
-    """What a rank brings to a call, or takes from it."""
-
-    output: torch.Tensor  # [num_tokens, heads, head_size]
-    lse: torch.Tensor  # [num_tokens, heads]
-
-
-class _Packed(NamedTuple):
+class Packed(NamedTuple):
     """The states of so many ranks in one memory, [ranks, bytes]."""
 
     memory: torch.Tensor
@@ -44,15 +34,17 @@ class _Packed(NamedTuple):
     lses: torch.Tensor  # [ranks, num_tokens, heads]
 
 
-def _pack(ranks: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> _Packed:
+def _packed(
+    ranks: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Packed:
     """New memory for states whose outputs have this shape."""
     num_tokens, heads, head_size = shape
     lse_dtype = lse_dtype_of(dtype)
     begin = _aligned(math.prod(shape) * dtype.itemsize)
-    size = _aligned(begin + num_tokens * heads * lse_dtype.itemsize)
+    size = _aligned(begin + num_tokens * heads * lse_dtype.itemsize) or _ALIGNMENT
     memory = torch.empty(ranks, size, dtype=torch.uint8, device=device)
     outputs, lses = memory.view(dtype), memory.view(lse_dtype)
-    return _Packed(
+    return Packed(
         memory,
         outputs.as_strided((ranks, *shape), (outputs.stride(0), heads * head_size, head_size, 1)),
         lses.as_strided(
@@ -77,59 +69,92 @@ class Collective:
 
     def gather(self, numbers: list[int]) -> list[list[int]]:
         """Every rank's numbers, of which all have as many."""
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
-        gathered = torch.empty(self.ranks * len(numbers), dtype=torch.int64, device=self.device)
-        self._exchange(_all_gather, gathered, mine)
-        rows: list[list[int]] = gathered.view(self.ranks, -1).tolist()
+        with self._together():
+            mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+            gathered = mine.new_empty(self.ranks * len(numbers))
+            self._exchange(_all_gather, gathered, mine)
+            rows: list[list[int]] = gathered.view(self.ranks, -1).tolist()
         return rows
+
+    def room_for(self, output: torch.Tensor, scatters: bool) -> Packed:
+        """Memory for what the ranks send of such states, or of this rank's share of the heads."""
+        num_tokens, num_heads, head_size = output.shape
+        heads = num_heads // self.ranks if scatters else num_heads
+        return _packed(self.ranks, (num_tokens, heads, head_size), output.dtype, self.device)
+
+    def check_results(
+        self,
+        come: Packed,
+        lse_base: Base,
+        out: torch.Tensor | None,
+        out_lse: torch.Tensor | None,
+    ) -> None:
+        """Raise what the last step would raise, whose operands these will be."""
+        parts: tuple[Any, ...] = ([come.outputs], [come.lses], [], [], 0, None, lse_base)
+        status, said, *_ = torch.ops.merge_attn_states.inspect_merge_states(out, out_lse, *parts)
+        if status:
+            raise ValueError(said)
 
     def merge(
         self,
-        mine: State,
+        output: torch.Tensor,
+        lse: torch.Tensor,
         empty: torch.Tensor | None,
         lse_base: Base,
-        scatters: bool,
+        come: Packed,
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
-    ) -> State:
-        """The merge of all ranks' states, or of this rank's share of their heads."""
-        outputs, lses = (_by_rank(x, self.ranks if scatters else 1) for x in mine)
-        masks = None if empty is None else [_by_rank(empty, outputs.shape[0])]
-        sent = _pack(outputs.shape[0], outputs.shape[1:], outputs.dtype, self.device)
-        merge_states(
-            [outputs], [lses], empty=masks, lse_base=lse_base, out=sent.outputs, out_lse=sent.lses
-        )
-        come = _pack(self.ranks, outputs.shape[1:], outputs.dtype, self.device)
-        collective = dist.all_to_all_single if scatters else _all_gather
-        self._exchange(collective, come.memory.view(-1), sent.memory.view(-1))
-        output, lse = merge_states(
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The merge of all ranks' states, of the heads that `come` has room for."""
+        num_tokens, heads, head_size = come.outputs.shape[1:]
+        shares = output.shape[1] // heads
+        with self._together():
+            sent = _packed(shares, (num_tokens, heads, head_size), output.dtype, self.device)
+            merge_states(
+                [_by_rank(output, shares)],
+                [_by_rank(lse, shares)],
+                empty=None if empty is None else [_by_rank(empty, shares)],
+                lse_base=lse_base,
+                out=sent.outputs,
+                out_lse=sent.lses,
+            )
+            collective = _all_gather if shares < self.ranks else dist.all_to_all_single
+            self._exchange(collective, come.memory.view(-1), sent.memory.view(-1))
+        merged, merged_lse = merge_states(
             come.outputs, come.lses, dim=0, lse_base=lse_base, out=out, out_lse=out_lse
         )
-        assert lse is not None  # by default it is wanted
-        return State(output, lse)
+        assert merged_lse is not None  # by default it is wanted
+        return merged, merged_lse
 
-    def _exchange(
-        self, collective: Callable[..., dist.Work], come: torch.Tensor, sent: torch.Tensor
-    ) -> None:
-        """On a CPU until it is done; on a GPU the stream waits, and the group's watchdog rules."""
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Whatever leaves it early, an interrupt too, leaves the other ranks waiting."""
         if self._failure:
             raise RuntimeError(
                 f"an exchange of this RankMerge failed before ({self._failure}), so that the ranks "
                 "no longer agree which call is theirs: make a new group, and a new one of it"
             )
         try:
-            work = collective(come, sent, group=self.group, async_op=True)
-            if self.timeout is None or self.device.type != "cpu":
-                work.wait()
-            else:
-                work.wait(self.timeout)
-        except BaseException as error:  # an interrupt, too, leaves the others waiting
-            self._failure = next(iter(str(error).splitlines()), type(error).__name__)
-            if isinstance(error, RuntimeError):
-                raise RuntimeError(
-                    f"the exchange with the group's other ranks failed: {self._failure}"
-                ) from error
+            yield
+        except BaseException as error:
+            self._failure = str(error).strip().partition("\n")[0] or type(error).__name__
             raise
+
+    def _exchange(
+        self, collective: Callable[..., Any], come: torch.Tensor, sent: torch.Tensor
+    ) -> None:
+        """On a CPU until it is done; on a GPU the stream waits, and the group's watchdog rules."""
+        try:
+            if self.device.type != "cpu":
+                collective(come, sent, group=self.group)
+                return
+            work = collective(come, sent, group=self.group, async_op=True)
+            work.wait() if self.timeout is None else work.wait(self.timeout)
+        except RuntimeError as error:
+            said = str(error).strip().partition("\n")[0]
+            raise RuntimeError(
+                f"the exchange with the group's other ranks failed: {said}"
+            ) from error
 
 
 def _by_rank(tensor: torch.Tensor, ranks: int) -> torch.Tensor:

@@ -176,7 +176,7 @@ def _autograd(op: Op, because: str) -> Callable[..., Any]:
     positions = written(op)
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        _refuse_derivatives(named_tensors(op, args), because)
+        refuse_derivatives(named_tensors(op, args), because)
         result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
         # Under no_grad too: what was saved for backward before is overwritten all the same. Unlike
         # torch.autograd.graph.increment_version it passes inference tensors by.
@@ -186,7 +186,7 @@ def _autograd(op: Op, because: str) -> Callable[..., Any]:
     return kernel
 
 
-def _refuse_derivatives(operands: Iterable[tuple[str, torch.Tensor]], because: str) -> None:
+def refuse_derivatives(operands: Iterable[tuple[str, torch.Tensor]], because: str) -> None:
     if torch.is_grad_enabled():
         for name, operand in (operands := list(operands)):
             if operand.requires_grad:

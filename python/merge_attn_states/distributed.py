@@ -7,26 +7,28 @@ empty. How states travel is a transport's (_collective.py).
 from __future__ import annotations
 
 import datetime
+import itertools
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from ._collective import Collective, State, lse_dtype_of
+from ._agreement import agree, caught
+from ._collective import Collective, Packed
+from ._rank_state import DTYPES, Empty, RankState, check_timeout, lse_dtype_of
 from .states import Base
 
 __all__ = ["RankMerge"]
 
-Empty = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-_DTYPES = (
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float64,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
 _BASES: tuple[Base, ...] = ("e", "2")
+_COMPARED = ("max_tokens", "num_heads", "head_size", "dtype", "scatter", "check")
+_MEANINGS: dict[str, tuple[Any, ...]] = {
+    "dtype": DTYPES,
+    "scatter": ("heads", None),
+    "check": (False, True),
+    "lse_base": _BASES,
+}
+_objects = itertools.count(1)
 
 
 class RankMerge:
@@ -58,17 +60,20 @@ class RankMerge:
         "heads": each rank gets its share of the heads merged, `num_heads / ranks` of them. None:
         each gets all, and the same bits.
     check : bool
-        Before each call compare what ranks must agree about. It costs another exchange, and a GPU's
-        stream is waited for: for finding a mistake. Without it ranks that bring different numbers
-        of tokens are undefined (gloo ends the process).
+        Before each call compare what ranks must agree about: that it is the same call of the same
+        object, its number of tokens, the base. It costs another exchange, and a GPU's stream is
+        waited for (so that no CUDA graph can be captured): for finding a mistake. Without it a
+        disagreement is undefined, and may be a wrong result or, with gloo, the end of a process.
     timeout : datetime.timedelta, optional
-        How long a call on a CPU waits for other ranks. None: the group's own limit. On a GPU the
-        group's watchdog rules, whatever is given here.
+        How long a call on a CPU waits for other ranks, if that is less than the group's own limit,
+        up to which the operation itself goes on. None: the group's. On a GPU the group's watchdog
+        rules, whatever is given here.
 
     Raises
     ------
-    ValueError
-        An argument is wrong, or not the same on every rank; the message names it.
+    TypeError, ValueError
+        An argument is wrong, or not the same on every rank; the message names it. Where one rank
+        refuses its arguments, all raise.
     RuntimeError
         Another rank did not come, or left.
 
@@ -106,38 +111,49 @@ class RankMerge:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("group: expected one that this process belongs to")
-        for name, number in (
-            ("max_tokens", max_tokens),
-            ("num_heads", num_heads),
-            ("head_size", head_size),
-        ):
+        check_timeout(timeout)
+        self.device = torch.empty(0, device=device).device
+        self.max_tokens, self.num_heads, self.head_size = max_tokens, num_heads, head_size
+        self.dtype, self.scatter, self.check = dtype, scatter, check
+        self._transport = Collective(group, self.device, timeout)
+        numbers, refusal = caught(self._numbers)
+        gather = self._transport.gather
+        agree(gather, refusal, numbers or dict.fromkeys(_COMPARED, 0), _MEANINGS)
+        # Rank 0 counts its objects; so each has a number that all its ranks know.
+        self._number, self._calls = gather([next(_objects)])[0][0], 0
+        self.merged_heads = num_heads // self.ranks if scatter else num_heads
+        self._rank_state = RankState(
+            max_tokens, num_heads, self.merged_heads, head_size, dtype, self.device
+        )
+        # Connections are made and kernels loaded by what needs them first: not by a captured call.
+        zeros = torch.zeros(1, num_heads, head_size, device=self.device)
+        output, lse = zeros.to(dtype), zeros[..., 0].to(lse_dtype_of(dtype))
+        self._transport.merge(output, lse, None, "e", self._room_for(output), None, None)
+
+    def _numbers(self) -> dict[str, int]:
+        """The arguments, of which all are right, as ranks compare them."""
+        for name in ("max_tokens", "num_heads", "head_size"):
+            number = getattr(self, name)
+            if not isinstance(number, int):
+                raise TypeError(f"{name}: expected an int, got {type(number).__name__}")
             if number < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {number}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-        if scatter not in ("heads", None):
-            raise ValueError(f"scatter: expected 'heads' or None, got {scatter!r}")
-        if scatter and num_heads % self.ranks:
+        if self.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise ValueError(f"dtype: expected one of {known}, got {self.dtype}")
+        if self.scatter not in ("heads", None):
+            raise ValueError(f"scatter: expected 'heads' or None, got {self.scatter!r}")
+        if not isinstance(self.check, bool):
+            raise TypeError(f"check: expected a bool, got {type(self.check).__name__}")
+        if self.scatter and self.num_heads % self.ranks:
             raise ValueError(
-                f"num_heads: expected a multiple of the group's {self.ranks} ranks, got {num_heads}"
+                f"num_heads: expected a multiple of the group's {self.ranks} ranks, "
+                f"got {self.num_heads}"
             )
-        self.max_tokens, self.num_heads, self.head_size = max_tokens, num_heads, head_size
-        self.dtype, self.device = dtype, torch.empty(0, device=device).device
-        self.scatter, self.check = scatter, check
-        self.merged_heads = num_heads // self.ranks if scatter else num_heads
-        self._calls = 0
-        self._transport = Collective(group, self.device, timeout)
-        self._agree(
-            max_tokens=max_tokens,
-            num_heads=num_heads,
-            head_size=head_size,
-            dtype=_DTYPES.index(dtype),
-            scatter=int(scatter is None),
-            check=int(check),
-        )
-        self._rows = {
-            dtype: torch.arange(max_tokens, dtype=dtype, device=self.device)
-            for dtype in (torch.int32, torch.int64)
+        named = {name: getattr(self, name) for name in _COMPARED}
+        return {
+            name: _MEANINGS[name].index(value) if name in _MEANINGS else value
+            for name, value in named.items()
         }
 
     @property
@@ -145,6 +161,8 @@ class RankMerge:
         """How states travel: "collective", by the group's own collectives."""
         return "collective"
 
+    # Dynamo would trace half of it, up to the exchange.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         output: torch.Tensor,
@@ -162,10 +180,12 @@ class RankMerge:
         ----------
         output : torch.Tensor
             [num_tokens, num_heads, head_size], this rank's normalised attention output; any
-            strides. num_tokens is the same on every rank; 0 launches nothing.
+            strides. num_tokens is the same on every rank; for 0 nothing is launched or sent (but
+            what `check` compares).
         lse : torch.Tensor
-            [num_tokens, num_heads] and any strides: an LSE [num_heads, num_tokens] is `lse.T`.
-            float32 (float64 for float64 outputs). -inf and +inf: this rank saw no keys there.
+            [num_tokens, num_heads], or that with a trailing 1, and any strides: an LSE [num_heads,
+            num_tokens] is `lse.T`. float32 (float64 for float64 outputs). -inf and +inf: this rank
+            saw no keys there.
         empty : torch.Tensor or tuple of two, optional
             Which rows saw no keys here, whatever their LSE says: bools [num_tokens, num_heads]; or
             `(lengths, starts)`, as engines have them on the device, both int32 or both int64.
@@ -179,7 +199,7 @@ class RankMerge:
         out : torch.Tensor, optional
             [num_tokens, merged heads, head_size], written and returned; any strides.
         out_lse : torch.Tensor, optional
-            [num_tokens, merged heads], written and returned.
+            [num_tokens, merged heads] or with a trailing 1, written and returned.
 
         Returns
         -------
@@ -190,117 +210,61 @@ class RankMerge:
         Raises
         ------
         TypeError, ValueError
-            What is wrong with an argument, by its name, before anything is sent; or with
-            `check=True` what ranks disagree about.
+            What is wrong with an argument, by its name, before a state is sent. With `check=True`
+            also what ranks disagree about, and that another rank refuses its arguments. Without it
+            the others wait for this rank's call, and would take its next one for it.
         RuntimeError
             Another rank did not come within the time limit, or left; or did in a call before, since
-            ranks then no longer agree about which call is theirs. Or an operand requires grad.
+            ranks then no longer agree about which call is theirs.
         """
-        self._check_operands(output, lse, out, out_lse)
+        come, refusal = caught(self._prepared, output, lse, empty, lse_base, nan_lse, out, out_lse)
+        if self.check:
+            self._agree(come, refusal, lse_base)
+        if refusal:
+            raise refusal
+        assert come is not None  # there is either
+        num_tokens = output.shape[0]
+        if num_tokens == 0:
+            no_output, no_lse = come.outputs[0].clone(), come.lses[0].clone()
+            return no_output if out is None else out, no_lse if out_lse is None else out_lse
+        if nan_lse == "empty":
+            lse = lse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        mask = self._rank_state.mask(empty, num_tokens)
+        lse = lse.view(lse.shape[:2]) if lse.ndim == 3 else lse
+        return self._transport.merge(output, lse, mask, lse_base, come, out, out_lse)
+
+    def _room_for(self, output: torch.Tensor) -> Packed:
+        return self._transport.room_for(output, self.scatter is not None)
+
+    def _prepared(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        empty: Empty | None,
+        lse_base: Base,
+        nan_lse: str,
+        out: torch.Tensor | None,
+        out_lse: torch.Tensor | None,
+    ) -> Packed:
+        """Room for what will come, if all of the call is right."""
+        self._rank_state.check(output, lse, empty, out, out_lse)
         if lse_base not in _BASES:
             raise ValueError(f"lse_base: expected 'e' or '2', got {lse_base!r}")
         if nan_lse not in ("visible", "empty"):
             raise ValueError(f"nan_lse: expected 'visible' or 'empty', got {nan_lse!r}")
-        num_tokens = output.shape[0]
-        mask = None if empty is None else self._mask(empty, num_tokens)
+        come = self._room_for(output)
+        if out is not None or out_lse is not None:
+            self._transport.check_results(come, lse_base, out, out_lse)
+        return come
+
+    def _agree(self, come: Packed | None, refusal: Exception | None, lse_base: Base) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("check: expected False while a CUDA graph is captured, got True")
+        numbers = {
+            "object": self._number,
+            "call": self._calls,
+            "num_tokens": come.outputs.shape[1] if come else 0,
+            "lse_base": _BASES.index(lse_base) if come else 0,
+        }
+        agree(self._transport.gather, refusal, numbers, _MEANINGS)
         self._calls += 1
-        if self.check:
-            self._agree(call=self._calls, num_tokens=num_tokens, lse_base=_BASES.index(lse_base))
-        if num_tokens == 0:
-            return (
-                output.new_empty(0, self.merged_heads, self.head_size) if out is None else out,
-                lse.new_empty(0, self.merged_heads) if out_lse is None else out_lse,
-            )
-        if nan_lse == "empty":
-            lse = lse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        return self._transport.merge(
-            State(output, lse), mask, lse_base, self.scatter is not None, out, out_lse
-        )
-
-    def _check_operands(
-        self,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        out: torch.Tensor | None,
-        out_lse: torch.Tensor | None,
-    ) -> None:
-        sizes = ("num_tokens", self.num_heads, self.head_size)
-        self._check("output", output, self.dtype, sizes)
-        num_tokens = output.shape[0]
-        if num_tokens > self.max_tokens:
-            raise ValueError(
-                f"output: expected at most max_tokens = {self.max_tokens} tokens, got {num_tokens}"
-            )
-        lse_dtype, merged = lse_dtype_of(self.dtype), (num_tokens, self.merged_heads)
-        self._check("lse", lse, lse_dtype, (num_tokens, self.num_heads))
-        if out is not None:
-            self._check("out", out, self.dtype, (*merged, self.head_size))
-        if out_lse is not None:
-            self._check("out_lse", out_lse, lse_dtype, merged)
-        if torch.is_grad_enabled() and (output.requires_grad or lse.requires_grad):
-            name = "output" if output.requires_grad else "lse"
-            raise RuntimeError(
-                f"{name}: expected a tensor that requires no grad, since a merge across ranks has "
-                "no gradients; detach it"
-            )
-
-    def _check(
-        self, name: str, tensor: Any, dtype: torch.dtype, shape: tuple[int | str, ...]
-    ) -> None:
-        """Where a name stands for a size, any will do."""
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected {dtype}, got {tensor.dtype}")
-        if tensor.device != self.device:
-            raise ValueError(f"{name}: expected a tensor on {self.device}, got {tensor.device}")
-        fits = tensor.ndim == len(shape) and all(
-            isinstance(size, str) or size == there
-            for size, there in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits:
-            said = ", ".join(map(str, shape))
-            raise ValueError(f"{name}: expected shape [{said}], got {list(tensor.shape)}")
-
-    def _mask(self, empty: Empty, num_tokens: int) -> torch.Tensor:
-        """Of rows that are empty, [num_tokens, num_heads]."""
-        if isinstance(empty, torch.Tensor):
-            self._check("empty", empty, torch.bool, (num_tokens, self.num_heads))
-            return empty
-        if not isinstance(empty, tuple) or len(empty) != 2:
-            raise TypeError(
-                f"empty: expected bools or (lengths, starts), got {type(empty).__name__}"
-            )
-        lengths, starts = empty
-        if not isinstance(starts, torch.Tensor) or starts.dtype not in self._rows:
-            raise TypeError("empty: expected (lengths, starts), both int32 or both int64")
-        self._check("empty[0]", lengths, starts.dtype, ("requests",))
-        self._check("empty[1]", starts, starts.dtype, (len(lengths) + 1,))
-        # Rows before the first request and behind the last one are nobody's.
-        without_keys = torch.nn.functional.pad(lengths == 0, (1, 1), value=True)
-        rows = self._rows[starts.dtype][:num_tokens]
-        of_rows = without_keys[torch.searchsorted(starts, rows, right=True)]
-        return of_rows.unsqueeze(1).expand(-1, self.num_heads)
-
-    def _agree(self, **numbers: int) -> None:
-        """Raise on every rank where one has another number than the others."""
-        of_ranks = self._transport.gather(list(numbers.values()))
-        for i, name in enumerate(numbers):
-            for rank, there in enumerate(of_ranks):
-                if there[i] != of_ranks[0][i]:
-                    one, other = (_told(name, x[i]) for x in (of_ranks[0], there))
-                    raise ValueError(
-                        f"{name}: expected the same on every rank, got {one} on rank 0 and "
-                        f"{other} on rank {rank}"
-                    )
-
-
-def _told(name: str, number: int) -> str:
-    """A number of _agree as its caller wrote it."""
-    known: dict[str, tuple[Any, ...]] = {
-        "dtype": _DTYPES,
-        "scatter": ("'heads'", None),
-        "check": (False, True),
-        "lse_base": ("'e'", "'2'"),
-    }
-    return str(known[name][number] if name in known else number)

@@ -1,0 +1,50 @@
+"""What ranks must agree about: each tells the others its numbers, or that it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+__all__ = ["agree", "caught"]
+
+_Result = TypeVar("_Result")
+_Gather = Callable[[list[int]], list[list[int]]]  # every rank's numbers, of one's own
+
+
+def caught(
+    check: Callable[..., _Result], *given: Any
+) -> tuple[_Result, None] | tuple[None, Exception]:
+    """What a check returns or refuses with: the other ranks hear of that first."""
+    try:
+        return check(*given), None
+    except (TypeError, ValueError) as error:
+        return None, error
+
+
+def agree(
+    gather: _Gather,
+    refusal: Exception | None,
+    numbers: Mapping[str, int],
+    meanings: Mapping[str, Sequence[Any]],
+) -> None:
+    """Raise on every rank where one refuses, or has another number than rank 0.
+
+    Ranks that refuse give as many numbers as the others. `meanings` has what a number stands for.
+    """
+    of_ranks = gather([int(refusal is not None), *numbers.values()])
+    if refusal:
+        raise refusal
+    for rank, there in enumerate(of_ranks):
+        if there[0]:
+            raise ValueError(f"rank {rank} of the group refuses its arguments, and says why")
+    for i, name in enumerate(numbers, 1):
+        for rank, there in enumerate(of_ranks):
+            if there[i] != of_ranks[0][i]:
+                one, other = (
+                    repr(meanings[name][x[i]]) if name in meanings else x[i]
+                    for x in (of_ranks[0], there)
+                )
+                raise ValueError(
+                    f"{name}: expected the same on every rank, got {one} on rank 0 and {other} on "
+                    f"rank {rank}"
+                )
