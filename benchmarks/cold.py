@@ -5,7 +5,7 @@ in turn in one process. The limit is the best of the plain kernels over as many 
 threads, one or two packs a thread, with or without a dependent launch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +19,8 @@ from .providers import Provider, prepare
 from .results import Record
 from .timing import Call, buffer_sets, time_cuda
 
+Timed = dict[str, list[Call]]  # by provider, a call a set of buffers
+
 
 def measure(case: Case, providers: Sequence[Provider], device: torch.device, rounds: int) -> Record:
     """One case: microseconds, by provider."""
@@ -31,41 +33,43 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
     return case.record() | kernel | {"us": us, "refused": refused}
 
 
-def plain_kernels(
-    moved: int, sets: int, device: torch.device, narrow: bool = False
-) -> dict[str, list[Call]]:
+def plain_kernels(moved: int, sets: int, device: torch.device, narrow: bool = False) -> Timed:
     """The plain kernels over as many bytes, to within a pack, the LSEs counted."""
     packs = kernels.packs_moved(moved, narrow)
-    buffers = [_buffers(kernels.PACK * packs // part, sets, device) for part in (1, 1, 1 + narrow)]
-    return {
-        f"plain, {name}": [
-            partial(kernels.plain, variant, memory, packs, narrow)
-            for memory in zip(*buffers, strict=True)
-        ]
-        for name, variant in _launchable(kernels.COLD, device)
-    }
+    sizes = [kernels.PACK * packs // part for part in (1, 1, 1 + narrow)]
+
+    def launch(variant: kernels.Variant, *buffers: torch.Tensor) -> None:
+        kernels.plain(variant, buffers, packs, narrow)
+
+    return _plain(kernels.COLD, launch, sizes, sets, device)
 
 
-def plain_many_kernels(
-    parts: int, moved: int, sets: int, device: torch.device
-) -> dict[str, list[Call]]:
+def plain_many_kernels(parts: int, moved: int, sets: int, device: torch.device) -> Timed:
     """The same of those that read so many buffers and write one, to within 512 bytes of each."""
     size = max(1, round(moved / (parts + 1) / 512)) * 512
-    read, written = (_buffers(count * size, sets, device) for count in (parts, 1))
+
+    def launch(variant: kernels.Variant, read: torch.Tensor, output: torch.Tensor) -> None:
+        kernels.plain_many(variant, read.view(parts, size), output)
+
+    return _plain(kernels.COLD_MANY, launch, [parts * size, size], sets, device)
+
+
+def _plain(
+    variants: dict[str, kernels.Variant],
+    launch: Callable[..., None],
+    sizes: Sequence[int],
+    sets: int,
+    device: torch.device,
+) -> Timed:
+    buffers = [_buffers(size, sets, device) for size in sizes]
+    has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
     return {
         f"plain, {name}": [
-            partial(kernels.plain_many, variant, memory.view(parts, size), output)
-            for memory, output in zip(read, written, strict=True)
+            partial(launch, variant, *memory) for memory in zip(*buffers, strict=True)
         ]
-        for name, variant in _launchable(kernels.COLD_MANY, device)
+        for name, variant in variants.items()
+        if has_dependent or not variant[2]
     }
-
-
-def _launchable(
-    variants: dict[str, kernels.Variant], device: torch.device
-) -> Iterable[tuple[str, kernels.Variant]]:
-    has_dependent = torch.cuda.get_device_capability(device)[0] >= 9
-    return (named for named in variants.items() if has_dependent or not named[1][2])
 
 
 def _buffers(size: int, sets: int, device: torch.device) -> list[torch.Tensor]:

@@ -11,8 +11,7 @@ WIDTH, HEIGHT = 860, 400
 LEFT, RIGHT, TOP, BOTTOM = 46, 16, 94, 62
 FONT = "font-family='system-ui, sans-serif'"
 DASHES = "stroke='#111827' stroke-width='1.5' stroke-dasharray='5 3'"
-NARROW, ROOM = 24, 40  # bars over which a number must stand upright, and what it needs
-LIMIT = "1x, the limit: a kernel that only moves the bytes"
+LIMIT = "1x: a kernel that only moves the bytes"
 
 
 class Drawing(NamedTuple):
@@ -27,11 +26,10 @@ class Drawing(NamedTuple):
 
 
 def many_parts(results: Results) -> list[Record]:
-    """A ring's steps, and many parts: cold, and of few rows."""
-    lists = results.select("states", kind="list")
-    sizes = [(size, parts) for size in ("8192x32", "64x16") for parts in (4, 8, 16)]
-    named = {(record["size"], record["parts"]): record for record in lists}
-    return [*ring_steps(results), *(named[size] for size in sizes if size in named)]
+    """A ring's steps, and many parts: of few rows, and cold."""
+    few = results.select("states", kind="list", size="64x16")
+    cold = results.select("states", kind="list", size="8192x32", parts=8)
+    return [*ring_steps(results), *(record for record in few if record["parts"] > 2), *cold]
 
 
 OURS, COMPILED = ("merge_attn_states", "#2563eb"), ("torch.compile", "#9ca3af")
@@ -48,7 +46,6 @@ DRAWINGS = {
         "A ring's step and many parts, {}: shorter is faster",
         {
             "ours": OURS,
-            "chain": ("a chain of pairs", "#0d9488"),
             "flashinfer": ("FlashInfer", "#f59e0b"),
             "compile": COMPILED,
             "eager": ("eager", "#d1d5db"),
@@ -67,7 +64,7 @@ def svg(results: Results, drawing: Drawing) -> str:
     shares = [ratio(record, name, "limit") or 0.0 for record in records for name in drawing.bars]
     step, bottom = (WIDTH - LEFT - RIGHT) / len(records), HEIGHT - BOTTOM
     width, most = 0.8 * step / len(drawing.bars), min(drawing.cut, max(2.0, *shares))
-    scale = (bottom - TOP - ROOM * (width < NARROW)) / most
+    scale = (bottom - TOP) / most
     title = drawing.title.format(results.gpu)
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {HEIGHT}' {FONT}>",
@@ -100,8 +97,8 @@ def _bars(
             f"height='{bottom - top:.1f}' fill='{drawing.bars[name][1]}'/>"
         )
         us = microseconds(time_of(record, name))
-        us += f" = {shares[name]:.0f}x" if shares[name] > drawing.cut else ""
-        yield _text(left + width / 2 - 1, top - 4, us, 10, "middle", is_turned=width < NARROW)
+        us += f" ({shares[name]:.0f}x)" if shares[name] > drawing.cut else ""
+        yield _text(left + width / 2 - 1, top - 4, us, 10, "middle")
         left += width
     below = f"{megabytes(record['bytes'])} MB"
     if record["group"] == "states":
@@ -111,23 +108,16 @@ def _bars(
 
 
 def _legend(drawing: Drawing) -> Iterator[str]:
-    x, y = 16, 48
+    x = 16
     for title, colour in drawing.bars.values():
         yield f"<rect x='{x}' y='42' width='12' height='12' fill='{colour}'/>"
         yield _text(x + 17, 53, title, 13)
         x += 44 + 8 * len(title)
-    if x + 8 * len(LIMIT) > WIDTH:
-        x, y = 30 + 6 * len(drawing.numbers), 67
-    yield f"<line x1='{x}' x2='{x + 24}' y1='{y}' y2='{y}' {DASHES}/>"
-    yield _text(x + 30, y + 5, LIMIT, 13)
+    yield f"<line x1='{x}' x2='{x + 24}' y1='48' y2='48' {DASHES}/>"
+    yield _text(x + 30, 53, LIMIT, 13)
     yield _text(16, 72, drawing.numbers, 11)
 
 
-def _text(
-    x: float, y: float, text: str, size: int, anchor: str = "start", is_turned: bool = False
-) -> str:
+def _text(x: float, y: float, text: str, size: int, anchor: str = "start") -> str:
     where = f"x='{x:.1f}' y='{y:.1f}' font-size='{size}' text-anchor='{anchor}'"
-    if is_turned:  # upwards from there
-        x += size / 3
-        where = f"transform='translate({x:.1f} {y:.1f}) rotate(-90)' font-size='{size}'"
     return f"<text {where} fill='#374151'>{escape(text)}</text>"

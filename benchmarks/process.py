@@ -1,4 +1,4 @@
-"""One process of a run: measures groups and prints their records as JSON, its last line.
+"""One process of a run, which measures groups, and how several are run and joined.
 
 Processes differ by more than rounds do (where memory lies, which rhythm launches fall into), so a
 run starts several: what each of them says is kept, and compared within it (results.py).
@@ -6,14 +6,11 @@ run starts several: what each of them says is kept, and compared within it (resu
 
 import argparse
 import importlib.util
-import json
-import os
+import multiprocessing
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,18 +20,15 @@ from .providers import COMPILED, EAGER, OURS, VLLM
 from .results import Record
 from .states_cases import GROUPS as STATES_GROUPS
 
+Answer = TypeVar("Answer")
+Measured = tuple[dict[str, list[Record]], dict[str, str]]
 
-def run_processes(module: str, arguments: Sequence[str], count: int) -> list[Any]:
-    """What a module prints as its last line, in JSON, from processes one after the other."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    answers = []
-    for _ in range(count):
-        command = [sys.executable, "-m", module, *arguments]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-        if ran.returncode:
-            raise SystemExit(f"benchmarks: a process of {module} failed")
-        answers.append(json.loads(ran.stdout.splitlines()[-1]))
-    return answers
+
+def in_processes(function: Callable[..., Answer], given: Sequence[Any], count: int) -> list[Answer]:
+    """What a function returns in so many processes, each begun for it, one after the other."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        return [pool.submit(function, *given).result() for _ in range(count)]
 
 
 def joined(processes: Sequence[Sequence[Record]]) -> list[Record]:
@@ -78,33 +72,14 @@ def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str
     return [neighbours.measure(*one, device, rounds) for one in zip(cases, wanted, strict=True)]
 
 
-def passed_on(chosen: argparse.Namespace) -> list[str]:
-    """The options of a process that measures."""
-    given = ["--device", str(chosen.device), "--rounds", str(chosen.rounds), "--case", chosen.case]
-    given += ["--only", *options.groups(chosen)]
-    given += ["--vllm-op-library", chosen.vllm_op_library] if chosen.vllm_op_library else []
-    return given
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    options.add_measuring(parser)
-    chosen = parser.parse_args(arguments)
-    if chosen.device.type == "cuda":
-        torch.cuda.set_device(chosen.device.index or 0)
+def measure(chosen: argparse.Namespace) -> Measured:
+    """One process's records by group; and who is missing, and why."""
     missing = {"vllm": "measured on a GPU only"}
     if chosen.device.type == "cuda":
+        torch.cuda.set_device(chosen.device.index or 0)
         why = vllm.load(chosen.vllm_op_library)
         missing = {"vllm": why} if why else {}
     if importlib.util.find_spec("flashinfer") is None:
         missing["flashinfer"] = "not installed"
-    measured = {}
-    for group in options.groups(chosen):
-        begin = time.monotonic()
-        measured[group] = measure_group(group, chosen, missing)
-        print(f"{group}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
-    print(json.dumps({"missing": missing, "groups": measured}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    groups = options.groups(chosen)
+    return {group: measure_group(group, chosen, missing) for group in groups}, missing

@@ -9,7 +9,7 @@ import torch
 import merge_attn_states
 
 from . import environment, kernels, options
-from .process import joined, passed_on, run_processes
+from .process import in_processes, joined, measure
 from .results import Results
 from .tables import group_tables, markdown
 from .targets import targets_table
@@ -22,7 +22,6 @@ def parser() -> argparse.ArgumentParser:
     options.add_measuring(made)
     options.add_results(made)
     made.add_argument("--vllm-version", metavar="VERSION", help="of --vllm-op-library")
-    made.add_argument("--dirty", action="store_true", help="record results of changed sources")
     made.add_argument("--processes", type=options.positive, default=PROCESSES, metavar="COUNT")
     return made
 
@@ -39,14 +38,14 @@ def main(arguments: list[str]) -> int:
         kernels.library()
     results, commit = open_results(chosen)
     begin = time.monotonic()
-    answers = run_processes("benchmarks.process", passed_on(chosen), chosen.processes)
+    answers = in_processes(measure, [chosen], chosen.processes)
     run = environment.circumstances(device, commit) | {
         "processes": chosen.processes,
         "seconds": round(time.monotonic() - begin),
-        "missing": answers[0]["missing"],
+        "missing": answers[0][1],
     }
     for group in groups:
-        results.add(group, run, joined([answer["groups"][group] for answer in answers]))
+        results.add(group, run, joined([records[group] for records, _ in answers]))
         for title, table in group_tables(results, group):
             print(f"\n{title}\n{markdown(*table)}")
     if not results.records:
@@ -62,11 +61,10 @@ def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
     measured: dict[str, Any] = {"trees": {}, "commit": "", "dirty": True}
     if chosen.output:
         measured = environment.sources(chosen.commit)
-        measured["dirty"] |= chosen.dirty
-        if measured["dirty"] and not chosen.dirty:
+        if measured["dirty"]:
             raise SystemExit(
                 "benchmarks: csrc, include or python are not the commit's, or not what the binary "
-                "was built of: commit and build again, or say --dirty"
+                "was built of: commit and build again"
             )
     here = environment.identity(chosen.device, measured, chosen.vllm_version)
     if chosen.output is None or not chosen.output.exists():

@@ -21,6 +21,7 @@ from merge_attn_states import merge_attn_states, merge_states, update_state
 from merge_attn_states.reference import merge_states_reference
 
 from . import cold, kernels, neighbours
+from .check import SAMPLED_TOKENS, wrong
 from .providers import Provider, prepare
 from .results import Record
 from .states_cases import (
@@ -39,7 +40,6 @@ from .states_cases import (
 from .timing import Call, Timing, buffer_sets, time_cpu, time_cuda, time_host
 
 LN2 = math.log(2)
-SAMPLED_TOKENS = 64
 HOST_CALLS = 500  # a round
 
 
@@ -171,23 +171,15 @@ def check_states(call: Call, o: States) -> str:
         found = list(zip(output, lse, strict=True))
     else:
         found = [(output, lse.reshape(output.shape[:-1]) * base)]
-    tolerance = 1e-5 if o.out.dtype == torch.float32 else 2e-2
-    try:
-        for one, expected in zip(found, due, strict=True):
-            if any(bool(each.isnan().any()) for each in one):
-                return "NaN in the answer"
-            values, lses = zip(sampled(*one), expected, strict=True)
-            torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(*lses, rtol=1e-4, atol=1e-3)
-    except AssertionError as error:
-        return " ".join(str(error).split())
-    return ""
+    tolerances = [(1e-5 if o.out.dtype == torch.float32 else 2e-2,) * 2, (1e-4, 1e-3)]
+    return wrong(
+        (*pair, *tolerance)
+        for one, expected in zip(found, due, strict=True)
+        for *pair, tolerance in zip(one, sampled(*one), expected, tolerances, strict=True)
+    )
 
 
-# How it is measured: microseconds, by provider.
-
-Timed = dict[str, list[Call]]
-Times = dict[str, float]
+Times = dict[str, float]  # microseconds, by provider
 
 
 def medians(timings: dict[str, Timing]) -> Times:
@@ -222,7 +214,7 @@ def selected_kernel(o: States) -> dict[str, str]:
     return {"kernel": kernel, "variant": variant}
 
 
-def _added(timed: Timed, sets: list[States], rounds: int) -> Times:
+def _added(timed: cold.Timed, sets: list[States], rounds: int) -> Times:
     (o,) = sets
     middles: dict[str, Call] = {
         f"plain, {name}": partial(kernels.plain_many, variant, o.outputs, o.out)
@@ -234,7 +226,7 @@ def _added(timed: Timed, sets: list[States], rounds: int) -> Times:
     return neighbours.added(around, {name: c[0] for name, c in timed.items()} | middles, rounds)
 
 
-def _cold(timed: Timed, sets: list[States], rounds: int) -> Times:
+def _cold(timed: cold.Timed, sets: list[States], rounds: int) -> Times:
     case, device = sets[0].case, sets[0].out.device
     if case.kind == SPLIT:
         sink = torch.empty(kernels.PACK, dtype=torch.uint8, device=device)
@@ -246,7 +238,7 @@ def _cold(timed: Timed, sets: list[States], rounds: int) -> Times:
     return medians(time_cuda(timed, rounds))
 
 
-def _on_host(timed: Timed, sets: list[States], rounds: int) -> Times:
+def _on_host(timed: cold.Timed, sets: list[States], rounds: int) -> Times:
     """What an eager call costs, launches included, and a compiled one's first, caches empty."""
     first = {}
     if "compile" in timed:
@@ -260,7 +252,7 @@ def _on_host(timed: Timed, sets: list[States], rounds: int) -> Times:
     return medians(time_host(loops, dict.fromkeys(loops, HOST_CALLS), rounds, synchronize)) | first
 
 
-def _on_cpu(timed: Timed, sets: list[States], rounds: int) -> Times:
+def _on_cpu(timed: cold.Timed, sets: list[States], rounds: int) -> Times:
     """torch.add's are for this case's bytes."""
     (o,) = sets
     calls: dict[str, Call] = {name: calls[0] for name, calls in timed.items()}

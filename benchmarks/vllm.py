@@ -7,7 +7,6 @@ many there are: they are matched by the names in its schema.
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ import torch
 from .operands import Operands
 
 DISPATCHER = "vllm.v1.attention.ops.merge_attn_states"
-ORDER = ["output", "output_lse", "prefix_output", "prefix_lse", "suffix_output", "suffix_lse"]
-ORDER += ["prefill_tokens_with_context", "output_scale"]  # from 0.26 to 0.33
 
 
 def load(op_library: str | None) -> str:
@@ -75,39 +72,8 @@ def refuses(operands: Operands) -> str:
 
 
 def dispatcher() -> Callable[..., None] | None:
-    """VLLM's own where the package is installed, else the same steps around an op of today."""
+    """VLLM's own, where the package is installed."""
     if version() is None:
-        return merge_behind_checks if argument_names() == ORDER else None
+        return None
     function: Callable[..., None] = importlib.import_module(DISPATCHER).merge_attn_states
     return function
-
-
-_platform = SimpleNamespace(is_cuda=lambda: True)  # stands for vLLM's
-_KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def merge_behind_checks(output: torch.Tensor, *others: torch.Tensor) -> None:
-    """Do what vLLM's dispatcher does with a call that its kernel takes, step by step.
-
-    Written after it: the platform, the dtype and the head size are asked for, the wrapper function
-    is imported inside the function, and the wrapper looks the op up and calls it.
-    """
-
-    def dtype_is_supported(tensor: torch.Tensor) -> bool:
-        return tensor.dtype in _KERNEL_DTYPES
-
-    def head_size_is_supported(tensor: torch.Tensor) -> bool:
-        pack = 4 if tensor.dtype == torch.float32 else 8
-        return tensor.shape[2] % pack == 0
-
-    if not (_platform.is_cuda() and dtype_is_supported(output) and head_size_is_supported(output)):
-        raise NotImplementedError("vLLM would go to its Triton kernel here")
-    from benchmarks.vllm import call_op
-
-    call_op(output, *others)
-
-
-def call_op(*operands: torch.Tensor | None) -> None:
-    """Stand for `vllm._custom_ops.merge_attn_states`: positional, in the op's order."""
-    output, prefix, prefix_lse, suffix, suffix_lse, lse = operands
-    torch.ops._C.merge_attn_states(output, lse, prefix, prefix_lse, suffix, suffix_lse, None, None)

@@ -50,7 +50,7 @@ def test_a_wrong_answer_is_seen(how):
 def test_an_answer_of_the_call_before_is_not_taken_for_this_ones():
     (operands,) = make_operands(SMALL, 1, CPU)
     OURS.bind(operands)()
-    assert check.check(lambda: None, operands) == "NaN in the output"
+    assert check.check(lambda: None, operands) == "NaN in the answer"
 
 
 @pytest.mark.parametrize("kind", ["onto prefix", "onto suffix", "half context, onto suffix"])
@@ -99,7 +99,6 @@ def test_vllm_is_called_by_its_schema(schema):
         operands = Operands(*"abcdef", 7, "h")
         names = vllm.argument_names()
         assert vllm.arguments(operands) == tuple("afbcde") + (7, "h")[: len(names) - 6]
-        assert (vllm.dispatcher() is None) == (schema is OLDER)
         assert prepare([VLLM], make_operands(SMALL, 1, CPU))[1] == {}
         refused = {
             case: prepare([VLLM], make_operands(case, 1, CPU))[1].get("vllm", "")
@@ -154,8 +153,6 @@ def test_kinds_are_what_they_say():
     assert elsewhere.output_lse is not elsewhere.suffix_lse
     assert elsewhere.prefill_tokens_with_context == 4
     assert made["half empty"].prefix_lse.isinf().sum() == 16
-    with pytest.raises(ValueError, match=r"kind: expected one of .* got 'nonsense'"):
-        Case(8, 4, 16, kind="nonsense")
 
 
 KINDS = {case.kind for cases in GROUPS.values() for case in cases}
@@ -323,10 +320,8 @@ def test_changed_sources_are_not_measured(monkeypatch, tmp_path):
     changed = {"trees": TREES, "commit": "c" * 40, "dirty": True}
     monkeypatch.setattr(environment, "sources", lambda commit: dict(changed))
     options = run.parser().parse_args(["--device", "cpu", "--output", str(tmp_path / "r.json")])
-    with pytest.raises(SystemExit, match="commit and build again, or say --dirty"):
+    with pytest.raises(SystemExit, match="commit and build again"):
         run.open_results(options)
-    options.dirty = True
-    assert run.open_results(options)[0].environment["dirty"]
 
 
 def test_results_of_another_machine_stay_as_they_are(monkeypatch, tmp_path):

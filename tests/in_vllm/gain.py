@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import sys
 import timeit
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from benchmarks.check import check
 from benchmarks.host import Times, tight_and_swept
 from benchmarks.neighbours import added, neighbours
 from benchmarks.operands import Operands
-from benchmarks.process import run_processes
+from benchmarks.process import in_processes
 from benchmarks.results import Record, Results
 from benchmarks.run import PROCESSES
 from benchmarks.timing import ROUNDS, TimedCalls, Timing, buffer_sets, time_cuda
@@ -101,8 +100,14 @@ def refusal(pattern: Pattern, operands: Operands, merge: Merge) -> Record:
         return {"status": "failed", "reason": reason}
 
 
+def host_times(device: torch.device, quick: bool) -> dict[str, Times]:
+    """One process's, by pattern."""
+    check_own_way(device)
+    with both() as merges:
+        return time_host_here(merges, device, quick)
+
+
 def time_host_here(merges: Merges, device: torch.device, quick: bool) -> dict[str, Times]:
-    """One process's times, by pattern."""
     times = {}
     for pattern in PATTERNS:
         operands = pattern.make(HOST_TOKENS, device)
@@ -120,9 +125,7 @@ def time_host_here(merges: Merges, device: torch.device, quick: bool) -> dict[st
 
 
 def measure_host(merges: Merges, device: torch.device, quick: bool) -> Iterator[Record]:
-    arguments = ["--host-process", "--device", str(device), *(["--quick"] if quick else [])]
-    module = "in_vllm.gain"
-    processes = run_processes(module, arguments, 1 if quick else PROCESSES)
+    processes = in_processes(host_times, [device, quick], 1 if quick else PROCESSES)
     for pattern in PATTERNS:
         operands = pattern.make(HOST_TOKENS, device)
         case = {"group": "host", "case": pattern.name, "tokens": HOST_TOKENS}
@@ -172,19 +175,13 @@ def time_device(
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_results(parser)
-    parser.add_argument("--host-process", action="store_true", help=argparse.SUPPRESS)
     options.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="does everything run?")
     chosen = parser.parse_args(arguments)
     device: torch.device = chosen.device
     check_own_way(device)
     with both() as merges:
-        if chosen.host_process:
-            times = time_host_here(merges, device, chosen.quick)
-        else:
-            measure(merges, device, chosen)
-    if chosen.host_process:  # not before nothing went back to vLLM
-        print(json.dumps(times))
+        measure(merges, device, chosen)
     return 0
 
 
