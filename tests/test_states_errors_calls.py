@@ -192,6 +192,16 @@ def test_parts_that_are_alike(device):
         merge_states(stacked[0][:201], stacked[1][:201], dim=0, empty=masks)
 
 
+def test_too_many_parts_are_not_told_apart_first(device):
+    """One element of memory can be as many parts as one likes."""
+    huge = torch.zeros(1, 1, device=device).expand(10**9, 1, 1)
+    mask = torch.zeros(1, dtype=torch.bool, device=device)
+    with pytest.raises(
+        OPERATOR_ERROR, match=r"outputs: expected 1 to 1024 parts along dimension 0, got"
+    ):
+        OPS.merge_states([huge], [huge[..., 0]], [], [mask], 0)
+
+
 # Devices.
 
 OPERANDS = ["outputs[0]", "outputs[2]", "lses[0]", "lses[1]", "index[1]", "empty[2]", "sink",

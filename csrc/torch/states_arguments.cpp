@@ -3,6 +3,7 @@
 #include <string_view>
 #include <utility>
 
+#include "../core/parts_call.h"
 #include "../core/stack.h"
 #include "lse_bases.h"
 
@@ -119,12 +120,12 @@ void MergeStatesCall::check_lists() const {
   }
 }
 
-// Whether each part of the stack can be told apart.
+// Whether each part of the stack can be told apart, and is not one of too many.
 bool MergeStatesCall::can_unstack() const {
   const int64_t dim = *given_.dim;
   const Tensor &outputs = given_.outputs[0], &lses = given_.lses[0];
   return dim >= 0 && dim < outputs.dim() - 1 && dim < lses.dim() &&
-         outputs.size(dim) == lses.size(dim);
+         outputs.size(dim) == lses.size(dim) && outputs.size(dim) <= kMaxAlikeParts;
 }
 
 void MergeStatesCall::describe_parts() {
