@@ -1,4 +1,5 @@
-// Exact division of a number below 2^31 by a divisor known at launch: one multiplication.
+// Exact division by a divisor known at launch, in one multiplication: of numbers below 2^31, and of
+// a block's threads.
 #pragma once
 
 #include <bit>
@@ -24,6 +25,22 @@ struct FastDivision {
   MERGE_ATTN_STATES_HOST_DEVICE uint32_t quotient(uint32_t value) const {
     return static_cast<uint32_t>(uint64_t{value} * factor >> shift);
   }
+};
+
+// Of small numbers, in 32 bits: exact while number * divisor < 2^kShift.
+struct ThreadDivision {
+  static constexpr int kShift = 20;
+
+  uint32_t divisor;
+  uint32_t factor;  // ceil(2^kShift / divisor)
+
+  explicit ThreadDivision(uint32_t by) : divisor(by), factor(((1u << kShift) + by - 1) / by) {}
+
+  MERGE_ATTN_STATES_HOST_DEVICE uint32_t quotient(uint32_t number) const {
+    return number * factor >> kShift;
+  }
+  // Of threads below `most`, by divisors up to it.
+  static constexpr bool is_exact(int most) { return most * most <= 1 << kShift; }
 };
 
 }  // namespace merge_attn_states::cuda

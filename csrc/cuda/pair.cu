@@ -15,6 +15,7 @@
 // branch, parameters stand in the order of their use, and calls of the usual kind have kernels that
 // ask for nothing else (docs/experiments.md has what each of these costs).
 #include "families.h"
+#include "fast_division.h"
 #include "launch.h"
 #include "pack.cuh"
 #include "tuning.h"
@@ -51,15 +52,13 @@ struct Tiles {
   bool inner_first;  // the grid's x counts tiles along the inner axis, y places of the outer one
   uint32_t num_inner;
   uint32_t rows;  // of a tile
-  uint32_t packs_per_row;
-  uint32_t row_factor;     // ceil(2^kRowShift / packs_per_row)
+  ThreadDivision packs_per_row;
   PerAxis with_context;    // rows from there on copy the suffix
   uint32_t value_threads;  // merge_rows: threads from there on merge an LSE each
   bool replaces_an_lse;
 };
 
-constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
-static_assert(kMaxThreads * kMaxThreads <= 1 << kRowShift);
+static_assert(ThreadDivision::is_exact(kMaxThreads));
 
 template <Kind kKind>
 struct PairCall {
@@ -105,8 +104,8 @@ struct Place {
   uint32_t column;
 
   __device__ explicit Place(const Tiles& tiles)
-      : row_of_tile(threadIdx.x * tiles.row_factor >> kRowShift),
-        column(threadIdx.x - row_of_tile * tiles.packs_per_row) {}
+      : row_of_tile(tiles.packs_per_row.quotient(threadIdx.x)),
+        column(threadIdx.x - row_of_tile * tiles.packs_per_row.divisor) {}
 
   template <class T, int kElements, class Data>
   __device__ T* pack(Data* data, const Row& row, const PerAxis& strides) const {
@@ -246,8 +245,7 @@ PairCall<kKind> pair_call(const MergeCall& call, const PairShape& shape) {
   PairCall<kKind> result{.tiles = {.inner_first = shape.inner_first,
                                    .num_inner = axes(num_tokens, num_heads).inner,
                                    .rows = u32(shape.rows),
-                                   .packs_per_row = u32(packs),
-                                   .row_factor = u32(((1 << kRowShift) + packs - 1) / packs),
+                                   .packs_per_row = ThreadDivision(u32(packs)),
                                    .with_context = axes(with_context, num_heads),
                                    .value_threads = u32(shape.value_threads),
                                    .replaces_an_lse = replaces_an_lse(call)},

@@ -12,8 +12,7 @@ namespace {
 
 struct FewParts {
   AlikeRows rows;
-  uint32_t packs_per_row;
-  uint32_t row_factor;  // ceil(2^kRowShift / packs_per_row)
+  ThreadDivision packs_per_row;
   uint32_t rows_per_block;
   uint32_t value_threads;  // threads from there on merge an LSE each
   int32_t num_parts;
@@ -26,8 +25,7 @@ struct FewParts {
   const void* parts[kFewParts];
 };
 
-constexpr int kRowShift = 20;  // exact while thread * packs_per_row < 2^20
-static_assert(kMaxFewThreads * kMaxFewThreads <= 1 << kRowShift);
+static_assert(ThreadDivision::is_exact(kMaxFewThreads));
 
 // kMost >= num_parts, so that arrays stay in registers; what is beyond the parts is empty.
 template <class T, int kMost, bool kIsFull, bool kHasSink>
@@ -35,9 +33,9 @@ __global__ void __launch_bounds__(kMaxFewThreads) merge_few(const __grid_constan
   using PackT = Pack<T, kElements<T>>;
   const int num_parts = kIsFull ? kMost : call.num_parts;
   const bool merges_lse = threadIdx.x >= call.value_threads;
-  const uint32_t of_values = threadIdx.x * call.row_factor >> kRowShift;
+  const uint32_t of_values = call.packs_per_row.quotient(threadIdx.x);
   const uint32_t of_block = merges_lse ? threadIdx.x - call.value_threads : of_values;
-  const uint32_t column = threadIdx.x - of_values * call.packs_per_row;
+  const uint32_t column = threadIdx.x - of_values * call.packs_per_row.divisor;
   const uint32_t number = blockIdx.x * call.rows_per_block + of_block;
   if (of_block >= call.rows_per_block || number >= call.rows.num_rows) return;
   const AlikeRow row(call.rows, number);
@@ -108,9 +106,7 @@ __global__ void __launch_bounds__(kMaxFewThreads) merge_few(const __grid_constan
 
 void launch_few(const PartsCall& call, const AlikeShape& shape) {
   FewParts parameters{.rows = alike_rows(call),
-                      .packs_per_row = static_cast<uint32_t>(shape.packs_per_row),
-                      .row_factor = static_cast<uint32_t>(
-                          ((1 << kRowShift) + shape.packs_per_row - 1) / shape.packs_per_row),
+                      .packs_per_row = ThreadDivision(shape.packs_per_row),
                       .rows_per_block = static_cast<uint32_t>(shape.rows),
                       .value_threads = static_cast<uint32_t>(shape.threads),
                       .num_parts = call.num_parts,
