@@ -20,7 +20,7 @@ from merge_attn_states import merge_attn_states as merge
 
 CALLS = int(os.environ.get("SOAK_CALLS", 100_000))
 PARTS = 10  # so that shards share them
-WARM_UP = 300
+WARM_UP = 1000  # calls, until what Python and PyTorch keep of shapes and numbers hardly grows
 WINDOWS = 4  # a leak shows in each of them; whatever else the process does in the meantime does not
 MEMORY_SLACK = 24 * 2**20  # bytes by which a process may grow: its heap's pieces move
 HEAD_SIZES = (1, 7, 8, 16, 48, 64, 80, 96, 100, 128, 192, 256)
