@@ -15,7 +15,7 @@ from support import BF16, E4M3, E5M2, F16, F32, F64, INF, NAN, assert_bits, bits
 from merge_attn_states import merge_states, update_state
 from merge_attn_states.distributed import RankMerge
 
-HEADS, SHORT = 6, datetime.timedelta(seconds=2)
+HEADS, SHORT = 6, datetime.timedelta(seconds=3)
 
 
 def states_of_ranks(ranks, num_tokens, head_size, dtype, device):

@@ -35,6 +35,7 @@ def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
 
 def main(program, ranks, store, device, rank):
     ranks, rank = int(ranks), int(rank)
+    programs = importlib.import_module("ranks_programs")  # first: from here on ranks are in step
     device = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -45,7 +46,7 @@ def main(program, ranks, store, device, rank):
         world_size=ranks,
         timeout=LIMIT,
     )
-    getattr(importlib.import_module("ranks_programs"), program)(rank, ranks, device)
+    getattr(programs, program)(rank, ranks, device)
     dist.destroy_process_group()
 
 
