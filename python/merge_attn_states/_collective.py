@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ._rank_state import lse_dtype_of
+from ._states_operators import lse_dtype_of
 from .states import Base, merge_states
 
 __all__ = ["Collective", "Packed"]
@@ -76,11 +76,9 @@ class Collective:
             rows: list[list[int]] = gathered.view(self.ranks, -1).tolist()
         return rows
 
-    def room_for(self, output: torch.Tensor, scatters: bool) -> Packed:
-        """Memory for what the ranks send of such states, or of this rank's share of the heads."""
-        num_tokens, num_heads, head_size = output.shape
-        heads = num_heads // self.ranks if scatters else num_heads
-        return _packed(self.ranks, (num_tokens, heads, head_size), output.dtype, self.device)
+    def room_for(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Packed:
+        """Memory for what the ranks send, of outputs of this shape."""
+        return _packed(self.ranks, shape, dtype, self.device)
 
     def check_results(
         self,
@@ -137,7 +135,7 @@ class Collective:
         try:
             yield
         except BaseException as error:
-            self._failure = str(error).strip().partition("\n")[0] or type(error).__name__
+            self._failure = _first_line(error)
             raise
 
     def _exchange(
@@ -151,10 +149,13 @@ class Collective:
             work = collective(come, sent, group=self.group, async_op=True)
             work.wait() if self.timeout is None else work.wait(self.timeout)
         except RuntimeError as error:
-            said = str(error).strip().partition("\n")[0]
             raise RuntimeError(
-                f"the exchange with the group's other ranks failed: {said}"
+                f"the exchange with the group's other ranks failed: {_first_line(error)}"
             ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _by_rank(tensor: torch.Tensor, ranks: int) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 
 from ._operator import refuse_derivatives
 from ._sharded import are_sharded
+from ._states_operators import lse_dtype_of
 
-__all__ = ["DTYPES", "Empty", "RankState", "check_timeout", "lse_dtype_of"]
+__all__ = ["DTYPES", "Empty", "RankState", "check_timeout"]
 
 Empty = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DTYPES = (
@@ -21,11 +22,6 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-
-
-def lse_dtype_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the LSEs beside outputs of this one."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RankState:

@@ -44,9 +44,13 @@ def new_lse(
     outputs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], shape: Sequence[int]
 ) -> torch.Tensor:
     """Return a contiguous LSE of an output of that shape."""
-    wide = outputs[0].dtype == torch.float64
     like = lses[0] if lses else outputs[0]
-    return _new(like, shape[:-1], torch.float64 if wide else torch.float32)
+    return _new(like, shape[:-1], lse_dtype_of(outputs[0].dtype))
+
+
+def lse_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the LSEs beside outputs of this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _new(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from ._agreement import agree, caught
 from ._collective import Collective, Packed
-from ._rank_state import DTYPES, Empty, RankState, check_timeout, lse_dtype_of
+from ._rank_state import DTYPES, Empty, RankState, check_timeout
+from ._states_operators import lse_dtype_of
 from .states import Base
 
 __all__ = ["RankMerge"]
@@ -128,7 +129,7 @@ class RankMerge:
         # Connections are made and kernels loaded by what needs them first: not by a captured call.
         zeros = torch.zeros(1, num_heads, head_size, device=self.device)
         output, lse = zeros.to(dtype), zeros[..., 0].to(lse_dtype_of(dtype))
-        self._transport.merge(output, lse, None, "e", self._room_for(output), None, None)
+        self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
 
     def _numbers(self) -> dict[str, int]:
         """The arguments, of which all are right, as ranks compare them."""
@@ -233,8 +234,9 @@ class RankMerge:
         lse = lse.view(lse.shape[:2]) if lse.ndim == 3 else lse
         return self._transport.merge(output, lse, mask, lse_base, come, out, out_lse)
 
-    def _room_for(self, output: torch.Tensor) -> Packed:
-        return self._transport.room_for(output, self.scatter is not None)
+    def _room_for(self, num_tokens: int) -> Packed:
+        shape = (num_tokens, self.merged_heads, self.head_size)
+        return self._transport.room_for(shape, self.dtype)
 
     def _prepared(
         self,
@@ -252,7 +254,7 @@ class RankMerge:
             raise ValueError(f"lse_base: expected 'e' or '2', got {lse_base!r}")
         if nan_lse not in ("visible", "empty"):
             raise ValueError(f"nan_lse: expected 'visible' or 'empty', got {nan_lse!r}")
-        come = self._room_for(output)
+        come = self._room_for(output.shape[0])
         if out is not None or out_lse is not None:
             self._transport.check_results(come, lse_base, out, out_lse)
         return come
