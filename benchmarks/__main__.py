@@ -4,10 +4,6 @@ import sys
 
 from . import report, run
 
-
-def main(arguments: list[str]) -> int:
-    return report.main(arguments[1:]) if arguments[:1] == ["report"] else run.main(arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    publishes = sys.argv[1:2] == ["report"]
+    sys.exit(report.main(sys.argv[2:]) if publishes else run.main(sys.argv[1:]))

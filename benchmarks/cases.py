@@ -33,6 +33,11 @@ class Case:
     kind: str = PLAIN
     size: str = ""
 
+    def __post_init__(self) -> None:
+        known = {PLAIN, *NEIGHBOUR_KINDS, *COLD_KINDS, *GENERIC_KINDS}
+        if self.kind not in known:
+            raise ValueError(f"kind: expected one of {known}, got {self.kind!r}")
+
     @property
     def name(self) -> str:
         shape = f"{self.tokens}x{self.heads}x{self.head_size} {SHORT[self.dtype]}"

@@ -17,7 +17,7 @@ from .cases import Case
 from .operands import make_operands
 from .providers import Provider, prepare
 from .results import Record
-from .timing import Call, buffer_sets, time_cuda
+from .timing import Call, buffer_sets, medians, time_cuda
 
 Timed = dict[str, list[Call]]  # by provider, a call a set of buffers
 
@@ -28,7 +28,7 @@ def measure(case: Case, providers: Sequence[Provider], device: torch.device, rou
     operands = make_operands(case, sets, device)
     timed, refused = prepare(providers, operands)
     timed |= plain_kernels(case.bytes(), sets, device, case.has_narrow_output)
-    us = {name: timing.median for name, timing in time_cuda(timed, rounds).items()}
+    us = medians(time_cuda(timed, rounds))
     kernel = merge_attn_states.selected_kernel(*operands[0])._asdict()
     return case.record() | kernel | {"us": us, "refused": refused}
 

@@ -10,7 +10,7 @@ from .cases import Case
 from .operands import make_operands
 from .providers import EAGER, OURS, OURS_OPS, prepare
 from .results import Record
-from .timing import time_cpu
+from .timing import medians, time_cpu
 
 
 def measure(case: Case, rounds: int) -> Record:
@@ -21,7 +21,7 @@ def measure(case: Case, rounds: int) -> Record:
     parts = torch.randn(3, case.tokens, case.heads, case.head_size).to(case.input_dtype)
     calls = {name: one[0] for name, one in timed.items()}
     calls["add"] = partial(torch.add, parts[0], parts[1], out=parts[2])
-    us = {name: timing.median for name, timing in time_cpu(calls, rounds).items()}
+    us = medians(time_cpu(calls, rounds))
     us["add"] *= case.bytes() / parts.nbytes  # it has no LSEs to move
     kernel = merge_attn_states.selected_kernel(*operands[0])._asdict()
     return case.record() | kernel | {"us": us, "refused": refused}

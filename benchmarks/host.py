@@ -21,7 +21,7 @@ from .cases import HOST_CASE
 from .check import check
 from .operands import make_operands
 from .results import Record
-from .timing import Call, TimedCalls, Timing, time_host
+from .timing import Call, TimedCalls, Timing, medians, time_host
 
 SWEPT_BYTES = 16 * 2**20
 LINE = 64
@@ -92,7 +92,6 @@ def measure(device: torch.device, missing: dict[str, str], rounds: int) -> list[
         with context():
             times = tight_and_swept(timed_calls(device, missing), device, rounds)
         for regime, timings in times.items():
-            us = {name: timing.median for name, timing in timings.items()}
             record = {"case": f"{mode}, {regime}", "mode": mode, "regime": regime}
-            records.append(record | {"us": us, "refused": {}})
+            records.append(record | {"us": medians(timings), "refused": {}})
     return records

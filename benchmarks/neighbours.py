@@ -18,7 +18,7 @@ from .cases import Case
 from .operands import Operands, make_operands
 from .providers import Provider, prepare
 from .results import Record
-from .timing import Call, time_cuda
+from .timing import Call, medians, time_cuda
 
 Neighbours = tuple[Call, Call]  # the producer and the consumer
 
@@ -47,9 +47,9 @@ def added(around: Neighbours, middles: dict[str, Call], rounds: int) -> dict[str
         return call
 
     sequences = {name: [between(middle)] for name, middle in middles.items()}
-    times = time_cuda(sequences | {"neighbours": [between(lambda: None)]}, rounds)
-    alone = times.pop("neighbours").median
-    return {name: time.median - alone for name, time in times.items()} | {"neighbours": alone}
+    times = medians(time_cuda(sequences | {"neighbours": [between(lambda: None)]}, rounds))
+    alone = times.pop("neighbours")
+    return {name: us - alone for name, us in times.items()} | {"neighbours": alone}
 
 
 def neighbours(operands: Operands) -> Neighbours:

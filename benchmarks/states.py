@@ -37,7 +37,7 @@ from .states_cases import (
     StatesCase,
     make_states,
 )
-from .timing import Call, Timing, buffer_sets, time_cpu, time_cuda, time_host
+from .timing import Call, buffer_sets, medians, time_cpu, time_cuda, time_host
 
 LN2 = math.log(2)
 HOST_CALLS = 500  # a round
@@ -180,10 +180,6 @@ def check_states(call: Call, o: States) -> str:
 
 
 Times = dict[str, float]  # microseconds, by provider
-
-
-def medians(timings: dict[str, Timing]) -> Times:
-    return {name: timing.median for name, timing in timings.items()}
 
 
 def measure(

@@ -37,6 +37,10 @@ def summary(rounds: list[float]) -> Timing:
     return Timing(median, low, high)
 
 
+def medians(timings: Mapping[str, Timing]) -> dict[str, float]:
+    return {name: timing.median for name, timing in timings.items()}
+
+
 def _turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
     """Rounds, those that warm up below 0, each beginning with another provider."""
     for round_ in range(-WARM_UP_ROUNDS, rounds):

@@ -153,6 +153,8 @@ def test_kinds_are_what_they_say():
     assert elsewhere.output_lse is not elsewhere.suffix_lse
     assert elsewhere.prefill_tokens_with_context == 4
     assert made["half empty"].prefix_lse.isinf().sum() == 16
+    with pytest.raises(ValueError, match=r"kind: expected one of .* got 'nonsense'"):
+        Case(8, 4, 16, kind="nonsense")
 
 
 KINDS = {case.kind for cases in GROUPS.values() for case in cases}
