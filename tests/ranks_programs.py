@@ -1,4 +1,4 @@
-"""What the tests of several ranks run on each of them (ranks_support.py)."""
+"""What test_distributed.py runs on every rank."""
 
 import datetime
 import os
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from states_support import States, compare
 from support import BF16, E4M3, E5M2, F16, F32, F64, INF, NAN, assert_bits, bits, blank, place
 
-from merge_attn_states import merge_states, update_state
+from merge_attn_states import merge_states
 from merge_attn_states.distributed import RankMerge
 
 HEADS, SHORT = 6, datetime.timedelta(seconds=3)
@@ -275,114 +275,3 @@ def gone_group(rank, ranks, device):
     dist.destroy_process_group(group)
     del second
     first(*operands)
-
-
-# DTensors.
-
-
-def shards(rank, ranks, device):
-    """Each rank merges its own rows."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh(device.type, (ranks,))
-    torch.manual_seed(0)  # the same operands on every rank
-    outputs = [torch.randn(5, 3, 8) for _ in range(3)]  # 5 tokens over 2 ranks: uneven
-    lses = [torch.randn(5, 3) for _ in range(3)]
-    sink, empty = torch.randn(3), [torch.rand(5, 3) < 0.3, None, None]
-    wanted, wanted_lse = merge_states(outputs, lses, sink=sink, empty=empty)
-    grad = torch.randn(5, 3, 8)
-
-    def spread(x, placement):
-        return None if x is None else distribute_tensor(x, mesh, [placement])
-
-    whole = Replicate()
-    for placement, of_sink in ((Shard(0), whole), (Shard(1), Shard(0)), (whole, whole)):
-        mine = [spread(x, placement).requires_grad_() for x in outputs]
-        out, lse = merge_states(
-            mine,
-            [spread(x, placement) for x in lses],
-            empty=[spread(x, placement) for x in empty],
-            sink=spread(sink, of_sink),
-        )
-        assert isinstance(out, DTensor)
-        assert tuple(out.placements) == (placement,)
-        assert torch.equal(out.full_tensor(), wanted)
-        assert torch.equal(lse.full_tensor(), wanted_lse)
-        out.backward(spread(grad, placement))
-        plain = [x.clone().requires_grad_() for x in outputs]
-        merge_states(plain, lses, sink=sink, empty=empty)[0].backward(grad)
-        for a, b in zip(mine, plain, strict=True):
-            assert torch.equal(a.grad.full_tensor(), b.grad)
-
-        stacked, of_lses = torch.stack(outputs, 1), torch.stack(lses, 1)
-        apart = Shard(2) if placement == Shard(1) else placement
-        out, _ = merge_states(spread(stacked, apart), spread(of_lses, apart), dim=1)
-        assert tuple(out.placements) == (placement,)
-        assert torch.equal(out.full_tensor(), merge_states(outputs, lses)[0])
-
-        state, state_lse = torch.zeros(5, 3, 8), torch.full((5, 3), -torch.inf)
-        own, own_lse = spread(state, placement), spread(state_lse, placement)
-        for block, block_lse in zip(outputs, lses, strict=True):
-            update_state(own, own_lse, spread(block, placement), spread(block_lse, placement))
-            update_state(state, state_lse, block, block_lse)
-        assert torch.equal(own.full_tensor(), state)
-        assert torch.equal(own_lse.full_tensor(), state_lse)
-
-
-# PyTorch's context parallel.
-
-
-def exact_attention(query, key, value, is_causal):
-    """In float64, of all queries and keys, with its LSE."""
-    scores = query.double() @ key.double().mT * query.shape[-1] ** -0.5
-    if is_causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -INF)
-    return scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
-
-
-def ring(rank, ranks, device):
-    """Its ring of attention blocks gives one attention, nearer than without us, in our launches."""
-    from torch.distributed.tensor.experimental._context_parallel import _attention
-
-    from merge_attn_states.integrations import context_parallel
-    from merge_attn_states.integrations.pytorch import attention_with_lse
-
-    steps = []
-
-    def counted(*operands):
-        steps.append(operands[0].shape[2])
-        update_state(*operands)
-
-    def attend(query, key, value, is_causal):
-        return attention_with_lse(query, key, value, is_causal=is_causal)
-
-    context_parallel.update_state = counted
-    torch.manual_seed(0)  # the same operands on every rank
-    size = 8 * ranks
-    for is_causal, balances in ((False, False), (True, False), (True, True)):
-        whole = [torch.randn(2, 3, size, 16).bfloat16() for _ in range(3)]
-        due, due_lse = exact_attention(*whole, is_causal)
-        # Balanced, a rank has one of the first chunks and one of the last: as much to do as others.
-        places = torch.arange(size).chunk(2 * ranks)
-        places = torch.cat(
-            [places[rank], places[-1 - rank]] if balances else places[2 * rank : 2 * rank + 2]
-        )
-        query, key, value = (x[:, :, places].to(device) for x in whole)
-        _attention._cp_options.enable_load_balance = balances
-        errors = []
-        for is_ours in (False, True):
-            (context_parallel.enable if is_ours else context_parallel.disable)()
-            assert context_parallel.is_enabled() == is_ours
-            out, lse = _attention._templated_ring_attention(
-                dist.group.WORLD, 2, attend, query, key, value, is_causal=is_causal
-            )
-            assert out.dtype == BF16
-            torch.testing.assert_close(lse.cpu().double(), due_lse[:, :, places], rtol=0, atol=1e-3)
-            errors.append((out.cpu().double() - due[:, :, places]).abs().max())
-        assert errors[1] < 2e-2
-        assert errors[1] <= 1.01 * errors[0]
-        blocks = rank if is_causal and not balances else ranks - 1
-        assert len(steps) == blocks
-        steps.clear()
-    context_parallel.disable()

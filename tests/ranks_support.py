@@ -1,4 +1,4 @@
-"""Ranks as processes of their own, over gloo or NCCL: each runs a function of ranks_programs.py."""
+"""Ranks as processes of their own, over gloo or NCCL, each of which runs one function."""
 
 import contextlib
 import datetime
@@ -14,8 +14,9 @@ LIMIT = datetime.timedelta(seconds=120)  # of a group: what hangs is an error th
 
 
 def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
-    """Run it on every rank; all must come to its end, but those that are to be killed."""
-    command = [sys.executable, __file__, program, str(ranks), str(tmp_path / "store"), device]
+    """Call program(rank, ranks, device) on all; each must end in order, but who is to be killed."""
+    where = program.__module__, program.__name__
+    command = [sys.executable, __file__, *where, str(ranks), str(tmp_path / "store"), device]
     logs = [tmp_path / f"{rank}.log" for rank in range(ranks)]
     due = [-signal.SIGKILL if rank in killed else 0 for rank in range(ranks)]
     with contextlib.ExitStack() as stack:
@@ -33,9 +34,9 @@ def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
     assert ended == due, "\n".join(log.read_text() for log in logs)
 
 
-def main(program, ranks, store, device, rank):
+def main(module, program, ranks, store, device, rank):
     ranks, rank = int(ranks), int(rank)
-    programs = importlib.import_module("ranks_programs")  # first: from here on ranks are in step
+    programs = importlib.import_module(module)  # first: from here on ranks are in step
     device = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -7,6 +7,7 @@ right by chance.
 import datetime
 
 import pytest
+import ranks_programs as programs
 import ranks_support
 import torch
 import torch.distributed as dist
@@ -30,31 +31,34 @@ def gpus_for(ranks, where):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("program", ["values", "whole_on_every_rank"])
+@pytest.mark.parametrize("program", [programs.values, programs.whole_on_every_rank])
 def test_values(program, ranks, where, tmp_path, child_environment):
     gpus_for(ranks, where)
     ranks_support.run(program, ranks, tmp_path, child_environment, where)
 
 
-@pytest.mark.parametrize("program", ["other_objects", "other_calls", "gone_group", "compiled"])
+@pytest.mark.parametrize(
+    "program",
+    [programs.other_objects, programs.other_calls, programs.gone_group, programs.compiled],
+)
 def test_two_ranks(program, where, tmp_path, child_environment):
     ranks_support.run(program, 2, tmp_path, child_environment, where)
 
 
 def test_some_of_the_ranks(where, tmp_path, child_environment):
     gpus_for(3, where)
-    ranks_support.run("subgroup", 3, tmp_path, child_environment, where)
+    ranks_support.run(programs.subgroup, 3, tmp_path, child_environment, where)
 
 
 # A GPU's stream waits, and not the processor: there the group's watchdog rules.
 
 
 def test_a_late_rank(tmp_path, child_environment):
-    ranks_support.run("late", 3, tmp_path, child_environment)
+    ranks_support.run(programs.late, 3, tmp_path, child_environment)
 
 
 def test_a_killed_rank(tmp_path, child_environment):
-    ranks_support.run("killed", 3, tmp_path, child_environment, killed={2})
+    ranks_support.run(programs.killed, 3, tmp_path, child_environment, killed={2})
 
 
 # In one process.

@@ -3,10 +3,14 @@
 import pytest
 import ranks_support
 import torch
+import torch.distributed as dist
+from attention_support import reference
 from states_support import States, compare
 from support import BF16, F32, F64, assert_bits
 
+from merge_attn_states import update_state
 from merge_attn_states.integrations import context_parallel
+from merge_attn_states.integrations.pytorch import attention_with_lse
 
 attention = pytest.importorskip(
     "torch.distributed.tensor.experimental._context_parallel._attention"
@@ -24,15 +28,58 @@ def theirs():
     assert attention._SDPAMerger is original
 
 
+def ring(rank, ranks, device):
+    """Its ring of attention blocks gives one attention, nearer than without us, in our launches."""
+    steps = []  # queries of the state that each is of
+
+    def counted(*operands):
+        steps.append(operands[0].shape[2])
+        update_state(*operands)
+
+    def attend(query, key, value, is_causal):
+        return attention_with_lse(query, key, value, is_causal=is_causal)
+
+    context_parallel.update_state = counted
+    torch.manual_seed(0)  # the same operands on every rank
+    size = 8 * ranks
+    for is_causal, balances in ((False, False), (True, False), (True, True)):
+        whole = [torch.randn(2, 3, size, 16).bfloat16() for _ in range(3)]
+        due, due_lse = reference(*whole, is_causal=is_causal)
+        # Balanced, a rank has one of the first chunks and one of the last: as much to do as others.
+        places = torch.arange(size).chunk(2 * ranks)
+        places = torch.cat(
+            [places[rank], places[-1 - rank]] if balances else places[2 * rank : 2 * rank + 2]
+        )
+        query, key, value = (x[:, :, places].to(device) for x in whole)
+        attention._cp_options.enable_load_balance = balances
+        errors = []
+        for is_ours in (False, True):
+            (context_parallel.enable if is_ours else context_parallel.disable)()
+            assert context_parallel.is_enabled() == is_ours
+            out, lse = attention._templated_ring_attention(
+                dist.group.WORLD, 2, attend, query, key, value, is_causal=is_causal
+            )
+            assert out.dtype == BF16
+            torch.testing.assert_close(lse.cpu().double(), due_lse[:, :, places], rtol=0, atol=1e-3)
+            errors.append((out.cpu().double() - due[:, :, places]).abs().max())
+        assert errors[1] < 2e-2
+        assert errors[1] <= 1.01 * errors[0]
+        blocks = rank if is_causal and not balances else ranks - 1
+        halves = ranks - 1 - rank if balances else 0
+        assert sorted(steps) == [4] * halves + [8] * (blocks - halves)
+        steps.clear()
+    context_parallel.disable()
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_ring(ranks, tmp_path, child_environment):
-    ranks_support.run("ring", ranks, tmp_path, child_environment)
+    ranks_support.run(ring, ranks, tmp_path, child_environment)
 
 
 def test_a_ring_of_gpus(tmp_path, child_environment):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    ranks_support.run("ring", 2, tmp_path, child_environment, "cuda")
+    ranks_support.run(ring, 2, tmp_path, child_environment, "cuda")
 
 
 def blocks(count, dtype, trailing=False):

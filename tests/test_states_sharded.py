@@ -8,11 +8,63 @@ import torch
 import torch.distributed as dist
 from support import run_command
 
+from merge_attn_states import merge_states, update_state
+
 pytest.importorskip("torch.distributed.tensor")
 
 
+def shards(rank, ranks, device):
+    """Each rank merges its own rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh(device.type, (ranks,))
+    torch.manual_seed(0)  # the same operands on every rank
+    outputs = [torch.randn(5, 3, 8) for _ in range(3)]  # 5 tokens over 2 ranks: uneven
+    lses = [torch.randn(5, 3) for _ in range(3)]
+    sink, empty = torch.randn(3), [torch.rand(5, 3) < 0.3, None, None]
+    wanted, wanted_lse = merge_states(outputs, lses, sink=sink, empty=empty)
+    grad = torch.randn(5, 3, 8)
+
+    def spread(x, placement):
+        return None if x is None else distribute_tensor(x, mesh, [placement])
+
+    whole = Replicate()
+    for placement, of_sink in ((Shard(0), whole), (Shard(1), Shard(0)), (whole, whole)):
+        mine = [spread(x, placement).requires_grad_() for x in outputs]
+        out, lse = merge_states(
+            mine,
+            [spread(x, placement) for x in lses],
+            empty=[spread(x, placement) for x in empty],
+            sink=spread(sink, of_sink),
+        )
+        assert isinstance(out, DTensor)
+        assert tuple(out.placements) == (placement,)
+        assert torch.equal(out.full_tensor(), wanted)
+        assert torch.equal(lse.full_tensor(), wanted_lse)
+        out.backward(spread(grad, placement))
+        plain = [x.clone().requires_grad_() for x in outputs]
+        merge_states(plain, lses, sink=sink, empty=empty)[0].backward(grad)
+        for a, b in zip(mine, plain, strict=True):
+            assert torch.equal(a.grad.full_tensor(), b.grad)
+
+        stacked, of_lses = torch.stack(outputs, 1), torch.stack(lses, 1)
+        apart = Shard(2) if placement == Shard(1) else placement
+        out, _ = merge_states(spread(stacked, apart), spread(of_lses, apart), dim=1)
+        assert tuple(out.placements) == (placement,)
+        assert torch.equal(out.full_tensor(), merge_states(outputs, lses)[0])
+
+        state, state_lse = torch.zeros(5, 3, 8), torch.full((5, 3), -torch.inf)
+        own, own_lse = spread(state, placement), spread(state_lse, placement)
+        for block, block_lse in zip(outputs, lses, strict=True):
+            update_state(own, own_lse, spread(block, placement), spread(block_lse, placement))
+            update_state(state, state_lse, block, block_lse)
+        assert torch.equal(own.full_tensor(), state)
+        assert torch.equal(own_lse.full_tensor(), state_lse)
+
+
 def test_two_ranks(tmp_path, child_environment):
-    ranks_support.run("shards", 2, tmp_path, child_environment)
+    ranks_support.run(shards, 2, tmp_path, child_environment)
 
 
 @pytest.fixture
@@ -30,8 +82,6 @@ def mesh(tmp_path):
 
 def test_what_is_sharded_otherwise_is_refused(mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    from merge_attn_states import merge_states, update_state
 
     def spread(x, placement):
         return distribute_tensor(x, mesh, [placement])
