@@ -54,8 +54,8 @@ def test_two_plain_parts_are_the_pair(dtype, head_size, device):
     masked = states._replace(empty=nowhere(states))
     is_apart = dtype in (F32, F16, BF16) and head_size % 8 == 0 and head_size <= 4096
     in_packs = dtype != F64 and head_size % 8 == 0
-    kernel = any_kind(2, elements=8 if in_packs else 1)
-    assert_runs(masked, selecting(2, head_size) if is_apart else kernel)
+    apart = any_kind(2, elements=8 if in_packs else 1)
+    assert_runs(masked, selecting(2, head_size) if is_apart else apart)
     assert_same(masked.run(), merged)
     inspect = torch.ops.merge_attn_states.inspect_update_state
     assert_is(inspect(*state, *block), kernel, state[0])

@@ -16,8 +16,10 @@ namespace merge_attn_states::cuda {
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridY = 65535;
 
-// A kernel of few parts has room for a power of two of them, so that it keeps them in registers.
+// A kernel of few parts has room for a power of two of them, so that it keeps them in registers, or
+// for three: a place without a part costs it as much as one with.
 constexpr int room_for(int parts) {
+  if (parts == 3) return 3;
   return static_cast<int>(std::bit_ceil(static_cast<unsigned>(std::max(parts, 2))));
 }
 
@@ -25,8 +27,11 @@ constexpr int room_for(int parts) {
 template <int kMost, class F>
 void with_room_for(int parts, F&& f) {
   static_assert(std::has_single_bit(static_cast<unsigned>(kMost)));
+  if constexpr (kMost == 4) {
+    if (parts == 3) return f.template operator()<3>();
+  }
   if constexpr (kMost > 2) {
-    if (room_for(parts) < kMost) return with_room_for<kMost / 2>(parts, f);
+    if (parts <= kMost / 2) return with_room_for<kMost / 2>(parts, f);
   }
   f.template operator()<kMost>();
 }
@@ -73,7 +78,6 @@ void launch_many(const PartsCall& call, const AlikeShape& shape);
 
 // parts_each.cu and parts_each_backward.cu. Few parts, each with a layout of its own.
 struct EachShape {
-  int packs;     // of a row
   int lanes;     // of a row: threads; backward a power of two
   int rows;      // of a block
   bool selects;  // parts have an index or a mask

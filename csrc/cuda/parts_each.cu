@@ -45,28 +45,29 @@ __global__ void __launch_bounds__(kEachThreads, (blocks_a_multiprocessor<First, 
     __syncwarp();
   }
   const auto weighed = parts.weigh(call, has_sink ? &sink : nullptr, of_sink);
-  const int taken = parts.leave_out_empty_parts(call);
+  const int taken = parts.taken();
 
   float values[Row::kPacks][kElements];
-#pragma unroll
-  for (int i = 0; i < Row::kPacks; ++i) {
-    sum_parts(
-        parts.weights, [&](auto k, auto& of_part) { parts.pack(k, i).unpack(of_part); }, values[i]);
-  }
+  if (taken == kSummed) parts.sum(values);
   const auto store_as = [&]<class Out>(TypeTag<Out>) {
     Out* const to = static_cast<Out*>(call.out.data) + offset_of(call, call.out, own);
 #pragma unroll
     for (int i = 0; i < Row::kPacks; ++i) {
-      Pack<Out, kElements> merged{};
-      if (taken != kNoPart) merged = Pack<Out, kElements>::pack(values[i]);
+      using Merged = Pack<Out, kElements>;
+      Merged merged{};
+      if (taken == kSummed) merged = Merged::pack(values[i]);
       if (taken >= 0) {
         for_each_part<kMost>([&](auto k) {
+          if (k != taken) return;
           if constexpr (std::is_same_v<Out, typename Row::template Of<k>>) {
-            if (k == taken) merged = parts.pack(k, i);  // byte for byte
+            merged = parts.pack(k, i);  // byte for byte
+          } else {
+            parts.pack(k, i).unpack(values[i]);
+            merged = Merged::pack(values[i]);
           }
         });
       }
-      if (call.has_pack(lane, i)) merged.store(to + call.column(lane, i));
+      if (Row::has_pack(call, lane, i)) merged.store(to + Row::column(call, lane, i));
     }
   };
   if (call.out_dtype == DType::kFloat32) {

@@ -6,7 +6,8 @@
 #include "families.h"
 #include "fast_division.h"
 #include "launch.h"
-#include "sum_of_parts.cuh"
+#include "pack.cuh"
+#include "parts_row.cuh"
 #include "tuning.h"
 
 namespace merge_attn_states::cuda {
@@ -16,7 +17,7 @@ struct EachCall {
   uint32_t num_rows;
   uint32_t rows;       // of a block
   FastDivision lanes;  // of a row; backward a power of two
-  uint32_t packs;      // of a row
+  uint32_t head_size;
   FastDivision sizes[kMaxRowDims];
   bool has_more_dims;  // than two
   bool needs_barrier, invert_empty;
@@ -27,12 +28,6 @@ struct EachCall {
   PerRow out, out_lse, sink;
   Gradients gradients;  // of a backward call
   Part parts[kMost];
-
-  // The packs of a lane lie a row's lanes apart, so that the loads of a warp lie side by side.
-  __device__ bool has_pack(uint32_t lane, int i) const { return lane + i * lanes.divisor < packs; }
-  __device__ uint32_t column(uint32_t lane, int i) const {
-    return (lane + i * lanes.divisor) * kAnyPack;
-  }
 };
 
 struct ShortRow {
@@ -75,11 +70,12 @@ __device__ uint64_t offset_of(const EachCall<kMost>& call, const PerRow& operand
   return offset;
 }
 
-// The parts of a row at some packs of eight elements. First is the dtype of the first part, and
+// The parts of a row at some packs, of 16 bytes of the first part. First is that part's dtype, and
 // Rest that of all others; kSelects says whether there are indices or masks.
 template <class First, class Rest, int kMost, bool kSelects>
 struct EachRow {
-  static constexpr int kElements = kAnyPack, kPacks = each_packs(kMost, kSelects);
+  static constexpr int kElements = 16 / sizeof(First);
+  static constexpr int kPacks = each_elements(kMost, kSelects) / kElements;
   using Call = EachCall<kMost>;
   template <int k>
   using Of = std::conditional_t<k == 0, First, Rest>;
@@ -87,6 +83,14 @@ struct EachRow {
   float weights[kMost];  // at first the LSEs; -inf where the part is absent or declared empty
   Pack<First, kElements> first[kPacks];
   Pack<Rest, kElements> rest[kMost - 1][kPacks];
+
+  // The packs of a lane lie a row's lanes apart, so that the loads of a warp lie side by side.
+  static __device__ uint32_t column(const Call& call, uint32_t lane, int i) {
+    return (lane + i * call.lanes.divisor) * kElements;
+  }
+  static __device__ bool has_pack(const Call& call, uint32_t lane, int i) {
+    return column(call, lane, i) < call.head_size;
+  }
 
   // The row of each part, where it has one that is not declared empty.
   struct Places {
@@ -107,7 +111,7 @@ struct EachRow {
         const Part& part = call.parts[k];
         at[k] = row.of[0];
         if (part.index.data == nullptr) return;
-        const int64_t place = int64_t{row.of[0]} * part.index.stride;
+        const uint64_t place = uint64_t{row.of[0]} * static_cast<uint32_t>(part.index.stride);
         at[k] = part.index_is_64_bit
                     ? load_global(static_cast<const int64_t*>(part.index.data) + place)
                     : load_global(static_cast<const int32_t*>(part.index.data) + place);
@@ -137,16 +141,19 @@ struct EachRow {
             load_global(static_cast<const float*>(lse.data) + offset_of(call, lse, places.of[k]));
       }
     });
+    bool is_inside[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) is_inside[i] = has_pack(call, lane, i);
     for_each_part<kMost>([&](auto k) {
       using T = Of<k>;
       const PerRow& output = call.parts[k].output;
-      const T* const from =
-          static_cast<const T*>(output.data) + offset_of(call, output, places.of[k]);
+      const T* const from = static_cast<const T*>(output.data) +
+                            (offset_of(call, output, places.of[k]) + column(call, lane, 0));
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
-        auto pack = minus_zeros<T, kElements>();
-        if (places.has[k] && call.has_pack(lane, i)) {
-          pack = Pack<T, kElements>::load(from + call.column(lane, i));
+        Pack<T, kElements> pack{};
+        if (places.has[k] && is_inside[i]) {
+          pack = Pack<T, kElements>::load(from + i * call.lanes.divisor * kElements);
         }
         if constexpr (k == 0) {
           first[i] = pack;
@@ -166,16 +173,31 @@ struct EachRow {
       return weigh_parts<ScalarMath<float>, float>(call.rule, kMost, part, sink, weight);
     }
   }
-  // As leave_out_empty says it.
-  __device__ int leave_out_empty_parts(const Call& call) {
-    if (takes_all_parts(weights, call.num_parts)) return kSummed;
-    return leave_out_empty(weights, call.num_parts, [&](auto k) {
+  // The part that is all of the row and is to be taken byte for byte, or kSummed or kNoPart.
+  __device__ int taken() const {
+    int taken = kNoPart;
+    for_each_part<kMost>([&](auto k) {
+      if (weights[k] < 0.0f) return;
+      taken = taken == kNoPart && weights[k] == 1.0f ? int{k} : kSummed;
+    });
+    return taken;
+  }
+  // The sum of the parts that are not empty, by their weights. -0 is what changes no sum.
+  __device__ void sum(float (&values)[kPacks][kElements]) const {
+#pragma unroll
+    for (auto& of_pack : values) {
+#pragma unroll
+      for (float& value : of_pack) value = -0.0f;
+    }
+    for_each_part<kMost>([&](auto k) {
+      if (weights[k] < 0.0f) return;
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
-        if constexpr (k == 0) {
-          first[i] = minus_zeros<First, kElements>();
-        } else {
-          rest[k - 1][i] = minus_zeros<Rest, kElements>();
+        float of_part[kElements];
+        pack(k, i).unpack(of_part);
+#pragma unroll
+        for (int j = 0; j < kElements; ++j) {
+          values[i][j] = add_product(values[i][j], weights[k], of_part[j]);
         }
       }
     });
@@ -198,7 +220,7 @@ EachCall<kMost> each_call(const PartsCall& call, const EachShape& shape) {
   EachCall<kMost> parameters{.num_rows = u32(call.num_rows()),
                              .rows = u32(shape.rows),
                              .lanes = FastDivision(u32(shape.lanes)),
-                             .packs = u32(shape.packs),
+                             .head_size = u32(call.head_size),
                              .sizes = {},
                              .has_more_dims = call.sizes[2] != 1 || call.sizes[3] != 1,
                              // The lanes of a row that lies in one warp read its LSEs at once.

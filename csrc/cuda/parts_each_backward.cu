@@ -27,9 +27,10 @@ __global__ void __launch_bounds__(kEachThreads)
     parts.load(call, Row::find(call, row), lane);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      if (!call.has_pack(lane, i)) break;
-      of_out[i] = Pack<T, kElements>::load(static_cast<const T*>(call.out.data) +
-                                           (offset_of(call, call.out, row) + call.column(lane, i)));
+      if (!Row::has_pack(call, lane, i)) break;
+      of_out[i] =
+          Pack<T, kElements>::load(static_cast<const T*>(call.out.data) +
+                                   (offset_of(call, call.out, row) + Row::column(call, lane, i)));
     }
     if (call.out_lse.data != nullptr) {
       of_lse = load_global(static_cast<const float*>(call.out_lse.data) +
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kEachThreads)
   for (int i = 0; i < kPacks; ++i) {
     of_out[i].unpack(gradients[i]);
     for_each_part<kMost>([&](auto k) {
-      if (!is_there[k] || !call.has_pack(lane, i)) return;
+      if (!is_there[k] || !Row::has_pack(call, lane, i)) return;
       float values[kElements];
       parts.pack(k, i).unpack(values);
 #pragma unroll
@@ -64,22 +65,22 @@ __global__ void __launch_bounds__(kEachThreads)
     for (int k = 0; k < kMost; ++k) dots[k] += __shfl_xor_sync(0xffffffffu, dots[k], distance);
   }
   if (!exists) return;
-  const uint64_t of_row = uint64_t{number} * call.packs * kElements;
-  const uint64_t of_part = uint64_t{call.num_rows} * call.packs * kElements;
+  const uint64_t of_row = uint64_t{number} * call.head_size;
+  const uint64_t of_part = uint64_t{call.num_rows} * call.head_size;
 #pragma unroll
   for (int k = 0; k < kMost; ++k) {
     if (is_there[k]) mean += parts.weights[k] * dots[k];
     if (k >= call.num_parts || call.gradients.outputs == nullptr) continue;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      if (!call.has_pack(lane, i)) break;
+      if (!Row::has_pack(call, lane, i)) break;
       float values[kElements];
 #pragma unroll
       for (int j = 0; j < kElements; ++j) {
         values[j] = is_there[k] ? parts.weights[k] * gradients[i][j] : 0.0f;
       }
       Pack<T, kElements>::pack(values).store(static_cast<T*>(call.gradients.outputs) +
-                                             (k * of_part + of_row + call.column(lane, i)));
+                                             (k * of_part + of_row + Row::column(call, lane, i)));
     }
   }
   const LseRule& rule = call.rule;

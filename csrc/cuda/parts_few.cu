@@ -5,7 +5,7 @@
 // In place is safe: a row belongs to one block, a barrier stands between the reads of its LSEs and
 // the store of the merged one, and a pack of the parts is read by the thread that writes it.
 #include "parts_alike.cuh"
-#include "sum_of_parts.cuh"
+#include "parts_row.cuh"
 
 namespace merge_attn_states::cuda {
 namespace {
@@ -26,6 +26,49 @@ struct FewParts {
 };
 
 static_assert(ThreadDivision::is_exact(kMaxFewThreads));
+
+// In place of a part that there is not: with weight 0 it changes no sum, not even -0.
+template <class T, int kElements>
+__device__ Pack<T, kElements> minus_zeros() {
+  typename Pack<T, kElements>::Acc values[kElements];
+#pragma unroll
+  for (auto& value : values) value = -0.0f;
+  return Pack<T, kElements>::pack(values);
+}
+
+// Makes a row's empty parts, whose weights are negative, and the places without one such that they
+// change no sum: weight 0, and leave_out(k) is to make minus_zeros of the values. Returns the part
+// that is all of the row and is to be taken byte for byte, or kSummed or kNoPart.
+template <int kMost, class LeaveOut>
+__device__ int leave_out_empty(float (&weights)[kMost], int num_parts, LeaveOut leave_out) {
+  int taken = kNoPart;
+  for_each_part<kMost>([&](auto k) {
+    if (k >= num_parts) {
+      weights[k] = 0.0f;
+    } else if (weights[k] < 0.0f) {
+      weights[k] = 0.0f;
+      leave_out(k);
+    } else {
+      taken = taken == kNoPart && weights[k] == 1.0f ? int{k} : kSummed;
+    }
+  });
+  return taken;
+}
+
+// Sums all parts by their weights; unpack(k, values) gives the elements of part k.
+template <int kMost, int kElements, class Unpack>
+__device__ void sum_parts(const float (&weights)[kMost], Unpack unpack,
+                          float (&values)[kElements]) {
+  static_assert(kMost <= SumOfParts<float>::kAtOnce, "more are summed sixteen by sixteen");
+  for_each_part<kMost>([&](auto k) {
+    float of_part[kElements];
+    unpack(k, of_part);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      values[i] = k == 0 ? weights[0] * of_part[i] : add_product(values[i], weights[k], of_part[i]);
+    }
+  });
+}
 
 // kMost >= num_parts, so that arrays stay in registers; what is beyond the parts is empty.
 template <class T, int kMost, bool kIsFull, bool kHasSink>

@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "parts_alike.cuh"
-#include "sum_of_parts.cuh"
+#include "parts_row.cuh"
 
 namespace merge_attn_states::cuda {
 namespace {
@@ -62,7 +62,7 @@ struct ManyWeights {
   // Called by all threads, each with the LSEs of parts threadIdx.x, + kManyThreads, ...
   struct Result {
     float sum, reciprocal, lse;
-    int taken;  // as sum_of_parts says it
+    int taken;  // as parts_row.cuh says it
   };
   template <int kEach>
   __device__ Result weigh(const LseRule& rule, int count, const float (&lses)[kEach],

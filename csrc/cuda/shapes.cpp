@@ -198,7 +198,8 @@ bool has_short_strides(const PerRow& operand) {
 
 bool has_short_strides(const Part& part) {
   return has_short_strides(part.output) && has_short_strides(part.lse) &&
-         has_short_strides(part.empty) && part.index.num_rows <= UINT32_MAX;
+         has_short_strides(part.empty) && part.index.num_rows <= UINT32_MAX &&
+         part.index.stride >= 0 && part.index.stride <= UINT32_MAX;
 }
 
 }  // namespace
@@ -218,11 +219,9 @@ std::optional<EachShape> each_shape(const PartsCall& call) {
     if ((k > 0 && part.dtype != others) || !has_short_strides(part)) return std::nullopt;
     shape.selects |= part.index.data != nullptr || part.empty.data != nullptr;
   }
-  const int64_t packs = call.head_size / kAnyPack;
-  const int64_t of_lane = each_packs(room_for(call.num_parts), shape.selects);
-  const int64_t lanes = (packs + of_lane - 1) / of_lane;
+  const int64_t of_lane = each_elements(room_for(call.num_parts), shape.selects);
+  const int64_t lanes = (call.head_size + of_lane - 1) / of_lane;
   if (lanes > kEachThreads) return std::nullopt;
-  shape.packs = static_cast<int>(packs);
   shape.lanes = static_cast<int>(lanes);
   shape.rows = kEachThreads / shape.lanes;
   return shape;

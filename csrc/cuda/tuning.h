@@ -69,13 +69,12 @@ inline constexpr int kMaxFewThreads = kFewMostPacks + 32;
 // Beyond them: threads of a block, which is one row's, and packs of that row at a time.
 inline constexpr int kManyThreads = 256;
 inline constexpr int kManyPacks = 8;
-// Few parts of any kind: as many parts; threads of a block; packs that a thread of it has of each
-// part: two share what there is to compute of a row with an index, and take from others the order
-// of memory.
+// Few parts of any kind: as many parts; threads of a block; elements that a thread of it has of
+// each part: twice as many share what there is to compute of a row with an index.
 inline constexpr int kEachParts = 8;
 inline constexpr int kEachThreads = 256;
 static_assert(kEachThreads % 32 == 0);
-constexpr int each_packs(int most, bool selects) { return most <= 4 && selects ? 2 : 1; }
+constexpr int each_elements(int most, bool selects) { return most <= 4 && selects ? 16 : 8; }
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
 inline constexpr int kAnyThreads = 256;
