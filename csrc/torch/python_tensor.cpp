@@ -1,6 +1,8 @@
 #include "python_tensor.h"
 
 #include <dlfcn.h>
+#include <sys/auxv.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -27,9 +29,12 @@ bool has_what_it_needs(const TensorView& view) {
 }
 
 // DLPack gives the sum of a storage's address and an offset: where the storage has no memory, the
-// offset alone, which has an address's look. Programs have nothing so low, with few exceptions.
+// offset alone, which has an address's look. Programs have nothing so low but themselves and the
+// heap behind them, where an interpreter was linked to a fixed address.
 bool may_be_an_offset(const void* data) {
-  return data != nullptr && reinterpret_cast<uintptr_t>(data) < uint64_t{1} << 32;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  if (data == nullptr || address >= uint64_t{1} << 32) return false;
+  return address < getauxval(AT_PHDR) || data >= sbrk(0);
 }
 
 // A view that PyTorch reads with the other sign is every second float of complex memory, so that
