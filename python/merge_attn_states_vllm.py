@@ -19,6 +19,13 @@ def switched_off() -> str:
     return f"{switch} takes it off" if off else ""
 
 
+def ranks_switched_off() -> str:
+    """Say what in the environment keeps merges across ranks from the plugin; empty: nothing."""
+    switch = "MERGE_ATTN_STATES_VLLM_DCP"
+    on = os.environ.get(switch, "").strip().lower() in ("1", "true", "on", "yes")
+    return "" if on else f"{switch}=1 puts it on"
+
+
 def register() -> None:
     """Let vLLM merge attention states through merge_attn_states; never raises.
 

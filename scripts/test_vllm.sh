@@ -17,5 +17,6 @@ PYTHONPATH=tests "$python" -m in_vllm.packages
 for release in 0.33.0 0.26.0; do
   echo "== vLLM $release"
   PYTHONPATH=".cache/vllm/$release:.cache/vllm/needs${PYTHONPATH:+:$PYTHONPATH}" \
-    "$python" -m pytest -p no:cacheprovider -q ${PYTEST:-} tests/in_vllm/test_vllm.py
+    "$python" -m pytest -p no:cacheprovider -q ${PYTEST:-} tests/in_vllm/test_vllm.py \
+    tests/in_vllm/test_vllm_ranks.py
 done

@@ -48,6 +48,21 @@ def by_position(*args):
 def by_keyword(**kwargs):
     return merge_attn_states(**kwargs)
 """
+DCP = """
+calls = []
+def cp_lse_ag_out_rs({parameters}):
+    calls.append("cp_lse_ag_out_rs")
+    return cp_attn_out
+def cp_lse_ag_out_ar({parameters}):
+    calls.append("cp_lse_ag_out_ar")
+    return cp_attn_out
+def dcp_a2a_lse_reduce({parameters}):
+    calls.append("dcp_a2a_lse_reduce")
+    return cp_attn_out
+"""
+DCP_PARAMETERS = (
+    "cp_attn_out, cp_attn_lse, cp_group, ctx=None, return_lse=False, is_lse_base_on_e=True"
+)
 PLATFORMS = """
 class CpuPlatform:
     def is_cuda(self):
@@ -64,8 +79,13 @@ def parameters(count: int) -> str:
     return ", ".join(name if i < 5 else f"{name}=None" for i, name in enumerate(names))
 
 
-def write(folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "") -> None:
-    """Write the package `vllm` into a folder; `signature` in place of the usual one."""
+def write(
+    folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "", dcp: str = ""
+) -> None:
+    """Write the package `vllm` into a folder; `signature` in place of the usual one.
+
+    `dcp`: the parameters of its merges across ranks, where it has any.
+    """
     names = ", ".join([*NAMES, "ninth"][:count])
     made = {"parameters": parameters(count), "names": names, "path": path}
     ops = folder / path.replace(".", "/")
@@ -81,6 +101,8 @@ def write(folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "
         names = ", ".join(part.partition("=")[0] for part in parts)
         made |= {"parameters": signature, "names": names}
     ops.joinpath("merge_attn_states.py").write_text(DISPATCHER.format(**made))
+    if dcp:
+        ops.joinpath("dcp.py").write_text(DCP.format(parameters=dcp))
     for name in ("early", "late"):
         root.joinpath(f"{name}_backend.py").write_text(BACKEND.format(**made))
 
@@ -99,6 +121,10 @@ class StandIn:
         return importlib.import_module(f"{self.path}.merge_attn_states")
 
     @property
+    def dcp(self):
+        return importlib.import_module(f"{self.path}.dcp")
+
+    @property
     def calls(self):
         """Of vLLM's own functions, however often they were replaced."""
         return len(self.dispatcher.calls), len(self._custom_ops.calls)
@@ -106,7 +132,7 @@ class StandIn:
 
 @pytest.fixture
 def vllm(tmp_path, monkeypatch):
-    """Write the package and hide a real one; nothing of either stays."""
+    """Write the package and hide a real one; neither stays. Merges across ranks are on."""
 
     def is_vllm(name):
         return name == "vllm" or name.startswith("vllm.")
@@ -115,6 +141,7 @@ def vllm(tmp_path, monkeypatch):
     for name in hidden:
         del sys.modules[name]
     monkeypatch.delenv("MERGE_ATTN_STATES_VLLM", raising=False)
+    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM_DCP", "1")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setattr(plugin, "_version", lambda: VERSION)
     monkeypatch.setattr(plugin, "_cannot_run", "")

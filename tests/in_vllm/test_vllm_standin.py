@@ -71,7 +71,8 @@ def test_restore_gives_everything_back(vllm):
         assert holder.merge_attn_states is originals[0] is dispatcher
         assert holder.under_another_name is originals[0]
     assert stand_in._custom_ops.merge_attn_states is originals[1]
-    assert plugin.status() == (False, "restore() was called", standin.VERSION, [], {})
+    why = "restore() was called"
+    assert plugin.status() == (False, why, standin.VERSION, [], {}, why, [])
     plugin.register()
     check(make_call((5, 3, 64), F32), stand_in.late_backend.by_position)
 

@@ -1,7 +1,8 @@
 """vLLM's attention backends, merging through this package.
 
 vLLM finds `register` through its entry point (`merge_attn_states_vllm.py`) and calls it in every
-process before work begins. It replaces two functions, wherever a module holds them:
+process before work begins. It replaces two functions, wherever a module holds them, and those that
+merge across ranks (_vllm_ranks.py):
 
 | vLLM's function                                          | called by                             |
 | -------------------------------------------------------- | ------------------------------------- |
@@ -27,14 +28,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from merge_attn_states_vllm import switched_off
+from merge_attn_states_vllm import ranks_switched_off, switched_off
 
 from .. import UnavailableError, __version__, build_info, merge_attn_states
 from .._library import fast_path
+from ._vllm_ranks import HOMES, RankMerges, functions, replacing
 
 __all__ = ["Status", "register", "restore", "status"]
 
@@ -48,7 +50,7 @@ _PARAMETERS = tuple(inspect.signature(merge_attn_states).parameters)
 _FEWEST = 6  # parameters of vLLM's function; older releases lack the last one or two
 _log = logging.getLogger("vllm.merge_attn_states")  # under vLLM's, whose handler shows it
 
-_Merge = Callable[..., None]
+_Merge = Callable[..., Any]
 
 
 def _merge_by_operator(*call: object) -> None:
@@ -77,12 +79,16 @@ class Status(NamedTuple):
     vllm: str | None  # its version
     replaced: list[str]  # every place that holds this package's function, sorted
     fallbacks: dict[str, int]  # calls that vLLM's own function got, by the reason
+    across_ranks: str  # why merges across ranks are vLLM's own; empty where they are replaced
+    transports: list[str]  # how states travel there, since the first such call
 
 
 _replacements: list[_Replacement] = []
 _fallbacks: dict[str, int] = {}
 _refused_later: set[str] = set()  # by calls of register() after one that replaced something
 _reason: str | None = None  # None until register() is called
+_across_ranks = ""  # why not
+_rank_merges = RankMerges()
 _cannot_run = ""  # why no kernel of this build runs on this GPU, once a call has shown it
 _thread = threading.local()
 _lock = threading.RLock()  # importing a module may bring another call of register()
@@ -150,6 +156,7 @@ def _give_back(reason: str) -> None:
             _swap(one.ours, one.original)
         _fallbacks.clear()
         _refused_later.clear()
+        _rank_merges.clear()
         _reason = reason
 
 
@@ -160,13 +167,23 @@ def status() -> Status:
     -------
     Status
         active; reason (why not); vllm (version or None); replaced (module attributes that hold this
-        package's function); fallbacks (how many calls vLLM's own function got, by the reason).
+        package's functions); fallbacks (how many calls vLLM's own function got, by the reason);
+        across_ranks (why merges across ranks are vLLM's own; empty where they are replaced);
+        transports (how states travel there, since the first such call).
     """
     replaced = sorted(place for one in _replacements for place, *_ in _places(one.ours))
     reason = _reason
     if reason is None:
         reason = switched_off() or "register() was not called"
-    return Status(bool(replaced), reason, _version(), replaced, dict(_fallbacks))
+    return Status(
+        bool(replaced),
+        reason,
+        _version(),
+        replaced,
+        dict(_fallbacks),
+        reason or _across_ranks,
+        _rank_merges.transports,
+    )
 
 
 def _why_not() -> str:
@@ -196,6 +213,31 @@ def _find() -> list[_Replacement]:
         original = getattr(home, _NAME)
         if original not in ours:
             found.append(_Replacement(home.__name__, original, _replacing(original, home.__name__)))
+    return [*found, *_find_across_ranks(ours)]
+
+
+def _find_across_ranks(ours: list[_Merge]) -> list[_Replacement]:
+    """Find what merges across ranks; nothing, and why, where it is not to be replaced."""
+    global _across_ranks
+    found: list[_Replacement] = []
+    before, _across_ranks = _across_ranks, ranks_switched_off()
+    if _across_ranks:
+        return found
+    try:
+        homes = list(filter(None, map(_module, HOMES)))
+        if not homes:
+            _across_ranks = f"this vLLM has none of {', '.join(HOMES)}"
+        for home in homes:
+            for name, original in functions(home):
+                if original not in ours:
+                    at = f"{home.__name__}.{name}"
+                    falling_back = functools.partial(_falling_back, home=at)
+                    merge = replacing(name, original, _rank_merges, falling_back)
+                    found.append(_Replacement(home.__name__, original, merge))
+    except Exception as error:  # merges of two parts are replaced all the same
+        found, _across_ranks = [], f"{type(error).__name__}: {error}"
+        if _across_ranks != before:
+            _log.warning("merge_attn_states leaves merges across ranks to vLLM: %s", _across_ranks)
     return found
 
 
@@ -224,7 +266,7 @@ def _replacing(original: _Merge, home: str) -> _Merge:
         output_scale: torch.Tensor | None = None,
     ) -> None:
         try:
-            return _merge(
+            _merge(
                 output,
                 prefix_output,
                 prefix_lse,
@@ -242,7 +284,7 @@ def _replacing(original: _Merge, home: str) -> _Merge:
             if any(option is not None for option in given[known:]):
                 raise  # the original has no parameter for it
             with _falling_back(error, home):
-                return original(*given[:known])
+                original(*given[:known])
 
     return merge_attn_states
 

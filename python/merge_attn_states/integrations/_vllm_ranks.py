@@ -1,0 +1,175 @@
+"""vLLM's merges across ranks (decode context parallelism), through RankMerge.
+
+`cp_lse_ag_out_rs` and `dcp_a2a_lse_reduce` give a rank its share of the heads, `cp_lse_ag_out_ar`
+all of them. Attention backends bind them when they are imported, and layers when they are made.
+They stand in `vllm.v1.attention.ops.dcp`, before 0.33 in `.common` and `.dcp_alltoall`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from .. import UnavailableError
+
+if TYPE_CHECKING:
+    from ..distributed import RankMerge
+
+__all__ = ["HOMES", "RankMerges", "functions", "replacing"]
+
+HOMES = tuple(f"vllm.v1.attention.ops.{name}" for name in ("dcp", "common", "dcp_alltoall"))
+
+_Scatter = Literal["heads"] | None
+_SCATTERS: dict[str, _Scatter] = {
+    "cp_lse_ag_out_rs": "heads",
+    "dcp_a2a_lse_reduce": "heads",
+    "cp_lse_ag_out_ar": None,
+}
+_PARAMETERS = (
+    *("cp_attn_out", "cp_attn_lse", "cp_group", "ctx", "return_lse", "is_lse_base_on_e"),
+    *("seq_lens", "query_start_loc"),
+)
+_FEWEST = 6  # older releases lack the last two
+_FEWEST_TOKENS = 1024  # that an object serves
+
+
+def functions(home: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """A module's merges by their names; raises where one is called otherwise than is known."""
+    for name in _SCATTERS.keys() & vars(home).keys():
+        function = getattr(home, name)
+        given = tuple(inspect.signature(function).parameters)
+        if len(given) < _FEWEST or given != _PARAMETERS[: len(given)]:
+            raise LookupError(f"{home.__name__}.{name} is called otherwise: {', '.join(given)}")
+        yield name, function
+
+
+class RankMerges:
+    """A process's RankMerge objects, made when a call first needs one.
+
+    Making one is an exchange: ranks make the same calls in the same order, as with vLLM's own
+    functions, and so make the same objects at the same calls. One that a CUDA graph was captured
+    with is kept, since the graph reads its memory.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], RankMerge | ValueError] = {}
+        self._lock = threading.Lock()
+
+    def of(self, group: Any, output: torch.Tensor, scatter: _Scatter) -> RankMerge | None:
+        """The object for such calls; None where one would have to be made during a capture.
+
+        Raises
+        ------
+        ValueError
+            There can be none, of which all ranks have heard.
+        """
+        if output.ndim != 3:
+            raise ValueError(f"cp_attn_out: expected three dimensions, got {list(output.shape)}")
+        num_tokens, num_heads, head_size = output.shape
+        max_tokens = max(_FEWEST_TOKENS, 1 << (num_tokens - 1).bit_length())
+        key = (group, max_tokens, num_heads, head_size, output.dtype, output.device, scatter)
+        made = self._made.get(key)
+        if made is None:
+            if output.is_cuda and torch.cuda.is_current_stream_capturing():
+                return None
+            with self._lock:
+                made = self._made.get(key) or self._make(key)
+        if isinstance(made, ValueError):
+            raise made
+        return made
+
+    def _make(self, key: tuple[Any, ...]) -> RankMerge | ValueError:
+        from ..distributed import RankMerge  # a second to import, for those alone who merge so
+
+        made: RankMerge | ValueError
+        group, max_tokens, num_heads, head_size, dtype, device, scatter = key
+        try:
+            made = RankMerge(
+                group,
+                max_tokens=max_tokens,
+                num_heads=num_heads,
+                head_size=head_size,
+                dtype=dtype,
+                device=device,
+                scatter=scatter,
+            )
+        except ValueError as error:
+            made = error
+        self._made[key] = made
+        return made
+
+    @property
+    def transports(self) -> list[str]:
+        """How states travel, of all objects."""
+        made = list(self._made.values())
+        return sorted({one.transport for one in made if not isinstance(one, ValueError)})
+
+    def clear(self) -> None:
+        self._made.clear()
+
+
+def replacing(
+    name: str,
+    original: Callable[..., Any],
+    merges: RankMerges,
+    falling_back: Callable[[Exception], AbstractContextManager[None]],
+) -> Callable[..., Any]:
+    """Return a merge in the original's place, and with the original behind it.
+
+    The original gets what is refused before a state is sent, for which a call's shapes, dtypes and
+    layouts are the reason: all ranks refuse alike. What fails later is raised.
+    """
+    scatter = _SCATTERS[name]
+
+    @functools.wraps(original)
+    def merge(
+        cp_attn_out: torch.Tensor,
+        cp_attn_lse: torch.Tensor,
+        cp_group: Any,
+        ctx: object = None,
+        return_lse: bool = False,
+        is_lse_base_on_e: bool = True,
+        *requests: torch.Tensor | None,
+        **named: torch.Tensor | None,
+    ) -> Any:
+        def by_original() -> Any:
+            given = (cp_attn_out, cp_attn_lse, cp_group, ctx, return_lse, is_lse_base_on_e)
+            return original(*given, *requests, **named)
+
+        if cp_group.world_size == 1:
+            return by_original()
+        try:
+            merge = merges.of(cp_group.device_group, cp_attn_out, scatter)
+            if merge is None:
+                return by_original()
+            output, lse = merge(
+                cp_attn_out,
+                cp_attn_lse,
+                empty=_empty(*requests, **named),
+                lse_base="e" if is_lse_base_on_e else "2",
+                nan_lse="empty",
+            )
+        except (TypeError, ValueError, UnavailableError) as error:
+            with falling_back(error):
+                return by_original()
+        return (output, lse) if return_lse else output
+
+    return merge
+
+
+def _empty(
+    seq_lens: torch.Tensor | None = None, query_start_loc: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The lengths and starts of requests; both are given or neither, as vLLM has it."""
+    if seq_lens is None and query_start_loc is None:
+        return None
+    if seq_lens is None or query_start_loc is None:
+        raise ValueError("seq_lens and query_start_loc: expected both or neither")
+    return seq_lens, query_start_loc
