@@ -75,7 +75,7 @@ vllm-engine:  ## run the whole vLLM 0.26.0 with the plugin on a GPU, with PYTHON
 	@scripts/build.sh $(PYTHON)
 	PYTHONPATH=python:tests $(PYTHON) -m in_vllm.engine $(ENGINE)
 
-sanitize:  ## memcheck and racecheck on a GPU with PYTHON itself; SHARD=k/n: a part
+sanitize:  ## memcheck and racecheck on a GPU with PYTHON itself; SHARD=k/n: a part; JOBS=n: n at once
 	scripts/sanitize_gpu.sh $(PYTHON)
 
 format: $(VENV)/extra-dev  ## format the C++, CUDA and Python sources

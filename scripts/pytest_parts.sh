@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the suite with the interpreter $1; options behind it go to pytest. SHARD=k/n runs a part;
-# JOBS=n runs n parts at once, with their logs in the folder LOGS (build/).
+# JOBS=n runs n parts at once, on all GPUs there are, with their logs in the folder LOGS (build/).
 set -eu
 cd "$(dirname "$0")/.."
 python=$1
@@ -15,7 +15,8 @@ mkdir -p "$logs"
 part() {
   number=$1 status=0
   shift
-  log=$logs/pytest-$number.log
+  log=$logs/pytest-$number.log gpus=$(scripts/gpus_from.sh "$number")
+  [ -z "$gpus" ] || export CUDA_VISIBLE_DEVICES="$gpus"
   SHARD=$number/$jobs "$python" -m pytest -p shard -p no:cacheprovider "$@" > "$log" 2>&1 ||
     status=$?
   [ $status -eq 0 ] || sed -n '/^=* \(ERRORS\|FAILURES\)/,$p' "$log"

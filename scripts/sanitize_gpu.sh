@@ -33,13 +33,45 @@ if [ "$status" -ne 99 ] || ! grep -q "Invalid __global__" "$planted"; then
   exit 1
 fi
 echo "== the planted overread was seen"
-for tool in ${SANITIZER_TOOLS:-memcheck racecheck}; do
-  for shard in ${SHARD:-$(seq -s ' ' -f '%g/12' 12)}; do
-    echo "== compute-sanitizer --tool $tool, part $shard"
-    SHARD=$shard check "$tool" -m pytest -p shard -p no:cacheprovider -k cuda \
-      tests/test_aliasing.py tests/test_overlap.py tests/test_layout.py tests/test_large.py \
-      tests/test_cuda_variants.py tests/test_states.py tests/test_states_aliasing.py \
-      tests/test_states_gradients.py tests/test_states_kernels.py tests/test_states_bits.py \
-      tests/test_states_update_kernels.py
+
+part() {
+  echo "== compute-sanitizer --tool $1, part $2"
+  SHARD=$2 check "$1" -m pytest -p shard -p no:cacheprovider -k cuda \
+    tests/test_aliasing.py tests/test_overlap.py tests/test_layout.py tests/test_large.py \
+    tests/test_cuda_variants.py tests/test_states.py tests/test_states_aliasing.py \
+    tests/test_states_gradients.py tests/test_states_kernels.py tests/test_states_bits.py \
+    tests/test_states_update_kernels.py
+}
+# Every n-th part, n being the jobs.
+job() {
+  number=$1 turn=0 failed=0
+  gpus=$(scripts/gpus_from.sh "$number")
+  export CUDA_VISIBLE_DEVICES="$gpus"
+  for tool in $tools; do
+    for shard in $shards; do
+      turn=$((turn + 1))
+      [ $((turn % jobs)) -eq "$number" ] || continue
+      log=build/$tool-${shard%/*}.log said=clean
+      part "$tool" "$shard" > "$log" 2>&1 || said=FAILED failed=1
+      echo "$said: $tool $shard: $(grep -E " (passed|failed)" "$log" | tail -n 1 | tr -d '=')" \
+        "$(grep SUMMARY "$log" | tail -n 1 | tr -d '=')"
+    done
   done
+  return $failed
+}
+tools=${SANITIZER_TOOLS:-memcheck racecheck} shards=${SHARD:-$(seq -s ' ' -f '%g/12' 12)}
+jobs=${JOBS:-1}
+if [ "$jobs" -eq 1 ]; then
+  for tool in $tools; do
+    for shard in $shards; do part "$tool" "$shard"; done
+  done
+  exit 0
+fi
+running=
+for number in $(seq 0 $((jobs - 1))); do
+  job "$number" &
+  running="$running $!"
 done
+status=0
+for each in $running; do wait "$each" || status=1; done
+exit $status
