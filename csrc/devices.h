@@ -6,6 +6,7 @@
 
 #include "core/merge_call.h"
 #include "core/parts_call.h"
+#include "core/ranks_call.h"
 
 namespace merge_attn_states {
 
@@ -33,6 +34,8 @@ void run(const MergeCall& call);
 Selection choose(const PartsCall& call);
 void run(const PartsCall& call);
 void run_backward(const PartsCall& call);
+PeerLayout peer_layout(int64_t ranks, int64_t max_rows, int64_t row_bytes);
+void run(const RanksCall& call);
 }  // namespace cuda
 
 // This build or machine lacks what the call needs.

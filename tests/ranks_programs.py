@@ -165,6 +165,38 @@ def compiled(rank, ranks, device):
         assert_bits(got, wanted)
 
 
+def directly(rank, ranks, device):
+    """As lines and in bulk; in a graph that is replayed with other calls in between."""
+    how = {"num_heads": HEADS, "head_size": 1024, "dtype": BF16, "device": device}
+    merge = RankMerge(max_tokens=300, **how)
+    assert merge.transport == "direct"
+    border = merge._direct.tokens_in_bulk(merge.merged_heads)
+    assert 1 < border < 300
+    sizes = [1, border - 1, border, 300, 7, border, 1]
+    for seed, num_tokens in enumerate(sizes * 3):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        kind = random.choice(["none", "mask", "requests"])
+        call_and_compare(merge, num_tokens, ("e2"[seed % 2], "empty", kind, seed % 3 == 0, False))
+    captured = []
+    for num_tokens in (3, border + 1):
+        outputs, lses = states_of_ranks(ranks, num_tokens, 1024, BF16, device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = merge(outputs[rank], lses[rank])
+        captured.append((graph, outputs, lses, results))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        for graph, outputs, lses, results in captured:
+            for tensor in (*outputs, *lses):
+                tensor.copy_(torch.randn(tensor.shape))
+            graph.replay()
+            call_and_compare(merge, 1 + seed, ("e", "visible", "none", False, False))
+            due = merge_states(outputs, lses)
+            for got, wanted in zip(results, due, strict=True):
+                assert_bits(got, mine_of(wanted, merge))
+
+
 # What ranks disagree about.
 
 
@@ -250,6 +282,38 @@ def late(rank, ranks, device):
     with pytest.raises(RuntimeError, match=r"failed before \(.*\), so that the ranks no longer"):
         merge(*operands)
     assert time.monotonic() - begin < SHORT.total_seconds() / 2
+
+
+def late_directly(rank, ranks, device):
+    """The kernel of the others gives up in time, and no later one waits."""
+    merge = short_of_time(device)
+    assert merge.transport == "direct"
+    operands = torch.zeros(4, HEADS, 16, device=device), torch.zeros(4, HEADS, device=device)
+    merge(*operands)
+    torch.cuda.synchronize()
+    if rank == 1:
+        time.sleep(2 * SHORT.total_seconds())
+    begin = time.monotonic()
+    merge(*operands)
+    torch.cuda.synchronize()
+    assert time.monotonic() - begin < 1.5 * SHORT.total_seconds()
+    said = "another rank of the group gave up" if rank == 1 else "rank 1 of the group did not come"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=said):
+            merge(*operands)
+
+
+def other_numbers_directly(rank, ranks, device):
+    """Without check, at the next call."""
+    how = {"num_heads": HEADS, "head_size": 16, "dtype": F32, "device": device}
+    merge = RankMerge(max_tokens=4, **how)
+    output, lse = torch.zeros(4, HEADS, 16, device=device), torch.zeros(4, HEADS, device=device)
+    fewer = 4 - (rank == 1)
+    merge(output[:fewer], lse[:fewer])
+    torch.cuda.synchronize()
+    said = f"rank {1 - rank} of the group had a call of {3 + (rank == 1)} tokens to base e|gave up"
+    with pytest.raises(RuntimeError, match=said):
+        merge(output, lse)
 
 
 def killed(rank, ranks, device):

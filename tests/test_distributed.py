@@ -18,23 +18,24 @@ from merge_attn_states.distributed import RankMerge
 HEADS, SIZE = 6, 16
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+# On GPUs as NCCL has it, or directly.
+@pytest.fixture(params=["cpu", "cuda", "direct"])
 def where(request):
-    if request.param == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     return request.param
 
 
-def gpus_for(ranks, where):
-    if where == "cuda" and torch.cuda.device_count() < ranks:
+def run(program, ranks, where, tmp_path, environment):
+    if where != "cpu" and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
+    environment = environment | {"MERGE_ATTN_STATES_DIRECT": str(int(where == "direct"))}
+    device = "cpu" if where == "cpu" else "cuda"
+    ranks_support.run(program, ranks, tmp_path, environment, device)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("program", [programs.values, programs.whole_on_every_rank])
 def test_values(program, ranks, where, tmp_path, child_environment):
-    gpus_for(ranks, where)
-    ranks_support.run(program, ranks, tmp_path, child_environment, where)
+    run(program, ranks, where, tmp_path, child_environment)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +43,19 @@ def test_values(program, ranks, where, tmp_path, child_environment):
     [programs.other_objects, programs.other_calls, programs.gone_group, programs.compiled],
 )
 def test_two_ranks(program, where, tmp_path, child_environment):
-    ranks_support.run(program, 2, tmp_path, child_environment, where)
+    run(program, 2, where, tmp_path, child_environment)
+
+
+@pytest.mark.parametrize(
+    "program", [programs.directly, programs.late_directly, programs.other_numbers_directly]
+)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_directly(program, ranks, tmp_path, child_environment):
+    run(program, ranks, "direct", tmp_path, child_environment)
 
 
 def test_some_of_the_ranks(where, tmp_path, child_environment):
-    gpus_for(3, where)
-    ranks_support.run(programs.subgroup, 3, tmp_path, child_environment, where)
+    run(programs.subgroup, 3, where, tmp_path, child_environment)
 
 
 # A GPU's stream waits, and not the processor: there the group's watchdog rules.

@@ -9,6 +9,7 @@
 
 #include "../core/merge_call.h"
 #include "../core/parts_call.h"
+#include "../core/ranks_call.h"
 
 namespace merge_attn_states::cuda {
 
@@ -93,6 +94,9 @@ void launch_each(const PartsCall& call, const EachShape& shape);
 // are not 16-byte aligned.
 std::optional<EachShape> each_backward_shape(const PartsCall& call);
 void launch_each_backward(const PartsCall& call, const EachShape& shape);
+
+// peers.cu.
+void launch_peers(const RanksCall& call);
 
 // parts_any.cu, backward.cu.
 struct AnyShape {

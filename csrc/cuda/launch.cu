@@ -224,4 +224,13 @@ void run(const PartsCall& given) {
   }
 }
 
+PeerLayout peer_layout(int64_t ranks, int64_t max_rows, int64_t row_bytes) {
+  return PeerLayout(kPeerSizes, ranks, max_rows, row_bytes);
+}
+
+void run(const RanksCall& call) {
+  const DeviceGuard guard(call.device_index);
+  launch_peers(call);
+}
+
 }  // namespace merge_attn_states::cuda

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../core/ranks_call.h"
+
 namespace merge_attn_states::cuda {
 
 struct Tuning {
@@ -75,6 +77,14 @@ inline constexpr int kEachParts = 8;
 inline constexpr int kEachThreads = 256;
 static_assert(kEachThreads % 32 == 0);
 constexpr int each_elements(int most, bool selects) { return most <= 4 && selects ? 16 : 8; }
+
+// A merge across ranks (core/ranks_call.h), and the most threads of its blocks.
+inline constexpr PeerSizes kPeerSizes{.line_threads = 128,
+                                      .most_line_bytes = 512 << 10,
+                                      .chunk_threads = 512,
+                                      .chunk_packs = 4,
+                                      .blocks = 128};
+inline constexpr int kPeerThreads = 512;
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
 inline constexpr int kAnyThreads = 256;

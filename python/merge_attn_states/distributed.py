@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ._agreement import agree, caught
 from ._collective import Collective, Packed
+from ._direct import make_direct
 from ._rank_state import DTYPES, Empty, RankState, check_timeout
 from ._states_operators import lse_dtype_of
 from .states import Base
@@ -126,10 +127,22 @@ class RankMerge:
         self._rank_state = RankState(
             max_tokens, num_heads, self.merged_heads, head_size, dtype, self.device
         )
-        # Connections are made and kernels loaded by what needs them first: not by a captured call.
-        zeros = torch.zeros(1, num_heads, head_size, device=self.device)
-        output, lse = zeros.to(dtype), zeros[..., 0].to(lse_dtype_of(dtype))
-        self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
+        rows = max_tokens * self.merged_heads
+        self._direct = make_direct(
+            *(gather, group, self.device, dtype, rows, head_size), bool(scatter), timeout
+        )
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Make connections and load kernels, which a captured call could not."""
+        zeros = torch.zeros(1, self.num_heads, self.head_size, device=self.device)
+        output, lse = zeros.to(self.dtype), zeros[..., 0].to(lse_dtype_of(self.dtype))
+        if self._direct is None:
+            self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
+            return
+        for num_tokens in {1, min(self.max_tokens, self._direct.tokens_in_bulk(self.merged_heads))}:
+            states = output.expand(num_tokens, -1, -1), lse.expand(num_tokens, -1)
+            self._merge_directly(*states, None, "e", "visible", None, None)
 
     def _numbers(self) -> dict[str, int]:
         """The arguments, of which all are right, as ranks compare them."""
@@ -159,8 +172,8 @@ class RankMerge:
 
     @property
     def transport(self) -> str:
-        """How states travel: "collective", by the group's own collectives."""
-        return "collective"
+        """How states travel: "collective", by the group's own collectives; or "direct"."""
+        return "collective" if self._direct is None else "direct"
 
     # Dynamo would trace half of it, up to the exchange.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -228,11 +241,42 @@ class RankMerge:
         if num_tokens == 0:
             no_output, no_lse = come.outputs[0].clone(), come.lses[0].clone()
             return no_output if out is None else out, no_lse if out_lse is None else out_lse
+        if self._direct is not None:
+            return self._merge_directly(output, lse, empty, lse_base, nan_lse, out, out_lse)
         if nan_lse == "empty":
             lse = lse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         mask = self._rank_state.mask(empty, num_tokens)
         lse = lse.view(lse.shape[:2]) if lse.ndim == 3 else lse
         return self._transport.merge(output, lse, mask, lse_base, come, out, out_lse)
+
+    def _merge_directly(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        empty: Empty | None,
+        lse_base: Base,
+        nan_lse: str,
+        out: torch.Tensor | None,
+        out_lse: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._direct is not None
+        output, lse = output.resolve_neg(), lse.resolve_neg()
+        output = output if output.stride(2) == 1 else output.contiguous()
+        operands = [output, lse, *(empty if isinstance(empty, tuple) else [empty])]
+        shape = (output.shape[0], self.merged_heads, self.head_size)
+        # Where a result may lie on an operand, of which a row is merged while others are yet sent.
+        merged = (
+            out if out is not None and out.stride(2) == 1 and _is_apart(out, operands) else None
+        )
+        merged_lse = out_lse if out_lse is not None and _is_apart(out_lse, operands) else None
+        merged = output.new_empty(shape) if merged is None else merged
+        merged_lse = lse.new_empty(shape[:2]) if merged_lse is None else merged_lse
+        flags = nan_lse == "empty", lse_base == "2"
+        self._direct.merge(output, lse, empty, *flags, merged, merged_lse)
+        for result, given in ((merged, out), (merged_lse, out_lse)):
+            if given is not None and given is not result:
+                given.copy_(result.view(given.shape))
+        return merged if out is None else out, merged_lse if out_lse is None else out_lse
 
     def _room_for(self, num_tokens: int) -> Packed:
         shape = (num_tokens, self.merged_heads, self.head_size)
@@ -270,3 +314,9 @@ class RankMerge:
         }
         agree(self._transport.gather, refusal, numbers, _MEANINGS)
         self._calls += 1
+
+
+def _is_apart(result: torch.Tensor, operands: list[torch.Tensor | None]) -> bool:
+    """Whether a result has memory of its own."""
+    own = result.untyped_storage().data_ptr()
+    return all(one is None or one.untyped_storage().data_ptr() != own for one in operands)

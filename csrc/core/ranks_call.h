@@ -1,0 +1,89 @@
+// A merge across ranks in one kernel, where each rank's GPU can write to the memory of all others:
+// what a call is, and how that memory is used.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "dtypes.h"
+#include "host_device.h"
+#include "lse_base.h"
+#include "parts_call.h"
+
+namespace merge_attn_states {
+
+inline constexpr int kMaxPeers = 16;
+
+// How rows are cut.
+struct PeerSizes {
+  int64_t line_threads;     // of a block that sends lines: 16 bytes of a row each
+  int64_t most_line_bytes;  // of the rows that a peer gets as lines; more go in bulk
+  int64_t chunk_threads;    // of a block in bulk, and its packs of 16 bytes, each of a thread
+  int64_t chunk_packs;
+  int64_t blocks;  // in bulk at most: resident at once, beside those of other objects
+};
+
+// The memory that every rank's peers write to, at the same offsets in each. Bytes; multiples of 16.
+// What is sent in call n lies in half n % 2, since a rank is at most one call ahead of another.
+struct PeerLayout {
+  static constexpr int64_t kLine = 16;
+
+  int64_t ranks, max_rows, row_bytes;
+  int64_t line_rows;                 // that may go as lines
+  int64_t rows_a_block, chunk_rows;  // of lines; in bulk
+
+  PeerLayout(const PeerSizes& sizes, int64_t ranks, int64_t max_rows, int64_t row_bytes)
+      : ranks(ranks), max_rows(max_rows), row_bytes(row_bytes) {
+    const int64_t packs = row_bytes / 16;
+    rows_a_block = std::max<int64_t>(1, sizes.line_threads / packs);
+    chunk_rows = std::max<int64_t>(1, sizes.chunk_threads * sizes.chunk_packs / packs);
+    line_rows = std::min(max_rows, sizes.most_line_bytes / row_bytes);
+    if (packs > sizes.chunk_threads) line_rows = 0;
+  }
+
+  // At 0 a word that is not 0 once a rank has given up.
+  // A line a rank and half: what the call is.
+  int64_t headers() const { return kLine; }
+  // Of rows: two lines for 16 bytes, and one for the LSE.
+  int64_t lines_a_row() const { return 2 * (row_bytes / 16) + 1; }
+  int64_t lines() const { return headers() + 2 * ranks * kLine; }
+  int64_t line_blocks() const { return (line_rows + rows_a_block - 1) / rows_a_block; }
+  int64_t chunks() const { return (max_rows + chunk_rows - 1) / chunk_rows; }
+  // Of calls, of the calls of each block of lines and of each chunk.
+  int64_t numbers() const { return 1 + line_blocks() + chunks(); }
+  int64_t rows() const { return lines() + 2 * ranks * line_rows * lines_a_row() * kLine; }
+  int64_t lses() const { return rows() + 2 * ranks * max_rows * row_bytes; }
+  int64_t flags() const { return lses() + aligned(2 * ranks * max_rows * 4); }
+  int64_t bytes() const { return flags() + aligned(chunks() * ranks * 4); }
+
+ private:
+  static int64_t aligned(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+};
+
+struct RanksCall {
+  int64_t num_tokens, merged_heads, head_size;
+  DType dtype;
+  PerRow output, lse;   // of this rank, of all heads
+  PerRow empty;         // bools; not given: none
+  const void* lengths;  // of requests, or null
+  const void* starts;   // one more
+  int64_t num_requests;
+  bool has_64_bit_requests;
+  bool nan_is_empty;
+  PerRow out, out_lse;  // merged
+  Base base;
+
+  int rank, ranks;
+  bool scatters;  // a rank gets its share of the heads, else all
+  int64_t max_rows;
+  int64_t limit_ns;         // how long others are waited for
+  char* memory[kMaxPeers];  // of each rank: a PeerLayout
+  uint32_t* numbers;        // of this rank alone: PeerLayout's
+  int64_t* report;          // pinned host memory, four words, the first of which is not 0 then
+  int32_t device_index;
+  bool dependent_launch;
+  void* stream;
+};
+
+}  // namespace merge_attn_states

@@ -1,0 +1,142 @@
+"""How states travel where every GPU of the group can write to the memory of the others.
+
+One kernel a call (csrc/cuda/peers.cuh) over symmetric memory, which torch.distributed maps into
+each rank's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import hashlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ._rank_state import Empty
+
+__all__ = ["Direct", "make_direct"]
+
+_MOST_RANKS = 16
+_MOST_ROW_BYTES = 8192
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
+_Gather = Callable[[list[int]], list[list[int]]]
+
+
+def make_direct(
+    gather: _Gather,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    head_size: int,
+    scatters: bool,
+    timeout: datetime.timedelta | None,
+) -> Direct | None:
+    """Make it where all ranks can; None on all of them where one cannot."""
+    row_bytes = head_size * dtype.itemsize
+    asked = os.environ.get("MERGE_ATTN_STATES_DIRECT", "") == "1"
+    fits = dtype in _DTYPES and row_bytes % 16 == 0 and row_bytes <= _MOST_ROW_BYTES
+    fits = fits and 2 <= dist.get_world_size(group) <= _MOST_RANKS and rows < 2**31
+    wishes = gather([int(asked and fits and device.type == "cuda"), _machine()])
+    if not all(wish for wish, _ in wishes) or len({machine for _, machine in wishes}) > 1:
+        return None
+    made = None
+    with contextlib.suppress(RuntimeError):  # no access from one GPU to another
+        made = Direct(group, device, rows, row_bytes, scatters, timeout or _LIMIT)
+    return made if all(there for (there,) in gather([int(made is not None)])) else None
+
+
+def _machine() -> int:
+    """A number for the machine that this process runs on."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = platform.node() + (boot.read_text() if boot.exists() else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
+class Direct:
+    """The memory of a group's ranks, and merges through it."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        rows: int,
+        row_bytes: int,
+        scatters: bool,
+        limit: datetime.timedelta,
+    ) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        layout = torch.ops.merge_attn_states.ranks_layout(ranks, rows, row_bytes)
+        size, numbers, self._line_rows = layout
+        self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
+        self._memory.zero_()
+        self._numbers = torch.zeros(numbers, dtype=torch.int32, device=device)
+        self._report = torch.zeros(4, dtype=torch.int64).pin_memory()
+        self._handle = symmetric.rendezvous(self._memory, group.group_name)
+        if self._handle is None:
+            raise RuntimeError("the group has no symmetric memory")
+        torch.cuda.synchronize(device)
+        self._handle.barrier()
+        limit_ns = 1000 * (limit // datetime.timedelta(microseconds=1))
+        own = [self._numbers.data_ptr(), self._report.data_ptr()]
+        given = [rank, ranks, int(scatters), rows, limit_ns]
+        peers = [*given, *own, *map(int, self._handle.buffer_ptrs)]
+        self._peers = torch.tensor(peers, dtype=torch.int64)
+        # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
+        self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
+
+    def tokens_in_bulk(self, merged_heads: int) -> int:
+        """The fewest tokens that do not go as lines (core/ranks_call.h)."""
+        return int(self._line_rows) // merged_heads + 1
+
+    def merge(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        empty: Empty | None,
+        nan_is_empty: bool,
+        base_is_two: bool,
+        out: torch.Tensor,
+        out_lse: torch.Tensor,
+    ) -> None:
+        """Merge into results that share no memory with the operands; elements lie side by side.
+
+        Raises
+        ------
+        RuntimeError
+            A call before this one failed.
+        """
+        if self._reports[0]:
+            raise RuntimeError(self._failure())
+        mask, lengths, starts = None, None, None
+        if isinstance(empty, tuple):
+            lengths, starts = (each.contiguous() for each in empty)
+        else:
+            mask = empty
+        torch.ops.merge_attn_states.merge_ranks(
+            *(out, out_lse, output, lse, mask, lengths, starts),
+            *(nan_is_empty, base_is_two, self._peers),
+        )
+
+    def _failure(self) -> str:
+        """What the kernel reported that gave up first."""
+        kind, peer, theirs = self._reports[:3]
+        said = {
+            1: f"rank {peer} of the group did not come within the time limit",
+            2: f"rank {peer} of the group had a call of {theirs & 0xFFFFFFFF} tokens to base "
+            f"{'2' if theirs >> 32 else 'e'}, and this rank another",
+            3: "another rank of the group gave up",
+        }[kind]
+        return (
+            f"a merge of this RankMerge failed before ({said}), so that the ranks no longer agree "
+            "which call is theirs: make a new group, and a new one of it"
+        )

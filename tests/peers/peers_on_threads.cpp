@@ -1,0 +1,346 @@
+// The protocol of csrc/cuda/peers.cuh with a CPU thread for each of a GPU's: several ranks call
+// merges of random sizes at random times, as lines and in bulk; some never come, some disagree.
+#include <atomic>
+#include <barrier>
+#include <bit>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+// What CUDA has.
+struct Index {
+  uint32_t x;
+};
+static thread_local Index threadIdx, blockIdx, gridDim;
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct Block {
+  explicit Block(int threads) : barrier(threads) {}
+  std::barrier<> barrier;
+  std::atomic<int> nays{0};
+};
+static thread_local Block* block;
+#define __device__
+#define __syncthreads() block->barrier.arrive_and_wait()
+static bool __syncthreads_and(bool aye) {
+  if (!aye) ++block->nays;
+  block->barrier.arrive_and_wait();
+  const bool all = block->nays == 0;
+  block->barrier.arrive_and_wait();
+  return all;
+}
+static void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+using std::min;
+static uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+static float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+#include "../../csrc/core/dtypes.h"
+#include "../../csrc/core/state.h"
+
+namespace merge_attn_states::cuda {
+
+// Each half of a line, data and number, is stored at once, and the halves in either order.
+static uint64_t half(uint32_t data, uint32_t number) { return data | uint64_t{number} << 32; }
+static std::atomic_ref<uint64_t> half_at(const char* line, int i) {
+  return std::atomic_ref<uint64_t>(reinterpret_cast<uint64_t*>(const_cast<char*>(line))[i]);
+}
+static void store_line(char* to, uint32_t a, uint32_t b, uint32_t number) {
+  half_at(to, 1).store(half(b, number));
+  half_at(to, 0).store(half(a, number));
+}
+static bool load_line(const char* from, uint32_t number, uint32_t& a, uint32_t& b) {
+  const uint64_t first = half_at(from, 0).load(), second = half_at(from, 1).load();
+  a = static_cast<uint32_t>(first);
+  b = static_cast<uint32_t>(second);
+  return first >> 32 == number && second >> 32 == number;
+}
+static void store_release(uint32_t* to, uint32_t value) {
+  std::atomic_ref<uint32_t>(*to).store(value, std::memory_order_release);
+}
+static uint32_t load_acquire(const uint32_t* from) {
+  return std::atomic_ref<uint32_t>(*const_cast<uint32_t*>(from)).load(std::memory_order_acquire);
+}
+static int64_t now_ns() {
+  std::this_thread::yield();  // others are to run
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+static bool claim(int64_t* word, int64_t value) {
+  int64_t nothing = 0;
+  return std::atomic_ref<int64_t>(*word).compare_exchange_strong(nothing, value);
+}
+template <class Word>
+static Word load_fresh(const Word* from) {
+  return *from;
+}
+template <class Word>
+static Word load_global(const Word* from) {
+  return *from;
+}
+template <class Word>
+static void store_global(Word* to, Word word) {
+  *to = word;
+}
+template <class T, int kElements>
+struct Pack;
+template <>
+struct Pack<float, 4> {
+  uint4 word;
+  static Pack load(const float* from) {
+    Pack pack;
+    std::memcpy(&pack, from, sizeof(pack));
+    return pack;
+  }
+  void store(float* to) const { std::memcpy(to, &word, sizeof(word)); }
+  void unpack(float (&values)[4]) const { std::memcpy(values, &word, sizeof(word)); }
+  static Pack pack(const float (&values)[4]) { return load(values); }
+};
+
+}  // namespace merge_attn_states::cuda
+
+#include "../../csrc/cuda/peers.cuh"
+
+using namespace merge_attn_states;
+
+namespace {
+
+constexpr PeerSizes kSizes{.line_threads = 8,
+                           .most_line_bytes = 512,
+                           .chunk_threads = 4,
+                           .chunk_packs = cuda::kMostPacks,
+                           .blocks = 2};
+
+std::atomic<int> failures{0};
+
+#define EXPECT(condition, ...)                    \
+  do {                                            \
+    if (!(condition)) {                           \
+      if (++failures < 20) {                      \
+        std::fprintf(stderr, "%s: ", #condition); \
+        std::fprintf(stderr, __VA_ARGS__);        \
+        std::fprintf(stderr, "\n");               \
+      }                                           \
+    }                                             \
+  } while (false)
+
+// What a rank has for an object's whole life.
+struct Rank {
+  std::vector<uint4> memory;
+  std::vector<uint32_t> numbers;
+  alignas(16) int64_t report[4]{};
+};
+
+struct Group {
+  int ranks, heads, head_size;
+  bool scatters;
+  int64_t max_tokens;
+  PeerLayout layout;
+  std::vector<Rank> of;
+
+  Group(int ranks, int merged_heads, int head_size, bool scatters, int64_t max_tokens)
+      : ranks(ranks),
+        heads(scatters ? merged_heads * ranks : merged_heads),
+        head_size(head_size),
+        scatters(scatters),
+        max_tokens(max_tokens),
+        layout(kSizes, ranks, max_tokens * merged_heads, head_size * 4),
+        of(ranks) {
+    for (Rank& rank : of) {
+      rank.memory.resize(layout.bytes() / 16);
+      rank.numbers.resize(layout.numbers());
+    }
+  }
+  int merged_heads() const { return scatters ? heads / ranks : heads; }
+};
+
+// One rank's state of one call, made of the call's seed; every rank can make that of all.
+struct State {
+  std::vector<float> output, lse;
+
+  State(const Group& group, int64_t tokens, uint32_t seed, int rank) {
+    std::mt19937 random(seed * 97 + rank);
+    std::normal_distribution<float> normal;
+    output.resize(tokens * group.heads * group.head_size);
+    lse.resize(tokens * group.heads);
+    for (float& value : output) value = normal(random);
+    for (float& value : lse) value = random() % 6 == 0 ? -INFINITY : 3 * normal(random);
+  }
+};
+
+// A kernel: its blocks' threads, all at once.
+void launch(const RanksCall& call) {
+  bool by_lines;
+  const cuda::PeersCall parameters = cuda::peers_call(call, kSizes, by_lines);
+  const uint32_t blocks =
+      by_lines ? parameters.num_blocks : std::min<uint32_t>(parameters.num_blocks, kSizes.blocks);
+  const int threads =
+      static_cast<int>(by_lines ? std::max<int64_t>(kSizes.line_threads, parameters.row_packs)
+                                : kSizes.chunk_threads);
+  std::vector<std::unique_ptr<Block>> made;
+  std::vector<std::thread> all;
+  for (uint32_t b = 0; b < blocks; ++b) {
+    made.push_back(std::make_unique<Block>(threads));
+    for (int t = 0; t < threads; ++t) {
+      all.emplace_back([&, b, t, own = made.back().get()] {
+        blockIdx = {b};
+        threadIdx = {static_cast<uint32_t>(t)};
+        gridDim = {blocks};
+        block = own;
+        const auto run = [&]<int kRoom>() {
+          by_lines ? cuda::merge_by_lines<float, kRoom>(parameters)
+                   : cuda::merge_in_bulk<float, kRoom>(parameters);
+        };
+        call.ranks == 2 ? run.operator()<2>() : run.operator()<4>();
+        block->barrier.arrive_and_drop();  // who has left is not waited for
+      });
+    }
+  }
+  for (std::thread& thread : all) thread.join();
+}
+
+struct Result {
+  std::vector<float> out, lse;
+};
+
+Result call(Group& group, int rank, int64_t tokens, uint32_t seed, int64_t limit_ms,
+            Base base = Base::kE) {
+  const State state(group, tokens, seed, rank);
+  const int64_t heads = group.heads, merged = group.merged_heads(), size = group.head_size;
+  Result result{std::vector<float>(tokens * merged * size, NAN),
+                std::vector<float>(tokens * merged, NAN)};
+  RanksCall made{};
+  made.num_tokens = tokens;
+  made.merged_heads = merged;
+  made.head_size = size;
+  made.dtype = DType::kFloat32;
+  made.output = {const_cast<float*>(state.output.data()), {heads * size, size, 0, 0}};
+  made.lse = {const_cast<float*>(state.lse.data()), {heads, 1, 0, 0}};
+  made.out = {result.out.data(), {merged * size, size, 0, 0}};
+  made.out_lse = {result.lse.data(), {merged, 1, 0, 0}};
+  made.base = base;
+  made.rank = rank;
+  made.ranks = group.ranks;
+  made.scatters = group.scatters;
+  made.max_rows = group.layout.max_rows;
+  made.limit_ns = limit_ms * 1000000;
+  for (int peer = 0; peer < group.ranks; ++peer) {
+    made.memory[peer] = reinterpret_cast<char*>(group.of[peer].memory.data());
+  }
+  made.numbers = group.of[rank].numbers.data();
+  made.report = group.of[rank].report;
+  launch(made);
+  return result;
+}
+
+// In float64, of a rank's share of the heads.
+void compare(const Group& group, int rank, int64_t tokens, uint32_t seed, const Result& result) {
+  std::vector<State> states;
+  for (int peer = 0; peer < group.ranks; ++peer) states.emplace_back(group, tokens, seed, peer);
+  const int64_t merged = group.merged_heads(), size = group.head_size;
+  const int64_t first = group.scatters ? rank * merged : 0;
+  for (int64_t row = 0; row < tokens * merged; ++row) {
+    const int64_t from = row / merged * group.heads + first + row % merged;
+    double largest = -INFINITY, sum = 0;
+    for (const State& state : states) largest = std::max<double>(largest, state.lse[from]);
+    for (const State& state : states) {
+      if (largest > -INFINITY) sum += std::exp(state.lse[from] - largest);
+    }
+    const double lse = largest > -INFINITY ? largest + std::log(sum) : -INFINITY;
+    EXPECT(result.lse[row] == lse || std::fabs(result.lse[row] - lse) < 1e-5,
+           "row %ld of %ld tokens on rank %d: %g for %g", row, tokens, rank, result.lse[row], lse);
+    for (int64_t i = 0; i < size; ++i) {
+      double value = 0;
+      for (const State& state : states) {
+        if (state.lse[from] > -INFINITY) {
+          value += std::exp(state.lse[from] - lse) * state.output[from * size + i];
+        }
+      }
+      EXPECT(std::fabs(result.out[row * size + i] - value) < 1e-5,
+             "row %ld, element %ld of %ld tokens on rank %d: %g for %g", row, i, tokens, rank,
+             result.out[row * size + i], value);
+    }
+  }
+}
+
+// All ranks at once, each with a stream of calls.
+void on_all(const Group& group, const std::function<void(int)>& f) {
+  std::vector<std::thread> ranks;
+  for (int rank = 0; rank < group.ranks; ++rank) ranks.emplace_back(f, rank);
+  for (std::thread& thread : ranks) thread.join();
+}
+
+void random_calls(int ranks, bool scatters, int calls) {
+  Group group(ranks, 2, 8, scatters, 24);
+  int by_lines = 0;
+  on_all(group, [&](int rank) {
+    std::mt19937 sizes(7), delays(rank);
+    for (int i = 0; i < calls; ++i) {
+      const int64_t tokens = sizes() % 3 == 0 ? 1 + sizes() % 24 : 1 + sizes() % 4;
+      if (rank == 0) by_lines += tokens * group.merged_heads() <= group.layout.line_rows;
+      if (delays() % 4 == 0) {
+        std::this_thread::sleep_for(std::chrono::microseconds(delays() % 3000));
+      }
+      compare(group, rank, tokens, i, call(group, rank, tokens, i, 20000));
+      EXPECT(group.of[rank].report[0] == 0, "call %d on rank %d", i, rank);
+    }
+  });
+  EXPECT(0 < by_lines && by_lines < calls, "%d of %d calls as lines", by_lines, calls);
+}
+
+// A rank that does not come ends the call of all others, and each later one, its own too.
+void absent(int ranks, int64_t tokens) {
+  Group group(ranks, 2, 8, true, 24);
+  on_all(group, [&](int rank) {
+    if (rank > 0) call(group, rank, tokens, 0, 100);
+  });
+  EXPECT(group.of[1].report[0] == cuda::kTimeout && group.of[1].report[1] == 0,
+         "reports %ld of rank %ld", group.of[1].report[0], group.of[1].report[1]);
+  const auto begin = std::chrono::steady_clock::now();
+  on_all(group, [&](int rank) { call(group, rank, tokens, 1, 60000); });
+  EXPECT(std::chrono::steady_clock::now() - begin < std::chrono::seconds(10), "later calls wait");
+  EXPECT(group.of[0].report[0] == cuda::kPoisoned, "reports %ld", group.of[0].report[0]);
+}
+
+void disagreement(int64_t one, int64_t other, Base base) {
+  Group group(2, 2, 8, true, 24);
+  on_all(group, [&](int rank) {
+    call(group, rank, rank == 0 ? one : other, 0, 60000, rank == 0 ? Base::kE : base);
+  });
+  int named = 0;
+  for (int rank = 0; rank < 2; ++rank) {
+    const int64_t* report = group.of[rank].report;
+    EXPECT(report[0] == cuda::kDisagreement || report[0] == cuda::kPoisoned, "reports %ld",
+           report[0]);
+    if (report[0] != cuda::kDisagreement) continue;
+    ++named;
+    const int64_t theirs = rank == 0 ? other : one;
+    const int64_t their_base = rank == 0 && base == Base::kTwo;
+    EXPECT(report[1] == 1 - rank && report[2] == (their_base << 32 | theirs), "of rank %ld: %lx",
+           report[1], report[2]);
+  }
+  EXPECT(named > 0, "nobody names it");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int calls = count > 1 ? std::atoi(arguments[1]) : 60;
+  for (const bool scatters : {true, false}) {
+    for (const int ranks : {2, 3}) random_calls(ranks, scatters, calls);
+  }
+  for (const int64_t tokens : {1, 24}) absent(3, tokens);
+  disagreement(3, 5, Base::kE);    // as lines both
+  disagreement(20, 24, Base::kE);  // in bulk both
+  disagreement(24, 2, Base::kE);   // one as lines
+  disagreement(2, 2, Base::kTwo);
+  std::printf("%d failures\n", failures.load());
+  return failures != 0;
+}
