@@ -173,7 +173,8 @@ __device__ float lse_of(const PeersCall& call, const MergedRow& row, uint32_t he
       load_global(static_cast<const float*>(call.lse.data) + row.offset(call.lse, head_offset));
   bool is_empty = call.nan_is_empty && lse != lse;
   if (call.empty.data != nullptr) {
-    is_empty |= static_cast<const bool*>(call.empty.data)[row.offset(call.empty, head_offset)];
+    const auto* const empty = static_cast<const uint8_t*>(call.empty.data);
+    is_empty |= empty[row.offset(call.empty, head_offset)] != 0;
   }
   if (call.starts != nullptr) {
     is_empty |= call.has_64_bit_requests ? has_no_request<int64_t>(call, row.token)
@@ -182,7 +183,8 @@ __device__ float lse_of(const PeersCall& call, const MergedRow& row, uint32_t he
   return is_empty ? -INFINITY : lse;
 }
 
-// As EachRow's (parts_each.cuh), whose these should be too.
+// The part that is all of a row and is taken byte for byte, or kSummed or kNoPart; and the sum of
+// the parts that are not empty.
 template <int kRoom>
 __device__ int taken_part(const float (&weights)[kRoom]) {
   int taken = kNoPart;
