@@ -211,3 +211,16 @@ def test_operands_that_require_grad_are_taken_where_none_is_recorded(alone):
 
 def test_it_says_how_states_travel(alone):
     assert RankMerge(**HOW).transport == "collective"
+
+
+def test_on_a_cpu_it_is_never_direct(alone, monkeypatch):
+    monkeypatch.setenv("MERGE_ATTN_STATES_DIRECT", "1")
+    assert RankMerge(**HOW).transport == "collective"
+
+
+def test_the_operator_refuses_what_requires_grad():
+    output = torch.zeros(3, HEADS, SIZE, requires_grad=True)
+    fixed, peers = output.detach(), torch.zeros(9, dtype=torch.int64)
+    given = (None, None, None, False, False, peers)
+    with pytest.raises(ValueError, match="output: expected a tensor that does not require grad"):
+        torch.ops.merge_attn_states.merge_ranks(fixed, fixed[..., 0], output, fixed[..., 0], *given)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from . import _operator
 from ._rank_state import Empty
 
 __all__ = ["Direct", "make_direct"]
@@ -27,6 +28,8 @@ _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
 _Gather = Callable[[list[int]], list[list[int]]]
+_merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
+_operator.register(_merge_ranks, "a merge across ranks has no gradient")
 
 
 def make_direct(
@@ -122,7 +125,7 @@ class Direct:
             lengths, starts = (each.contiguous() for each in empty)
         else:
             mask = empty
-        torch.ops.merge_attn_states.merge_ranks(
+        _merge_ranks(
             *(out, out_lse, output, lse, mask, lengths, starts),
             *(nan_is_empty, base_is_two, self._peers),
         )

@@ -260,7 +260,6 @@ class RankMerge:
         out_lse: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._direct is not None
-        output, lse = output.resolve_neg(), lse.resolve_neg()
         output = output if output.stride(2) == 1 else output.contiguous()
         operands = [output, lse, *(empty if isinstance(empty, tuple) else [empty])]
         shape = (output.shape[0], self.merged_heads, self.head_size)
