@@ -1,5 +1,6 @@
 // The protocol of csrc/cuda/peers.cuh with a CPU thread for each of a GPU's: several ranks call
 // merges of random sizes at random times, as lines and in bulk; some never come, some disagree.
+#include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <bit>
@@ -11,6 +12,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <random>
 #include <thread>
 #include <vector>
@@ -163,15 +165,49 @@ struct Group {
 
 // One rank's state of one call, made of the call's seed; every rank can make that of all.
 struct State {
-  std::vector<float> output, lse;
+  static constexpr int kRequests = 3;
 
-  State(const Group& group, int64_t tokens, uint32_t seed, int rank) {
-    std::mt19937 random(seed * 97 + rank);
+  int64_t heads;
+  std::vector<float> output, lse;
+  std::vector<uint8_t> mask;             // none: not given
+  std::vector<int64_t> starts, lengths;  // of requests; none: not given
+  Base base = Base::kE;
+  bool is_shifted = false;  // its rows do not begin at 16 bytes
+
+  State(const Group& group, int64_t tokens, uint32_t seed, int rank) : heads(group.heads) {
+    std::mt19937 same(seed), random(seed * 97 + rank);
     std::normal_distribution<float> normal;
-    output.resize(tokens * group.heads * group.head_size);
-    lse.resize(tokens * group.heads);
+    if (seed % 5 == 1) base = Base::kTwo;
+    is_shifted = seed % 2 == 1;
+    output.resize(tokens * heads * group.head_size + 1);
+    lse.resize(tokens * heads);
     for (float& value : output) value = normal(random);
-    for (float& value : lse) value = random() % 6 == 0 ? -INFINITY : 3 * normal(random);
+    for (float& value : lse) {
+      const float of[] = {-INFINITY, INFINITY, NAN};
+      value = random() % 4 == 0 ? of[random() % 3] : 3 * normal(random);
+    }
+    if (seed % 3 == 1) {
+      for (int64_t i = 0; i < tokens * heads; ++i) mask.push_back(random() % 4 == 0);
+    }
+    if (seed % 3 == 2) {
+      for (int i = 0; i <= kRequests; ++i) starts.push_back(same() % (tokens + 1));
+      std::sort(starts.begin(), starts.end());
+      for (int i = 0; i < kRequests; ++i) lengths.push_back(random() % 3);
+    }
+  }
+  const float* rows() const { return output.data() + is_shifted; }
+  // Of a token and a head, by what the contract says of requests: -inf of an empty row.
+  double lse_of(int64_t token, int64_t head) const {
+    const int64_t i = token * heads + head;
+    bool is_empty = !std::isfinite(lse[i]) || (!mask.empty() && mask[i] != 0);
+    if (!starts.empty()) {
+      bool has_keys = false;
+      for (int r = 0; r < kRequests; ++r) {
+        has_keys |= starts[r] <= token && token < starts[r + 1] && lengths[r] > 0;
+      }
+      is_empty |= !has_keys;
+    }
+    return is_empty ? -INFINITY : lse[i];
   }
 };
 
@@ -211,21 +247,34 @@ struct Result {
 };
 
 Result call(Group& group, int rank, int64_t tokens, uint32_t seed, int64_t limit_ms,
-            Base base = Base::kE) {
+            std::optional<Base> base = {}) {
   const State state(group, tokens, seed, rank);
   const int64_t heads = group.heads, merged = group.merged_heads(), size = group.head_size;
   Result result{std::vector<float>(tokens * merged * size, NAN),
                 std::vector<float>(tokens * merged, NAN)};
+  const std::vector<int32_t> starts(state.starts.begin(), state.starts.end());
+  const std::vector<int32_t> lengths(state.lengths.begin(), state.lengths.end());
+  const bool wide = seed % 2 == 0;
   RanksCall made{};
   made.num_tokens = tokens;
   made.merged_heads = merged;
   made.head_size = size;
   made.dtype = DType::kFloat32;
-  made.output = {const_cast<float*>(state.output.data()), {heads * size, size, 0, 0}};
+  made.output = {const_cast<float*>(state.rows()), {heads * size, size, 0, 0}};
   made.lse = {const_cast<float*>(state.lse.data()), {heads, 1, 0, 0}};
+  if (!state.mask.empty()) {
+    made.empty = {const_cast<uint8_t*>(state.mask.data()), {heads, 1, 0, 0}};
+  }
+  if (!starts.empty()) {
+    made.starts = wide ? static_cast<const void*>(state.starts.data()) : starts.data();
+    made.lengths = wide ? static_cast<const void*>(state.lengths.data()) : lengths.data();
+    made.num_requests = State::kRequests;
+    made.has_64_bit_requests = wide;
+  }
+  made.nan_is_empty = true;
   made.out = {result.out.data(), {merged * size, size, 0, 0}};
   made.out_lse = {result.lse.data(), {merged, 1, 0, 0}};
-  made.base = base;
+  made.base = base.value_or(state.base);
   made.rank = rank;
   made.ranks = group.ranks;
   made.scatters = group.scatters;
@@ -246,22 +295,24 @@ void compare(const Group& group, int rank, int64_t tokens, uint32_t seed, const 
   for (int peer = 0; peer < group.ranks; ++peer) states.emplace_back(group, tokens, seed, peer);
   const int64_t merged = group.merged_heads(), size = group.head_size;
   const int64_t first = group.scatters ? rank * merged : 0;
+  const double ln_base = states[0].base == Base::kTwo ? std::log(2.0) : 1.0;
   for (int64_t row = 0; row < tokens * merged; ++row) {
-    const int64_t from = row / merged * group.heads + first + row % merged;
+    const int64_t token = row / merged, head = first + row % merged;
     double largest = -INFINITY, sum = 0;
-    for (const State& state : states) largest = std::max<double>(largest, state.lse[from]);
-    for (const State& state : states) {
-      if (largest > -INFINITY) sum += std::exp(state.lse[from] - largest);
-    }
-    const double lse = largest > -INFINITY ? largest + std::log(sum) : -INFINITY;
+    for (const State& state : states) largest = std::max(largest, state.lse_of(token, head));
+    const auto weight = [&](const State& state) {
+      const double lse = state.lse_of(token, head);
+      return lse > -INFINITY ? std::exp((lse - largest) * ln_base) : 0.0;
+    };
+    for (const State& state : states) sum += weight(state);
+    const double lse = sum > 0 ? largest + std::log(sum) / ln_base : -INFINITY;
     EXPECT(result.lse[row] == lse || std::fabs(result.lse[row] - lse) < 1e-5,
            "row %ld of %ld tokens on rank %d: %g for %g", row, tokens, rank, result.lse[row], lse);
     for (int64_t i = 0; i < size; ++i) {
       double value = 0;
       for (const State& state : states) {
-        if (state.lse[from] > -INFINITY) {
-          value += std::exp(state.lse[from] - lse) * state.output[from * size + i];
-        }
+        if (weight(state) == 0) continue;
+        value += weight(state) / sum * state.rows()[(token * group.heads + head) * size + i];
       }
       EXPECT(std::fabs(result.out[row * size + i] - value) < 1e-5,
              "row %ld, element %ld of %ld tokens on rank %d: %g for %g", row, i, tokens, rank,
