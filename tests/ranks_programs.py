@@ -179,11 +179,15 @@ def directly(rank, ranks, device):
         kind = random.choice(["none", "mask", "requests"])
         call_and_compare(merge, num_tokens, ("e2"[seed % 2], "empty", kind, seed % 3 == 0, False))
     captured = []
-    for num_tokens in (3, border + 1):
+    for num_tokens, reads in ((3, False), (border + 1, False), (3, True), (300, True)):
         outputs, lses = states_of_ranks(ranks, num_tokens, 1024, BF16, device)
+        mine = outputs[rank]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = merge(outputs[rank], lses[rank])
+            if reads:
+                mine = merge.output_buffer(num_tokens)
+                mine.copy_(outputs[rank])
+            results = merge(mine, lses[rank])
         captured.append((graph, outputs, lses, results))
     for seed in range(6):
         torch.manual_seed(seed)

@@ -221,6 +221,19 @@ def test_on_a_cpu_it_is_never_direct(alone, monkeypatch):
 def test_the_operator_refuses_what_requires_grad():
     output = torch.zeros(3, HEADS, SIZE, requires_grad=True)
     fixed, peers = output.detach(), torch.zeros(9, dtype=torch.int64)
-    given = (None, None, None, False, False, peers)
+    given = (None, None, None, False, False, False, peers)
     with pytest.raises(ValueError, match="output: expected a tensor that does not require grad"):
         torch.ops.merge_attn_states.merge_ranks(fixed, fixed[..., 0], output, fixed[..., 0], *given)
+
+
+def test_a_buffer_for_the_output(alone):
+    merge = RankMerge(**HOW)
+    output = merge.output_buffer(3)
+    assert output.shape == (3, HEADS, SIZE)
+    assert merge.output_buffer(4).data_ptr() == output.data_ptr()
+    output.copy_(torch.randn(output.shape))
+    assert torch.equal(merge(output, torch.zeros(3, HEADS))[0], output)
+    for wrong in (-1, 5):
+        said = f"num_tokens: expected 0 to max_tokens = 4, got {wrong}"
+        with pytest.raises(ValueError, match=said):
+            merge.output_buffer(wrong)

@@ -30,11 +30,13 @@ struct PeerLayout {
   static constexpr int64_t kLine = 16;
 
   int64_t ranks, max_rows, row_bytes;
+  int64_t buffer_rows;               // of a rank's states, where its attention writes them there
   int64_t line_rows;                 // that may go as lines
   int64_t rows_a_block, chunk_rows;  // of lines; in bulk
 
-  PeerLayout(const PeerSizes& sizes, int64_t ranks, int64_t max_rows, int64_t row_bytes)
-      : ranks(ranks), max_rows(max_rows), row_bytes(row_bytes) {
+  PeerLayout(const PeerSizes& sizes, int64_t ranks, int64_t max_rows, int64_t row_bytes,
+             int64_t buffer_rows)
+      : ranks(ranks), max_rows(max_rows), row_bytes(row_bytes), buffer_rows(buffer_rows) {
     const int64_t packs = row_bytes / 16;
     rows_a_block = std::max<int64_t>(1, sizes.line_threads / packs);
     chunk_rows = std::max<int64_t>(1, sizes.chunk_threads * sizes.chunk_packs / packs);
@@ -50,12 +52,16 @@ struct PeerLayout {
   int64_t lines() const { return headers() + 2 * ranks * kLine; }
   int64_t line_blocks() const { return (line_rows + rows_a_block - 1) / rows_a_block; }
   int64_t chunks() const { return (max_rows + chunk_rows - 1) / chunk_rows; }
-  // Of calls, of the calls of each block of lines and of each chunk.
-  int64_t numbers() const { return 1 + line_blocks() + chunks(); }
+  // Of calls, of the calls of each block of lines, of each chunk, and of each that is read.
+  int64_t numbers() const { return 1 + line_blocks() + 2 * chunks(); }
   int64_t rows() const { return lines() + 2 * ranks * line_rows * lines_a_row() * kLine; }
   int64_t lses() const { return rows() + 2 * ranks * max_rows * row_bytes; }
   int64_t flags() const { return lses() + aligned(2 * ranks * max_rows * 4); }
-  int64_t bytes() const { return flags() + aligned(chunks() * ranks * 4); }
+  // What is read where it lies: a line a row with its LSE, and who has read a chunk.
+  int64_t lse_lines() const { return flags() + aligned(chunks() * ranks * 4); }
+  int64_t acks() const { return lse_lines() + 2 * ranks * max_rows * kLine; }
+  int64_t buffer() const { return acks() + aligned(chunks() * ranks * 4); }
+  int64_t bytes() const { return buffer() + buffer_rows * row_bytes; }
 
  private:
   static int64_t aligned(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -75,7 +81,8 @@ struct RanksCall {
   Base base;
 
   int rank, ranks;
-  bool scatters;  // a rank gets its share of the heads, else all
+  bool scatters;      // a rank gets its share of the heads, else all
+  bool is_in_buffer;  // `output` is the buffer in the memory, on all ranks
   int64_t max_rows;
   int64_t limit_ns;         // how long others are waited for
   char* memory[kMaxPeers];  // of each rank: a PeerLayout

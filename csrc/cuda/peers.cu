@@ -7,14 +7,16 @@
 namespace merge_attn_states::cuda {
 namespace {
 
-template <class T, int kRoom, bool kByLines>
+enum class Way { kLines, kBulk, kReading };
+
+template <class T, int kRoom, Way kWay>
 __global__ void __launch_bounds__(kPeerThreads)
     merge_peers(const __grid_constant__ PeersCall call) {
   wait_for_previous();
-  if constexpr (kByLines) {
+  if constexpr (kWay == Way::kLines) {
     merge_by_lines<T, kRoom>(call);
   } else {
-    merge_in_bulk<T, kRoom>(call);
+    merge_in_bulk<T, kRoom, kWay == Way::kReading>(call);
   }
 }
 
@@ -31,8 +33,10 @@ void launch_peers(const RanksCall& call) {
   dispatch_floats(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_room_for<kMaxPeers>(call.ranks, [&]<int kRoom>() {
-      by_lines ? launch(kernel<merge_peers<T, kRoom, true>>(), grid, call, parameters)
-               : launch(kernel<merge_peers<T, kRoom, false>>(), grid, call, parameters);
+      const auto& chosen = by_lines            ? kernel<merge_peers<T, kRoom, Way::kLines>>()
+                           : call.is_in_buffer ? kernel<merge_peers<T, kRoom, Way::kReading>>()
+                                               : kernel<merge_peers<T, kRoom, Way::kBulk>>();
+      launch(chosen, grid, call, parameters);
     });
   });
 }

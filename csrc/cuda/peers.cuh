@@ -5,10 +5,12 @@
 //
 // Small calls go as lines: a 16-byte store carries two words of data and the call's number twice,
 // and whoever polls it has the data as soon as the number is right: no fence, no flag, no barrier.
-// Large ones go in bulk, with a flag a chunk of rows behind a fence. A block of lines, or a chunk,
-// has a number of its own, which rises with each call that has it, and two places in turn: a rank
-// writes call n only when it has what all others sent in call n - 1, and then these have read what
-// it sent in call n - 2.
+// Large ones go in bulk, with a flag a chunk of rows behind a fence. Rows that attention wrote into
+// the shared memory itself are read where they lie: their LSEs go as lines, and a rank's call ends
+// when all others have read its rows, so that these may be written anew. A block of lines, or a
+// chunk, has a number of its own, which rises with each call that has it, and two places in turn: a
+// rank writes call n only when it has what all others sent in call n - 1, and then these have read
+// what it sent in call n - 2.
 //
 // A rank that waits too long, or hears of another call than its own, poisons all ranks: every
 // kernel looks for that first, also one in a graph, and leaves.
@@ -41,9 +43,10 @@ struct PeersCall {
   bool has_64_bit_requests, nan_is_empty, scatters, is_aligned, out_is_aligned;
   LseRule rule;
   uint32_t rank, ranks;
-  uint32_t num_tokens, base;  // what ranks must agree about
+  uint32_t num_tokens, kind;  // what ranks must agree about: tokens, base, where rows lie
   int64_t limit_ns;
-  int64_t headers, lines, line_rows, rows, lses, flags, max_rows;
+  int64_t headers, lines, line_rows, rows, lses, flags, lse_lines, acks, buffer, max_rows;
+  uint32_t buffer_heads;
   char* memory[kMaxPeers];
   uint32_t *calls, *numbers;
   int64_t* report;
@@ -268,15 +271,15 @@ __device__ bool talks(const PeersCall& call) {
 __device__ void send_header(const PeersCall& call, uint32_t number, uint32_t peer) {
   char* const to =
       call.memory[peer] + call.headers + (number % 2 * call.ranks + call.rank) * int64_t{16};
-  store_line(to, call.num_tokens, call.base, number);
+  store_line(to, call.num_tokens, call.kind, number);
 }
 __device__ bool compare_header(const PeersCall& call, uint32_t number, uint32_t peer) {
   const char* const from =
       call.memory[call.rank] + call.headers + (number % 2 * call.ranks + peer) * int64_t{16};
-  uint32_t tokens = 0, base = 0;
-  if (!wait_for(call, peer, [&] { return load_line(from, number, tokens, base); })) return false;
-  if (tokens == call.num_tokens && base == call.base) return true;
-  give_up(call, kDisagreement, peer, int64_t{base} << 32 | tokens);
+  uint32_t tokens = 0, kind = 0;
+  if (!wait_for(call, peer, [&] { return load_line(from, number, tokens, kind); })) return false;
+  if (tokens == call.num_tokens && kind == call.kind) return true;
+  give_up(call, kDisagreement, peer, int64_t{kind} << 32 | tokens);
   return false;
 }
 
@@ -341,8 +344,8 @@ __device__ void merge_by_lines(const PeersCall& call) {
   }
 }
 
-// A chunk of rows on its way: its threads' packs.
-template <class T, int kRoom>
+// A chunk of rows on its way: its threads' packs. kReads: they are read where they lie.
+template <class T, int kRoom, bool kReads>
 struct Chunk {
   using PackT = typename Rows<T>::PackT;
   const PeersCall& call;
@@ -365,7 +368,24 @@ struct Chunk {
     return reinterpret_cast<uint32_t*>(call.memory[owner] + call.flags) + at * call.ranks + source;
   }
 
+  __device__ char* lse_lines(uint32_t owner, uint32_t source) const {
+    return call.memory[owner] + call.lse_lines + place(source) * 16;
+  }
+  __device__ uint32_t* ack(uint32_t owner, uint32_t source) const {
+    return reinterpret_cast<uint32_t*>(call.memory[owner] + call.acks) + at * call.ranks + source;
+  }
+  // A row of another rank's, of those that this rank gets.
+  __device__ const uint4* in_buffer(uint32_t owner, const MergedRow& row) const {
+    const int64_t head = row.head + first_head(call, call.rank);
+    const int64_t place = row.token * int64_t{call.buffer_heads} + head;
+    return reinterpret_cast<const uint4*>(call.memory[owner] + call.buffer) +
+           place * call.row_packs;
+  }
+  // A thread a peer.
+  __device__ bool is_peer() const { return threadIdx.x < call.ranks && threadIdx.x != call.rank; }
+
   __device__ void push() const {
+    if constexpr (kReads) return push_lses();
     for (uint32_t k = 1; k < call.ranks; ++k) {
       const uint32_t peer = (call.rank + k) % call.ranks;
       const uint32_t head = first_head(call, peer);
@@ -390,27 +410,36 @@ struct Chunk {
       }
     }
     __syncthreads();
-    if (threadIdx.x < call.ranks && threadIdx.x != call.rank) {
+    if (is_peer()) {
       __threadfence_system();
       store_release(flag(threadIdx.x, call.rank), number);
+    }
+  }
+  __device__ void push_lses() const {
+    const uint32_t num_rows = call.packs.quotient(packs());
+    for (uint32_t k = 1; k < call.ranks; ++k) {
+      const uint32_t peer = (call.rank + k) % call.ranks;
+      for (uint32_t i = threadIdx.x; i < num_rows; i += call.chunk_threads) {
+        const float lse = lse_of(call, MergedRow(call, first_row() + i), first_head(call, peer));
+        store_line(lse_lines(peer, call.rank) + 16 * i, __float_as_uint(lse), 0, number);
+      }
     }
   }
   // False where this rank has given up, which all threads then know.
   __device__ bool merge() const {
     bool is_complete = true;
-    if (threadIdx.x < call.ranks && threadIdx.x != call.rank) {
+    if (!kReads && is_peer()) {
       const uint32_t* const mine = flag(call.rank, threadIdx.x);
       // It may be the next call's already.
       is_complete = wait_for(call, threadIdx.x, [&] {
         return static_cast<int32_t>(load_acquire(mine) - number) >= 0;
       });
     }
-    if (!__syncthreads_and(is_complete)) return false;
-    if (threadIdx.x == 0) call.numbers[at] = number;
+    if (!kReads && !__syncthreads_and(is_complete)) return false;
 #pragma unroll 1
     for (int i = 0; i < kMostPacks; ++i) {
       const uint32_t pack = threadIdx.x + i * call.chunk_threads;
-      if (pack >= packs()) break;
+      if (pack >= packs() || !is_complete) break;
       const uint32_t of_chunk = call.packs.quotient(pack);
       const uint32_t column = pack - of_chunk * call.row_packs;
       const MergedRow row(call, first_row() + of_chunk);
@@ -422,35 +451,60 @@ struct Chunk {
         if (k == call.rank) {
           from_all[k] = Rows<T>::load(call, row, first_head(call, k), column);
           weights[k] = lse_of(call, row, first_head(call, k));
+        } else if constexpr (kReads) {
+          uint32_t lse = 0, nothing;
+          const char* const from = lse_lines(call.rank, k) + 16 * of_chunk;
+          is_complete = is_complete &&
+                        wait_for(call, k, [&] { return load_line(from, number, lse, nothing); });
+          if (!is_complete) return;
+          from_all[k].word = load_fresh(in_buffer(k, row) + column);
+          weights[k] = __uint_as_float(lse);
         } else {
           from_all[k].word = load_fresh(reinterpret_cast<const uint4*>(rows(call.rank, k)) + pack);
           weights[k] = load_fresh(lses(call.rank, k) + of_chunk);
         }
       });
-      Rows<T>::merge(call, row, column, from_all, weights);
+      if (is_complete) Rows<T>::merge(call, row, column, from_all, weights);
     }
+    if constexpr (kReads) {
+      if (!__syncthreads_and(is_complete)) return false;
+      if (is_peer()) store_release(ack(threadIdx.x, call.rank), number);
+    }
+    if (threadIdx.x == 0) call.numbers[at] = number;
     return true;
+  }
+  // Until all others have read this rank's rows of the chunk.
+  __device__ bool wait_for_readers() const {
+    return !is_peer() || wait_for(call, threadIdx.x, [&] {
+      return static_cast<int32_t>(load_acquire(ack(call.rank, threadIdx.x)) - number) >= 0;
+    });
   }
 };
 
 // A block pushes its next chunk while the one before is under way.
-template <class T, int kRoom>
+template <class T, int kRoom, bool kReads>
 __device__ void merge_in_bulk(const PeersCall& call) {
   if (has_ended(call)) return;
   const uint32_t call_number = *call.calls + 1;
   if (talks(call)) send_header(call, call_number, threadIdx.x);
   uint32_t at = blockIdx.x, number = call.numbers[at] + 1;
-  Chunk<T, kRoom>{call, at, number}.push();
+  Chunk<T, kRoom, kReads>{call, at, number}.push();
   if (talks(call)) compare_header(call, call_number, threadIdx.x);
   for (;;) {
     const uint32_t next = at + gridDim.x;
     const bool has_next = next < call.num_blocks;
     const uint32_t next_number = has_next ? call.numbers[next] + 1 : 0;
-    if (has_next) Chunk<T, kRoom>{call, next, next_number}.push();
-    if (!Chunk<T, kRoom>{call, at, number}.merge()) return;
+    if (has_next) Chunk<T, kRoom, kReads>{call, next, next_number}.push();
+    if (!Chunk<T, kRoom, kReads>{call, at, number}.merge()) return;
     if (!has_next) break;
     at = next;
     number = next_number;
+  }
+  if constexpr (kReads) {
+    __syncthreads();  // the numbers are written
+    for (at = blockIdx.x; at < call.num_blocks; at += gridDim.x) {
+      if (!Chunk<T, kRoom, kReads>{call, at, call.numbers[at]}.wait_for_readers()) return;
+    }
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) *call.calls = call_number;
 }
@@ -459,8 +513,8 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   const int64_t size = size_of(call.dtype), row_bytes = call.head_size * size;
   const int64_t num_rows = call.num_tokens * call.merged_heads;
-  const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes);
-  by_lines = num_rows <= layout.line_rows;
+  const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes, 0);  // the buffer is last
+  by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
   const int64_t rows_a_block = by_lines ? layout.rows_a_block : layout.chunk_rows;
   // Rows that each begin at 16 bytes.
   const auto is_aligned = [&](const PerRow& rows) {
@@ -493,7 +547,7 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
                  .rank = u32(call.rank),
                  .ranks = u32(call.ranks),
                  .num_tokens = u32(call.num_tokens),
-                 .base = u32(call.base == Base::kTwo),
+                 .kind = u32(call.base == Base::kTwo) | u32(call.is_in_buffer) << 1,
                  .limit_ns = call.limit_ns,
                  .headers = layout.headers(),
                  .lines = layout.lines(),
@@ -501,10 +555,15 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
                  .rows = layout.rows(),
                  .lses = layout.lses(),
                  .flags = layout.flags(),
+                 .lse_lines = layout.lse_lines(),
+                 .acks = layout.acks(),
+                 .buffer = layout.buffer(),
                  .max_rows = call.max_rows,
+                 .buffer_heads = u32(call.merged_heads * (call.scatters ? call.ranks : 1)),
                  .memory = {},
                  .calls = call.numbers,
-                 .numbers = call.numbers + 1 + (by_lines ? 0 : layout.line_blocks()),
+                 .numbers = call.numbers + 1 + (by_lines ? 0 : layout.line_blocks()) +
+                            (call.is_in_buffer ? layout.chunks() : 0),
                  .report = call.report};
   std::copy_n(call.memory, call.ranks, made.memory);
   return made;

@@ -26,6 +26,7 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   TensorArgument empty{stack.take<OptionalTensor>()}, lengths{stack.take<OptionalTensor>()};
   TensorArgument starts{stack.take<OptionalTensor>()};
   const bool nan_is_empty = stack.take<bool>(), base_is_two = stack.take<bool>();
+  const bool is_in_buffer = stack.take<bool>();
   TensorArgument peers{stack.take<Tensor>()};
   out.describe("out", true);
   out_lse.describe("out_lse", true);
@@ -54,6 +55,7 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
                  .rank = static_cast<int>(of[0]),
                  .ranks = static_cast<int>(of[1]),
                  .scatters = of[2] != 0,
+                 .is_in_buffer = is_in_buffer,
                  .max_rows = of[3],
                  .limit_ns = of[4],
                  .memory = {},
@@ -68,14 +70,17 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   if (call.num_tokens > 0) cuda::run(call);
 }
 
-// Bytes of each rank's memory, words of its numbers, and the most rows of a call that go as lines.
+// Bytes of each rank's memory, where its buffer begins, words of its numbers, and the most rows of
+// a call that go as lines.
 void ranks_layout(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const auto ranks = stack.take<int64_t>(), rows = stack.take<int64_t>();
-  const PeerLayout layout = cuda::peer_layout(ranks, rows, stack.take<int64_t>());
+  const auto row_bytes = stack.take<int64_t>();
+  const PeerLayout layout = cuda::peer_layout(ranks, rows, row_bytes, stack.take<int64_t>());
   values[0] = from(layout.bytes());
-  values[1] = from(layout.numbers());
-  values[2] = from(layout.line_rows);
+  values[1] = from(layout.buffer());
+  values[2] = from(layout.numbers());
+  values[3] = from(layout.line_rows);
 }
 
 }  // namespace
@@ -84,8 +89,10 @@ void ranks_layout(StableIValue* values, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY_FRAGMENT(merge_attn_states, m) {
   m.def(
       "merge_ranks(Tensor(a!) out, Tensor(b!) out_lse, Tensor output, Tensor lse, Tensor? empty, "
-      "Tensor? lengths, Tensor? starts, bool nan_is_empty, bool base_is_two, Tensor peers) -> ()");
-  m.def("ranks_layout(int ranks, int rows, int row_bytes) -> (int, int, int)");
+      "Tensor? lengths, Tensor? starts, bool nan_is_empty, bool base_is_two, bool is_in_buffer, "
+      "Tensor peers) -> ()");
+  m.def(
+      "ranks_layout(int ranks, int rows, int row_bytes, int buffer_rows) -> (int, int, int, int)");
 }
 STABLE_TORCH_LIBRARY_IMPL(merge_attn_states, CUDA, m) {
   m.impl("merge_ranks", &merge_attn_states::merge_ranks);

@@ -37,13 +37,15 @@ def make_direct(
     group: dist.ProcessGroup,
     device: torch.device,
     dtype: torch.dtype,
-    rows: int,
-    head_size: int,
+    shape: tuple[int, int, int],
     scatters: bool,
     timeout: datetime.timedelta | None,
 ) -> Direct | None:
-    """Make it where all ranks can; None on all of them where one cannot."""
-    row_bytes = head_size * dtype.itemsize
+    """Make it where all ranks can; None on all of them where one cannot.
+
+    `shape` is of a rank's states: the most tokens, heads, head size.
+    """
+    row_bytes, rows = shape[2] * dtype.itemsize, shape[0] * shape[1]
     asked = os.environ.get("MERGE_ATTN_STATES_DIRECT", "") == "1"
     fits = dtype in _DTYPES and row_bytes % 16 == 0 and row_bytes <= _MOST_ROW_BYTES
     fits = fits and 2 <= dist.get_world_size(group) <= _MOST_RANKS and rows < 2**31
@@ -52,7 +54,7 @@ def make_direct(
         return None
     made = None
     with contextlib.suppress(RuntimeError):  # no access from one GPU to another
-        made = Direct(group, device, rows, row_bytes, scatters, timeout or _LIMIT)
+        made = Direct(group, device, dtype, shape, scatters, timeout or _LIMIT)
     return made if all(there for (there,) in gather([int(made is not None)])) else None
 
 
@@ -70,18 +72,23 @@ class Direct:
         self,
         group: dist.ProcessGroup,
         device: torch.device,
-        rows: int,
-        row_bytes: int,
+        dtype: torch.dtype,
+        shape: tuple[int, int, int],
         scatters: bool,
         limit: datetime.timedelta,
     ) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        layout = torch.ops.merge_attn_states.ranks_layout(ranks, rows, row_bytes)
-        size, numbers, self._line_rows = layout
+        own_rows = shape[0] * shape[1]
+        rows = own_rows // ranks if scatters else own_rows  # that a rank gets merged
+        layout = torch.ops.merge_attn_states.ranks_layout(
+            ranks, rows, shape[2] * dtype.itemsize, own_rows
+        )
+        size, buffer, numbers, self._line_rows = layout
         self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
         self._memory.zero_()
+        self.buffer = self._memory[buffer:].view(dtype).view(shape)
         self._numbers = torch.zeros(numbers, dtype=torch.int32, device=device)
         self._report = torch.zeros(4, dtype=torch.int64).pin_memory()
         self._handle = symmetric.rendezvous(self._memory, group.group_name)
@@ -125,9 +132,10 @@ class Direct:
             lengths, starts = (each.contiguous() for each in empty)
         else:
             mask = empty
+        is_in_buffer = output.data_ptr() == self.buffer.data_ptr() and output.is_contiguous()
         _merge_ranks(
             *(out, out_lse, output, lse, mask, lengths, starts),
-            *(nan_is_empty, base_is_two, self._peers),
+            *(nan_is_empty, base_is_two, is_in_buffer, self._peers),
         )
 
     def _failure(self) -> str:
@@ -136,7 +144,8 @@ class Direct:
         said = {
             1: f"rank {peer} of the group did not come within the time limit",
             2: f"rank {peer} of the group had a call of {theirs & 0xFFFFFFFF} tokens to base "
-            f"{'2' if theirs >> 32 else 'e'}, and this rank another",
+            f"{'2' if theirs >> 32 & 1 else 'e'} {'in' if theirs >> 33 else 'outside'} the output "
+            "buffer, and this rank another",
             3: "another rank of the group gave up",
         }[kind]
         return (

@@ -127,10 +127,9 @@ class RankMerge:
         self._rank_state = RankState(
             max_tokens, num_heads, self.merged_heads, head_size, dtype, self.device
         )
-        rows = max_tokens * self.merged_heads
-        self._direct = make_direct(
-            *(gather, group, self.device, dtype, rows, head_size), bool(scatter), timeout
-        )
+        shape = (max_tokens, num_heads, head_size)
+        self._direct = make_direct(gather, group, self.device, dtype, shape, bool(scatter), timeout)
+        self._buffer: torch.Tensor | None = None
         self._warm_up()
 
     def _warm_up(self) -> None:
@@ -174,6 +173,36 @@ class RankMerge:
     def transport(self) -> str:
         """How states travel: "collective", by the group's own collectives; or "direct"."""
         return "collective" if self._direct is None else "direct"
+
+    def output_buffer(self, num_tokens: int) -> torch.Tensor:
+        """Memory for attention to write its output into, so that a direct merge copies nothing.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Up to `max_tokens`.
+
+        Returns
+        -------
+        torch.Tensor
+            [num_tokens, num_heads, head_size], contiguous, the same memory each time: what is to be
+            merged next. All ranks pass theirs to a call, or none does.
+
+        Raises
+        ------
+        ValueError
+            num_tokens is negative or more than `max_tokens`.
+        """
+        if not 0 <= num_tokens <= self.max_tokens:
+            raise ValueError(
+                f"num_tokens: expected 0 to max_tokens = {self.max_tokens}, got {num_tokens}"
+            )
+        if self._direct is not None:
+            return self._direct.buffer[:num_tokens]
+        if self._buffer is None:
+            shape = (self.max_tokens, self.num_heads, self.head_size)
+            self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._buffer[:num_tokens]
 
     # Dynamo would trace half of it, up to the exchange.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
