@@ -170,7 +170,7 @@ def directly(rank, ranks, device):
     how = {"num_heads": HEADS, "head_size": 1024, "dtype": BF16, "device": device}
     merge = RankMerge(max_tokens=300, **how)
     assert merge.transport == "direct"
-    border = merge._direct.tokens_in_bulk(merge.merged_heads)
+    border = merge._direct.tokens_in_bulk
     assert 1 < border < 300
     sizes = [1, border - 1, border, 300, 7, border, 1]
     for seed, num_tokens in enumerate(sizes * 3):

@@ -3,11 +3,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 
 #include "dtypes.h"
-#include "host_device.h"
 #include "lse_base.h"
 #include "parts_call.h"
 

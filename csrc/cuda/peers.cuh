@@ -186,17 +186,7 @@ __device__ float lse_of(const PeersCall& call, const MergedRow& row, uint32_t he
   return is_empty ? -INFINITY : lse;
 }
 
-// The part that is all of a row and is taken byte for byte, or kSummed or kNoPart; and the sum of
-// the parts that are not empty.
-template <int kRoom>
-__device__ int taken_part(const float (&weights)[kRoom]) {
-  int taken = kNoPart;
-  for_each_part<kRoom>([&](auto k) {
-    if (weights[k] < 0.0f) return;
-    taken = taken == kNoPart && weights[k] == 1.0f ? int{k} : kSummed;
-  });
-  return taken;
-}
+// The sum of the parts that are not empty.
 template <class PackT, int kRoom, int kElements>
 __device__ void sum_taken(const float (&weights)[kRoom], const PackT (&packs)[kRoom],
                           float (&values)[kElements]) {
@@ -264,10 +254,17 @@ struct Rows {
   }
 };
 
-// Threads of block 0, one a peer, say what this call is, and hear whether theirs is the same.
-__device__ bool talks(const PeersCall& call) {
-  return blockIdx.x == 0 && threadIdx.x < call.ranks && threadIdx.x != call.rank;
+// A thread of a block for each peer.
+__device__ bool is_peer(const PeersCall& call) {
+  return threadIdx.x < call.ranks && threadIdx.x != call.rank;
 }
+// Whether what is sent with a number is there; it may be the next call's already.
+__device__ bool has_come(const uint32_t* flag, uint32_t number) {
+  return static_cast<int32_t>(load_acquire(flag) - number) >= 0;
+}
+
+// Those of block 0 say what this call is, and hear whether theirs is the same.
+__device__ bool talks(const PeersCall& call) { return blockIdx.x == 0 && is_peer(call); }
 __device__ void send_header(const PeersCall& call, uint32_t number, uint32_t peer) {
   char* const to =
       call.memory[peer] + call.headers + (number % 2 * call.ranks + call.rank) * int64_t{16};
@@ -381,61 +378,56 @@ struct Chunk {
     return reinterpret_cast<const uint4*>(call.memory[owner] + call.buffer) +
            place * call.row_packs;
   }
-  // A thread a peer.
-  __device__ bool is_peer() const { return threadIdx.x < call.ranks && threadIdx.x != call.rank; }
 
   __device__ void push() const {
-    if constexpr (kReads) return push_lses();
+    const uint32_t num_rows = call.packs.quotient(packs());
     for (uint32_t k = 1; k < call.ranks; ++k) {
       const uint32_t peer = (call.rank + k) % call.ranks;
       const uint32_t head = first_head(call, peer);
-      auto* const to = reinterpret_cast<uint4*>(rows(peer, call.rank));
-      uint4 words[kMostPacks];
-#pragma unroll
-      for (int i = 0; i < kMostPacks; ++i) {
-        const uint32_t pack = threadIdx.x + i * call.chunk_threads;
-        if (pack >= packs()) break;
-        const uint32_t of_chunk = call.packs.quotient(pack);
-        const MergedRow row(call, first_row() + of_chunk);
-        words[i] = Rows<T>::load(call, row, head, pack - of_chunk * call.row_packs).word;
-      }
-#pragma unroll
-      for (int i = 0; i < kMostPacks; ++i) {
-        const uint32_t pack = threadIdx.x + i * call.chunk_threads;
-        if (pack < packs()) store_global(to + pack, words[i]);
-      }
-      for (uint32_t i = threadIdx.x; i < call.packs.quotient(packs()); i += call.chunk_threads) {
-        const MergedRow row(call, first_row() + i);
-        store_global(lses(peer, call.rank) + i, lse_of(call, row, head));
+      if constexpr (!kReads) push_rows(peer, head);
+      for (uint32_t i = threadIdx.x; i < num_rows; i += call.chunk_threads) {
+        const float lse = lse_of(call, MergedRow(call, first_row() + i), head);
+        if constexpr (kReads) {
+          store_line(lse_lines(peer, call.rank) + 16 * i, __float_as_uint(lse), 0, number);
+        } else {
+          store_global(lses(peer, call.rank) + i, lse);
+        }
       }
     }
+    if constexpr (kReads) return;
     __syncthreads();
-    if (is_peer()) {
+    if (is_peer(call)) {
       __threadfence_system();
       store_release(flag(threadIdx.x, call.rank), number);
     }
   }
-  __device__ void push_lses() const {
-    const uint32_t num_rows = call.packs.quotient(packs());
-    for (uint32_t k = 1; k < call.ranks; ++k) {
-      const uint32_t peer = (call.rank + k) % call.ranks;
-      for (uint32_t i = threadIdx.x; i < num_rows; i += call.chunk_threads) {
-        const float lse = lse_of(call, MergedRow(call, first_row() + i), first_head(call, peer));
-        store_line(lse_lines(peer, call.rank) + 16 * i, __float_as_uint(lse), 0, number);
-      }
+  __device__ void push_rows(uint32_t peer, uint32_t head) const {
+    auto* const to = reinterpret_cast<uint4*>(rows(peer, call.rank));
+    uint4 words[kMostPacks];
+#pragma unroll
+    for (int i = 0; i < kMostPacks; ++i) {
+      const uint32_t pack = threadIdx.x + i * call.chunk_threads;
+      if (pack >= packs()) break;
+      const uint32_t of_chunk = call.packs.quotient(pack);
+      const MergedRow row(call, first_row() + of_chunk);
+      words[i] = Rows<T>::load(call, row, head, pack - of_chunk * call.row_packs).word;
+    }
+#pragma unroll
+    for (int i = 0; i < kMostPacks; ++i) {
+      const uint32_t pack = threadIdx.x + i * call.chunk_threads;
+      if (pack < packs()) store_global(to + pack, words[i]);
     }
   }
   // False where this rank has given up, which all threads then know.
   __device__ bool merge() const {
     bool is_complete = true;
-    if (!kReads && is_peer()) {
-      const uint32_t* const mine = flag(call.rank, threadIdx.x);
-      // It may be the next call's already.
-      is_complete = wait_for(call, threadIdx.x, [&] {
-        return static_cast<int32_t>(load_acquire(mine) - number) >= 0;
-      });
+    if constexpr (!kReads) {
+      if (is_peer(call)) {
+        const uint32_t* const mine = flag(call.rank, threadIdx.x);
+        is_complete = wait_for(call, threadIdx.x, [&] { return has_come(mine, number); });
+      }
+      if (!__syncthreads_and(is_complete)) return false;
     }
-    if (!kReads && !__syncthreads_and(is_complete)) return false;
 #pragma unroll 1
     for (int i = 0; i < kMostPacks; ++i) {
       const uint32_t pack = threadIdx.x + i * call.chunk_threads;
@@ -468,16 +460,16 @@ struct Chunk {
     }
     if constexpr (kReads) {
       if (!__syncthreads_and(is_complete)) return false;
-      if (is_peer()) store_release(ack(threadIdx.x, call.rank), number);
+      if (is_peer(call)) store_release(ack(threadIdx.x, call.rank), number);
     }
     if (threadIdx.x == 0) call.numbers[at] = number;
     return true;
   }
   // Until all others have read this rank's rows of the chunk.
   __device__ bool wait_for_readers() const {
-    return !is_peer() || wait_for(call, threadIdx.x, [&] {
-      return static_cast<int32_t>(load_acquire(ack(call.rank, threadIdx.x)) - number) >= 0;
-    });
+    if (!is_peer(call)) return true;
+    const uint32_t* const mine = ack(call.rank, threadIdx.x);
+    return wait_for(call, threadIdx.x, [&] { return has_come(mine, number); });
   }
 };
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["agree", "caught"]
+__all__ = ["agree", "caught", "failed_before"]
 
 _Result = TypeVar("_Result")
 _Gather = Callable[[list[int]], list[list[int]]]  # every rank's numbers, of one's own
@@ -48,3 +48,11 @@ def agree(
                     f"{name}: expected the same on every rank, got {one} on rank 0 and {other} on "
                     f"rank {rank}"
                 )
+
+
+def failed_before(why: str) -> RuntimeError:
+    """What every call is after one that failed when ranks had sent something."""
+    return RuntimeError(
+        f"an exchange of this RankMerge failed before ({why}), so that the ranks no longer agree "
+        "which call is theirs: make a new group, and a new one of it"
+    )

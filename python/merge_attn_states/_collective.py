@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from ._agreement import failed_before
 from ._states_operators import lse_dtype_of
 from .states import Base, merge_states
 
@@ -128,10 +129,7 @@ class Collective:
     def _together(self) -> Iterator[None]:
         """Whatever leaves it early, an interrupt too, leaves the other ranks waiting."""
         if self._failure:
-            raise RuntimeError(
-                f"an exchange of this RankMerge failed before ({self._failure}), so that the ranks "
-                "no longer agree which call is theirs: make a new group, and a new one of it"
-            )
+            raise failed_before(self._failure)
         try:
             yield
         except BaseException as error:

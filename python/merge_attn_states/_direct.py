@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from . import _operator
+from ._agreement import failed_before
 from ._rank_state import Empty
+from .states import Base
 
 __all__ = ["Direct", "make_direct"]
 
@@ -45,11 +47,13 @@ def make_direct(
 
     `shape` is of a rank's states: the most tokens, heads, head size.
     """
+    if device.type != "cuda":
+        return None
     row_bytes, rows = shape[2] * dtype.itemsize, shape[0] * shape[1]
     asked = os.environ.get("MERGE_ATTN_STATES_DIRECT", "") == "1"
     fits = dtype in _DTYPES and row_bytes % 16 == 0 and row_bytes <= _MOST_ROW_BYTES
     fits = fits and 2 <= dist.get_world_size(group) <= _MOST_RANKS and rows < 2**31
-    wishes = gather([int(asked and fits and device.type == "cuda"), _machine()])
+    wishes = gather([int(asked and fits), _machine()])
     if not all(wish for wish, _ in wishes) or len({machine for _, machine in wishes}) > 1:
         return None
     made = None
@@ -80,12 +84,15 @@ class Direct:
         from torch.distributed import _symmetric_memory as symmetric
 
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        own_rows = shape[0] * shape[1]
-        rows = own_rows // ranks if scatters else own_rows  # that a rank gets merged
+        max_tokens, heads, head_size = shape
+        self._merged_heads = heads // ranks if scatters else heads
+        rows = max_tokens * self._merged_heads  # that a rank gets merged
         layout = torch.ops.merge_attn_states.ranks_layout(
-            ranks, rows, shape[2] * dtype.itemsize, own_rows
+            ranks, rows, head_size * dtype.itemsize, max_tokens * heads
         )
-        size, buffer, numbers, self._line_rows = layout
+        size, buffer, numbers, line_rows = layout
+        # The fewest tokens that do not go as lines (core/ranks_call.h).
+        self.tokens_in_bulk = line_rows // self._merged_heads + 1
         self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
         self._memory.zero_()
         self.buffer = self._memory[buffer:].view(dtype).view(shape)
@@ -104,21 +111,17 @@ class Direct:
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
         self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
 
-    def tokens_in_bulk(self, merged_heads: int) -> int:
-        """The fewest tokens that do not go as lines (core/ranks_call.h)."""
-        return int(self._line_rows) // merged_heads + 1
-
     def merge(
         self,
         output: torch.Tensor,
         lse: torch.Tensor,
         empty: Empty | None,
+        lse_base: Base,
         nan_is_empty: bool,
-        base_is_two: bool,
-        out: torch.Tensor,
-        out_lse: torch.Tensor,
-    ) -> None:
-        """Merge into results that share no memory with the operands; elements lie side by side.
+        out: torch.Tensor | None,
+        out_lse: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The merge of all ranks' states.
 
         Raises
         ------
@@ -126,29 +129,46 @@ class Direct:
             A call before this one failed.
         """
         if self._reports[0]:
-            raise RuntimeError(self._failure())
+            raise failed_before(self._failure())
+        output = output if output.stride(2) == 1 else output.contiguous()
         mask, lengths, starts = None, None, None
         if isinstance(empty, tuple):
             lengths, starts = (each.contiguous() for each in empty)
         else:
             mask = empty
+        # Where a result may lie on an operand, of which a row is merged while others are yet sent.
+        operands = [output, lse, mask, lengths, starts]
+        fits = out is not None and out.stride(2) == 1 and _is_apart(out, operands)
+        merged, merged_lse = out if fits else None, out_lse
+        if out_lse is not None and not _is_apart(out_lse, operands):
+            merged_lse = None
+        if merged is None:
+            merged = output.new_empty(len(output), self._merged_heads, output.shape[2])
+        if merged_lse is None:
+            merged_lse = lse.new_empty(merged.shape[:2])
         is_in_buffer = output.data_ptr() == self.buffer.data_ptr() and output.is_contiguous()
         _merge_ranks(
-            *(out, out_lse, output, lse, mask, lengths, starts),
-            *(nan_is_empty, base_is_two, is_in_buffer, self._peers),
+            *(merged, merged_lse, output, lse, mask, lengths, starts),
+            *(nan_is_empty, lse_base == "2", is_in_buffer, self._peers),
         )
+        for result, given in ((merged, out), (merged_lse, out_lse)):
+            if given is not None and given is not result:
+                given.copy_(result.view(given.shape))
+        return merged if out is None else out, merged_lse if out_lse is None else out_lse
 
     def _failure(self) -> str:
         """What the kernel reported that gave up first."""
         kind, peer, theirs = self._reports[:3]
-        said = {
+        return {
             1: f"rank {peer} of the group did not come within the time limit",
             2: f"rank {peer} of the group had a call of {theirs & 0xFFFFFFFF} tokens to base "
             f"{'2' if theirs >> 32 & 1 else 'e'} {'in' if theirs >> 33 else 'outside'} the output "
             "buffer, and this rank another",
             3: "another rank of the group gave up",
         }[kind]
-        return (
-            f"a merge of this RankMerge failed before ({said}), so that the ranks no longer agree "
-            "which call is theirs: make a new group, and a new one of it"
-        )
+
+
+def _is_apart(result: torch.Tensor, operands: list[torch.Tensor | None]) -> bool:
+    """Whether a result has memory of its own."""
+    own = result.untyped_storage().data_ptr()
+    return all(one is None or one.untyped_storage().data_ptr() != own for one in operands)

@@ -139,9 +139,9 @@ class RankMerge:
         if self._direct is None:
             self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
             return
-        for num_tokens in {1, min(self.max_tokens, self._direct.tokens_in_bulk(self.merged_heads))}:
+        for num_tokens in {1, min(self.max_tokens, self._direct.tokens_in_bulk)}:
             states = output.expand(num_tokens, -1, -1), lse.expand(num_tokens, -1)
-            self._merge_directly(*states, None, "e", "visible", None, None)
+            self._direct.merge(*states, None, "e", False, None, None)
 
     def _numbers(self) -> dict[str, int]:
         """The arguments, of which all are right, as ranks compare them."""
@@ -262,49 +262,23 @@ class RankMerge:
         """
         come, refusal = caught(self._prepared, output, lse, empty, lse_base, nan_lse, out, out_lse)
         if self.check:
-            self._agree(come, refusal, lse_base)
+            self._agree(0 if refusal else output.shape[0], refusal, lse_base)
         if refusal:
             raise refusal
-        assert come is not None  # there is either
         num_tokens = output.shape[0]
         if num_tokens == 0:
-            no_output, no_lse = come.outputs[0].clone(), come.lses[0].clone()
+            no_output = output.new_empty(0, self.merged_heads, self.head_size)
+            no_lse = lse.new_empty(no_output.shape[:2])
             return no_output if out is None else out, no_lse if out_lse is None else out_lse
         if self._direct is not None:
-            return self._merge_directly(output, lse, empty, lse_base, nan_lse, out, out_lse)
+            given = lse_base, nan_lse == "empty"
+            return self._direct.merge(output, lse, empty, *given, out, out_lse)
+        assert come is not None  # unless states travel directly
         if nan_lse == "empty":
             lse = lse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         mask = self._rank_state.mask(empty, num_tokens)
         lse = lse.view(lse.shape[:2]) if lse.ndim == 3 else lse
         return self._transport.merge(output, lse, mask, lse_base, come, out, out_lse)
-
-    def _merge_directly(
-        self,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        empty: Empty | None,
-        lse_base: Base,
-        nan_lse: str,
-        out: torch.Tensor | None,
-        out_lse: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._direct is not None
-        output = output if output.stride(2) == 1 else output.contiguous()
-        operands = [output, lse, *(empty if isinstance(empty, tuple) else [empty])]
-        shape = (output.shape[0], self.merged_heads, self.head_size)
-        # Where a result may lie on an operand, of which a row is merged while others are yet sent.
-        merged = (
-            out if out is not None and out.stride(2) == 1 and _is_apart(out, operands) else None
-        )
-        merged_lse = out_lse if out_lse is not None and _is_apart(out_lse, operands) else None
-        merged = output.new_empty(shape) if merged is None else merged
-        merged_lse = lse.new_empty(shape[:2]) if merged_lse is None else merged_lse
-        flags = nan_lse == "empty", lse_base == "2"
-        self._direct.merge(output, lse, empty, *flags, merged, merged_lse)
-        for result, given in ((merged, out), (merged_lse, out_lse)):
-            if given is not None and given is not result:
-                given.copy_(result.view(given.shape))
-        return merged if out is None else out, merged_lse if out_lse is None else out_lse
 
     def _room_for(self, num_tokens: int) -> Packed:
         shape = (num_tokens, self.merged_heads, self.head_size)
@@ -319,32 +293,29 @@ class RankMerge:
         nan_lse: str,
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
-    ) -> Packed:
-        """Room for what will come, if all of the call is right."""
+    ) -> Packed | None:
+        """Room for what will come, if all of the call is right; a direct merge needs none."""
         self._rank_state.check(output, lse, empty, out, out_lse)
         if lse_base not in _BASES:
             raise ValueError(f"lse_base: expected 'e' or '2', got {lse_base!r}")
         if nan_lse not in ("visible", "empty"):
             raise ValueError(f"nan_lse: expected 'visible' or 'empty', got {nan_lse!r}")
+        has_results = out is not None or out_lse is not None
+        if self._direct is not None and not has_results:
+            return None
         come = self._room_for(output.shape[0])
-        if out is not None or out_lse is not None:
+        if has_results:
             self._transport.check_results(come, lse_base, out, out_lse)
         return come
 
-    def _agree(self, come: Packed | None, refusal: Exception | None, lse_base: Base) -> None:
+    def _agree(self, num_tokens: int, refusal: Exception | None, lse_base: Base) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("check: expected False while a CUDA graph is captured, got True")
         numbers = {
             "object": self._number,
             "call": self._calls,
-            "num_tokens": come.outputs.shape[1] if come else 0,
-            "lse_base": _BASES.index(lse_base) if come else 0,
+            "num_tokens": num_tokens,
+            "lse_base": 0 if refusal else _BASES.index(lse_base),
         }
         agree(self._transport.gather, refusal, numbers, _MEANINGS)
         self._calls += 1
-
-
-def _is_apart(result: torch.Tensor, operands: list[torch.Tensor | None]) -> bool:
-    """Whether a result has memory of its own."""
-    own = result.untyped_storage().data_ptr()
-    return all(one is None or one.untyped_storage().data_ptr() != own for one in operands)

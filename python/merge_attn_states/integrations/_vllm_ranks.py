@@ -42,7 +42,7 @@ _FEWEST_TOKENS = 1024  # that an object serves
 
 def functions(home: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
     """A module's merges by their names; raises where one is called otherwise than is known."""
-    for name in _SCATTERS.keys() & vars(home).keys():
+    for name in filter(vars(home).__contains__, _SCATTERS):
         function = getattr(home, name)
         given = tuple(inspect.signature(function).parameters)
         if len(given) < _FEWEST or given != _PARAMETERS[: len(given)]:
