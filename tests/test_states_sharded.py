@@ -11,6 +11,7 @@ from support import run_command
 from merge_attn_states import merge_states, update_state
 
 pytest.importorskip("torch.distributed.tensor")
+CALLS_FUNCTIONAL_COLLECTIVES = True  # ranks_support.py says what of it
 
 
 def shards(rank, ranks, device):
