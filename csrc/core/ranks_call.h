@@ -11,7 +11,7 @@
 
 namespace merge_attn_states {
 
-inline constexpr int kMaxPeers = 4;
+inline constexpr int kMaxPeers = 16;
 
 // How rows are cut.
 struct PeerSizes {

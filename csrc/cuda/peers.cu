@@ -38,8 +38,6 @@ void launch_peers(const RanksCall& call) {
                                                : kernel<merge_peers<T, kRoom, Way::kBulk>>();
       launch(chosen, grid, call, parameters);
     };
-    // No more kernels than these two: what eight and sixteen ranks would add takes the library of
-    // all architectures past the size that is published.
     call.ranks == 2 ? launch_of.template operator()<2>()
                     : launch_of.template operator()<kMaxPeers>();
   });

@@ -85,6 +85,7 @@ inline constexpr PeerSizes kPeerSizes{.line_threads = 128,
                                       .chunk_packs = 4,
                                       .blocks = 128};
 inline constexpr int kPeerThreads = 512;
+static_assert(std::min(kPeerSizes.line_threads, kPeerSizes.chunk_threads) >= kMaxPeers);
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
 inline constexpr int kAnyThreads = 256;

@@ -25,7 +25,7 @@ from .states import Base
 
 __all__ = ["Direct", "make_direct"]
 
-_MOST_RANKS = 4
+_MOST_RANKS = 16
 _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it

@@ -32,6 +32,7 @@ struct Block {
 };
 static thread_local Block* block;
 #define __device__
+#define __noinline__ __attribute__((noinline))
 #define __syncthreads() block->barrier.arrive_and_wait()
 static bool __syncthreads_and(bool aye) {
   if (!aye) ++block->nays;
@@ -56,6 +57,9 @@ static std::atomic_ref<uint64_t> half_at(const char* line, int i) {
   return std::atomic_ref<uint64_t>(reinterpret_cast<uint64_t*>(const_cast<char*>(line))[i]);
 }
 static void store_line(char* to, uint32_t a, uint32_t b, uint32_t number) {
+  static thread_local std::minstd_rand random(
+      static_cast<uint32_t>(reinterpret_cast<intptr_t>(to)));
+  if (random() % 8 == 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
   half_at(to, 1).store(half(b, number));
   half_at(to, 0).store(half(a, number));
 }
@@ -116,7 +120,7 @@ namespace {
 
 constexpr PeerSizes kSizes{.line_threads = 8,
                            .most_line_bytes = 512,
-                           .chunk_threads = 4,
+                           .chunk_threads = 8,  // as many as ranks, and more
                            .chunk_packs = cuda::kMostPacks,
                            .blocks = 2};
 
@@ -235,7 +239,7 @@ void launch(const RanksCall& call) {
           : call.is_in_buffer ? cuda::merge_in_bulk<float, kRoom, true>(parameters)
                               : cuda::merge_in_bulk<float, kRoom, false>(parameters);
         };
-        call.ranks == 2 ? run.operator()<2>() : run.operator()<4>();
+        call.ranks == 2 ? run.operator()<2>() : run.operator()<kMaxPeers>();
         block->barrier.arrive_and_drop();  // who has left is not waited for
       });
     }
@@ -338,12 +342,12 @@ void on_all(const Group& group, const std::function<void(int)>& f) {
 }
 
 void random_calls(int ranks, bool scatters, int calls) {
-  Group group(ranks, 2, 8, scatters, 24);
+  Group group(ranks, 2, 8, scatters, 40);
   int by_lines = 0;
   on_all(group, [&](int rank) {
     std::mt19937 sizes(7), delays(rank);
     for (int i = 0; i < calls; ++i) {
-      const int64_t tokens = sizes() % 3 == 0 ? 1 + sizes() % 24 : 1 + sizes() % 4;
+      const int64_t tokens = sizes() % 3 == 0 ? 1 + sizes() % 40 : 1 + sizes() % 4;
       if (rank == 0) {
         by_lines += tokens * group.merged_heads() <= group.layout.line_rows && i % 7 < 5;
       }
@@ -403,6 +407,7 @@ int main(int count, char** arguments) {
   const int calls = count > 1 ? std::atoi(arguments[1]) : 60;
   for (const bool scatters : {true, false}) {
     for (const int ranks : {2, 3}) random_calls(ranks, scatters, calls);
+    random_calls(7, scatters, calls / 4);  // more than a thread keeps the packs of
   }
   for (const int64_t tokens : {1, 24}) {
     for (const uint32_t seed : {0, 6}) absent(3, tokens, seed);

@@ -1,0 +1,93 @@
+// What the kernels of a merge across ranks get, made of a RanksCall.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../core/ranks_call.h"
+#include "../core/state.h"
+#include "fast_division.h"
+
+namespace merge_attn_states::cuda {
+
+struct PeersCall {
+  uint32_t num_rows, merged_heads, row_packs;
+  uint32_t rows_a_block, num_blocks, chunk_threads;  // of lines, or chunks of rows
+  FastDivision heads, packs;
+  PerRow output, lse, empty, out, out_lse;
+  const void *lengths, *starts;
+  int64_t num_requests;
+  bool has_64_bit_requests, declares_empty, nan_is_empty, scatters, is_aligned, out_is_aligned;
+  LseRule rule;
+  uint32_t rank, ranks;
+  uint32_t num_tokens, kind;  // what ranks must agree about: tokens, base, where rows lie
+  int64_t limit_ns;
+  int64_t headers, lines, line_rows, rows, lses, flags, lse_lines, acks, buffer, max_rows;
+  uint32_t buffer_heads;
+  char* memory[kMaxPeers];
+  uint32_t *calls, *numbers;
+  int64_t* report;
+};
+
+inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool& by_lines) {
+  const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
+  const int64_t size = size_of(call.dtype), row_bytes = call.head_size * size;
+  const int64_t num_rows = call.num_tokens * call.merged_heads;
+  const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes, 0);  // the buffer is last
+  by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
+  const int64_t rows_a_block = by_lines ? layout.rows_a_block : layout.chunk_rows;
+  // Rows that each begin at 16 bytes.
+  const auto is_aligned = [&](const PerRow& rows) {
+    const auto fits = [&](int64_t stride) { return stride * size % 16 == 0; };
+    return reinterpret_cast<intptr_t>(rows.data) % 16 == 0 && fits(rows.strides[0]) &&
+           fits(rows.strides[1]);
+  };
+  PeersCall made{.num_rows = u32(num_rows),
+                 .merged_heads = u32(call.merged_heads),
+                 .row_packs = u32(row_bytes / 16),
+                 .rows_a_block = u32(rows_a_block),
+                 .num_blocks = u32((num_rows + rows_a_block - 1) / rows_a_block),
+                 .chunk_threads = u32(sizes.chunk_threads),
+                 .heads = FastDivision(u32(call.merged_heads)),
+                 .packs = FastDivision(u32(row_bytes / 16)),
+                 .output = call.output,
+                 .lse = call.lse,
+                 .empty = call.empty,
+                 .out = call.out,
+                 .out_lse = call.out_lse,
+                 .lengths = call.lengths,
+                 .starts = call.starts,
+                 .num_requests = call.num_requests,
+                 .has_64_bit_requests = call.has_64_bit_requests,
+                 .declares_empty = call.empty.data != nullptr || call.starts != nullptr,
+                 .nan_is_empty = call.nan_is_empty,
+                 .scatters = call.scatters,
+                 .is_aligned = is_aligned(call.output),
+                 .out_is_aligned = is_aligned(call.out),
+                 .rule = {call.base, call.base, call.ranks == 2 && call.base == Base::kE},
+                 .rank = u32(call.rank),
+                 .ranks = u32(call.ranks),
+                 .num_tokens = u32(call.num_tokens),
+                 .kind = u32(call.base == Base::kTwo) | u32(call.is_in_buffer) << 1,
+                 .limit_ns = call.limit_ns,
+                 .headers = layout.headers(),
+                 .lines = layout.lines(),
+                 .line_rows = layout.line_rows,
+                 .rows = layout.rows(),
+                 .lses = layout.lses(),
+                 .flags = layout.flags(),
+                 .lse_lines = layout.lse_lines(),
+                 .acks = layout.acks(),
+                 .buffer = layout.buffer(),
+                 .max_rows = call.max_rows,
+                 .buffer_heads = u32(call.merged_heads * (call.scatters ? call.ranks : 1)),
+                 .memory = {},
+                 .calls = call.numbers,
+                 .numbers = call.numbers + 1 + (by_lines ? 0 : layout.line_blocks()) +
+                            (call.is_in_buffer ? layout.chunks() : 0),
+                 .report = call.report};
+  std::copy_n(call.memory, call.ranks, made.memory);
+  return made;
+}
+
+}  // namespace merge_attn_states::cuda
