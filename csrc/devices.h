@@ -34,7 +34,7 @@ void run(const MergeCall& call);
 Selection choose(const PartsCall& call);
 void run(const PartsCall& call);
 void run_backward(const PartsCall& call);
-PeerLayout peer_layout(int64_t ranks, int64_t max_rows, int64_t row_bytes, int64_t buffer_rows);
+PeerLayout peer_layout(int64_t ranks, int64_t max_rows, int64_t row_bytes);
 void run(const RanksCall& call);
 }  // namespace cuda
 

@@ -105,7 +105,7 @@ void run(const MergeCall&) { refuse(); }
 Selection choose(const PartsCall&) { refuse(); }
 void run(const PartsCall&) { refuse(); }
 void run_backward(const PartsCall&) { refuse(); }
-PeerLayout peer_layout(int64_t, int64_t, int64_t, int64_t) { refuse(); }
+PeerLayout peer_layout(int64_t, int64_t, int64_t) { refuse(); }
 void run(const RanksCall&) { refuse(); }
 }  // namespace cuda
 #endif

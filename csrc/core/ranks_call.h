@@ -28,13 +28,11 @@ struct PeerLayout {
   static constexpr int64_t kLine = 16;
 
   int64_t ranks, max_rows, row_bytes;
-  int64_t buffer_rows;               // of a rank's states, where its attention writes them there
   int64_t line_rows;                 // that may go as lines
   int64_t rows_a_block, chunk_rows;  // of lines; in bulk
 
-  PeerLayout(const PeerSizes& sizes, int64_t ranks, int64_t max_rows, int64_t row_bytes,
-             int64_t buffer_rows)
-      : ranks(ranks), max_rows(max_rows), row_bytes(row_bytes), buffer_rows(buffer_rows) {
+  PeerLayout(const PeerSizes& sizes, int64_t ranks, int64_t max_rows, int64_t row_bytes)
+      : ranks(ranks), max_rows(max_rows), row_bytes(row_bytes) {
     const int64_t packs = row_bytes / 16;
     rows_a_block = std::max<int64_t>(1, sizes.line_threads / packs);
     chunk_rows = std::max<int64_t>(1, sizes.chunk_threads * sizes.chunk_packs / packs);
@@ -42,6 +40,8 @@ struct PeerLayout {
     if (packs > sizes.chunk_threads) line_rows = 0;
   }
 
+  // Places of what others send.
+  int64_t slots() const { return 2 * (ranks - 1); }
   // At 0 a word that is not 0 once a rank has given up.
   // A line a rank and half: what the call is.
   int64_t headers() const { return kLine; }
@@ -52,14 +52,13 @@ struct PeerLayout {
   int64_t chunks() const { return (max_rows + chunk_rows - 1) / chunk_rows; }
   // Of calls, of the calls of each block of lines, of each chunk, and of each that is read.
   int64_t numbers() const { return 1 + line_blocks() + 2 * chunks(); }
-  int64_t rows() const { return lines() + 2 * ranks * line_rows * lines_a_row() * kLine; }
-  int64_t lses() const { return rows() + 2 * ranks * max_rows * row_bytes; }
-  int64_t flags() const { return lses() + aligned(2 * ranks * max_rows * 4); }
+  int64_t rows() const { return lines() + slots() * line_rows * lines_a_row() * kLine; }
+  int64_t lses() const { return rows() + slots() * max_rows * row_bytes; }
+  int64_t flags() const { return lses() + aligned(slots() * max_rows * 4); }
   // What is read where it lies: a line a row with its LSE, and who has read a chunk.
   int64_t lse_lines() const { return flags() + aligned(chunks() * ranks * 4); }
-  int64_t acks() const { return lse_lines() + 2 * ranks * max_rows * kLine; }
-  int64_t buffer() const { return acks() + aligned(chunks() * ranks * 4); }
-  int64_t bytes() const { return buffer() + buffer_rows * row_bytes; }
+  int64_t acks() const { return lse_lines() + slots() * max_rows * kLine; }
+  int64_t bytes() const { return acks() + aligned(chunks() * ranks * 4); }
 
  private:
   static int64_t aligned(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -79,13 +78,14 @@ struct RanksCall {
   Base base;
 
   int rank, ranks;
-  bool scatters;      // a rank gets its share of the heads, else all
-  bool is_in_buffer;  // `output` is the buffer in the memory, on all ranks
+  bool scatters;  // a rank gets its share of the heads, else all
   int64_t max_rows;
-  int64_t limit_ns;         // how long others are waited for
-  char* memory[kMaxPeers];  // of each rank: a PeerLayout
-  uint32_t* numbers;        // of this rank alone: PeerLayout's
-  int64_t* report;          // pinned host memory, four words, the first of which is not 0 then
+  int64_t limit_ns;          // how long others are waited for
+  char* memory[kMaxPeers];   // of each rank: a PeerLayout
+  bool is_in_buffer;         // `output` is this rank's buffer, on all ranks
+  char* buffers[kMaxPeers];  // of each rank, contiguous, which the others read
+  uint32_t* numbers;         // of this rank alone: PeerLayout's
+  int64_t* report;           // pinned host memory, four words, the first of which is not 0 then
   int32_t device_index;
   bool dependent_launch;
   void* stream;

@@ -224,8 +224,8 @@ void run(const PartsCall& given) {
   }
 }
 
-PeerLayout peer_layout(int64_t ranks, int64_t max_rows, int64_t row_bytes, int64_t buffer_rows) {
-  return PeerLayout(kPeerSizes, ranks, max_rows, row_bytes, buffer_rows);
+PeerLayout peer_layout(int64_t ranks, int64_t max_rows, int64_t row_bytes) {
+  return PeerLayout(kPeerSizes, ranks, max_rows, row_bytes);
 }
 
 void run(const RanksCall& call) {

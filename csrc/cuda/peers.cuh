@@ -39,7 +39,7 @@ __device__ void merge_by_lines(const PeersCall& call) {
     const MergedRow row(call, at);
     const int64_t lines_a_row = 2 * int64_t{call.row_packs} + 1;
     const auto line_of = [&](uint32_t owner, uint32_t source) {
-      const int64_t place = (number % 2 * call.ranks + source) * call.line_rows + at;
+      const int64_t place = slot<kRoom>(call, number, owner, source) * call.line_rows + at;
       return call.memory[owner] + call.lines + place * lines_a_row * 16;
     };
 #pragma unroll 1
@@ -92,21 +92,21 @@ struct Chunk {
   __device__ uint32_t packs() const {
     return min(call.rows_a_block, call.num_rows - first_row()) * call.row_packs;
   }
-  __device__ int64_t place(uint32_t source) const {
-    return (number % 2 * call.ranks + source) * call.max_rows + first_row();
+  __device__ int64_t place(uint32_t owner, uint32_t source) const {
+    return slot<kRoom>(call, number, owner, source) * call.max_rows + first_row();
   }
   __device__ char* rows(uint32_t owner, uint32_t source) const {
-    return call.memory[owner] + call.rows + place(source) * call.row_packs * 16;
+    return call.memory[owner] + call.rows + place(owner, source) * call.row_packs * 16;
   }
   __device__ float* lses(uint32_t owner, uint32_t source) const {
-    return reinterpret_cast<float*>(call.memory[owner] + call.lses) + place(source);
+    return reinterpret_cast<float*>(call.memory[owner] + call.lses) + place(owner, source);
   }
   __device__ uint32_t* flag(uint32_t owner, uint32_t source) const {
     return reinterpret_cast<uint32_t*>(call.memory[owner] + call.flags) + at * call.ranks + source;
   }
 
   __device__ char* lse_lines(uint32_t owner, uint32_t source) const {
-    return call.memory[owner] + call.lse_lines + place(source) * 16;
+    return call.memory[owner] + call.lse_lines + place(owner, source) * 16;
   }
   __device__ uint32_t* ack(uint32_t owner, uint32_t source) const {
     return reinterpret_cast<uint32_t*>(call.memory[owner] + call.acks) + at * call.ranks + source;
@@ -115,8 +115,7 @@ struct Chunk {
   __device__ const uint4* in_buffer(uint32_t owner, const MergedRow& row) const {
     const int64_t head = row.head + first_head(call, call.rank);
     const int64_t place = row.token * int64_t{call.buffer_heads} + head;
-    return reinterpret_cast<const uint4*>(call.memory[owner] + call.buffer) +
-           place * call.row_packs;
+    return reinterpret_cast<const uint4*>(call.buffers[owner]) + place * call.row_packs;
   }
 
   __device__ void push() const {

@@ -22,9 +22,9 @@ struct PeersCall {
   uint32_t rank, ranks;
   uint32_t num_tokens, kind;  // what ranks must agree about: tokens, base, where rows lie
   int64_t limit_ns;
-  int64_t headers, lines, line_rows, rows, lses, flags, lse_lines, acks, buffer, max_rows;
+  int64_t headers, lines, line_rows, rows, lses, flags, lse_lines, acks, max_rows;
   uint32_t buffer_heads;
-  char* memory[kMaxPeers];
+  char *memory[kMaxPeers], *buffers[kMaxPeers];
   uint32_t *calls, *numbers;
   int64_t* report;
 };
@@ -33,7 +33,7 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   const int64_t size = size_of(call.dtype), row_bytes = call.head_size * size;
   const int64_t num_rows = call.num_tokens * call.merged_heads;
-  const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes, 0);  // the buffer is last
+  const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes);
   by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
   const int64_t rows_a_block = by_lines ? layout.rows_a_block : layout.chunk_rows;
   // Rows that each begin at 16 bytes.
@@ -78,15 +78,16 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
                  .flags = layout.flags(),
                  .lse_lines = layout.lse_lines(),
                  .acks = layout.acks(),
-                 .buffer = layout.buffer(),
                  .max_rows = call.max_rows,
                  .buffer_heads = u32(call.merged_heads * (call.scatters ? call.ranks : 1)),
                  .memory = {},
+                 .buffers = {},
                  .calls = call.numbers,
                  .numbers = call.numbers + 1 + (by_lines ? 0 : layout.line_blocks()) +
                             (call.is_in_buffer ? layout.chunks() : 0),
                  .report = call.report};
   std::copy_n(call.memory, call.ranks, made.memory);
+  std::copy_n(call.buffers, call.ranks, made.buffers);
   return made;
 }
 

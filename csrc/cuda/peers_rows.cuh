@@ -23,6 +23,13 @@ __device__ uint32_t peer_after(const PeersCall& call, uint32_t k) {
   return peer < ranks ? peer : peer - ranks;
 }
 
+// Where what `source` sends lies in the memory of `owner`, of call `number`.
+template <int kRoom>
+__device__ int64_t slot(const PeersCall& call, uint32_t number, uint32_t owner, uint32_t source) {
+  const uint32_t others = ranks_of<kRoom>(call) - 1;
+  return number % 2 * others + (source < owner ? source : source - 1);
+}
+
 __device__ uint32_t first_head(const PeersCall& call, uint32_t peer) {
   return call.scatters ? peer * call.merged_heads : 0;
 }

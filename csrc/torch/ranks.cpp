@@ -18,7 +18,7 @@ PerRow per_row(const TensorView& view) {
 }
 
 // `peers`, int64 on the CPU: rank, ranks, whether heads are scattered, max_rows, the limit in ns,
-// the addresses of numbers and report, and each rank's memory.
+// the addresses of numbers and report, each rank's memory, and each rank's buffer.
 void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   TensorArgument out{stack.take<Tensor>()}, out_lse{stack.take<Tensor>()};
@@ -55,10 +55,11 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
                  .rank = static_cast<int>(of[0]),
                  .ranks = static_cast<int>(of[1]),
                  .scatters = of[2] != 0,
-                 .is_in_buffer = is_in_buffer,
                  .max_rows = of[3],
                  .limit_ns = of[4],
                  .memory = {},
+                 .is_in_buffer = is_in_buffer,
+                 .buffers = {},
                  .numbers = reinterpret_cast<uint32_t*>(of[5]),
                  .report = reinterpret_cast<int64_t*>(of[6]),
                  .device_index = output.view.device_index,
@@ -66,21 +67,19 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
                  .stream = current_stream(output.view)};
   for (int rank = 0; rank < call.ranks; ++rank) {
     call.memory[rank] = reinterpret_cast<char*>(of[7 + rank]);
+    call.buffers[rank] = reinterpret_cast<char*>(of[7 + call.ranks + rank]);
   }
   if (call.num_tokens > 0) cuda::run(call);
 }
 
-// Bytes of each rank's memory, where its buffer begins, words of its numbers, and the most rows of
-// a call that go as lines.
+// Bytes of each rank's memory, words of its numbers, and the most rows of a call that go as lines.
 void ranks_layout(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const auto ranks = stack.take<int64_t>(), rows = stack.take<int64_t>();
-  const auto row_bytes = stack.take<int64_t>();
-  const PeerLayout layout = cuda::peer_layout(ranks, rows, row_bytes, stack.take<int64_t>());
+  const PeerLayout layout = cuda::peer_layout(ranks, rows, stack.take<int64_t>());
   values[0] = from(layout.bytes());
-  values[1] = from(layout.buffer());
-  values[2] = from(layout.numbers());
-  values[3] = from(layout.line_rows);
+  values[1] = from(layout.numbers());
+  values[2] = from(layout.line_rows);
 }
 
 }  // namespace
@@ -91,8 +90,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(merge_attn_states, m) {
       "merge_ranks(Tensor(a!) out, Tensor(b!) out_lse, Tensor output, Tensor lse, Tensor? empty, "
       "Tensor? lengths, Tensor? starts, bool nan_is_empty, bool base_is_two, bool is_in_buffer, "
       "Tensor peers) -> ()");
-  m.def(
-      "ranks_layout(int ranks, int rows, int row_bytes, int buffer_rows) -> (int, int, int, int)");
+  m.def("ranks_layout(int ranks, int rows, int row_bytes) -> (int, int, int)");
 }
 STABLE_TORCH_LIBRARY_IMPL(merge_attn_states, CUDA, m) {
   m.impl("merge_ranks", &merge_attn_states::merge_ranks);

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -81,35 +82,54 @@ class Direct:
         scatters: bool,
         limit: datetime.timedelta,
     ) -> None:
-        from torch.distributed import _symmetric_memory as symmetric
-
+        self._group, self._device, self._dtype, self._shape = group, device, dtype, shape
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         max_tokens, heads, head_size = shape
         self._merged_heads = heads // ranks if scatters else heads
         rows = max_tokens * self._merged_heads  # that a rank gets merged
-        layout = torch.ops.merge_attn_states.ranks_layout(
-            ranks, rows, head_size * dtype.itemsize, max_tokens * heads
+        size, numbers, line_rows = torch.ops.merge_attn_states.ranks_layout(
+            ranks, rows, head_size * dtype.itemsize
         )
-        size, buffer, numbers, line_rows = layout
         # The fewest tokens that do not go as lines (core/ranks_call.h).
         self.tokens_in_bulk = line_rows // self._merged_heads + 1
-        self._memory = symmetric.empty(size, dtype=torch.uint8, device=device)
-        self._memory.zero_()
-        self.buffer = self._memory[buffer:].view(dtype).view(shape)
         self._numbers = torch.zeros(numbers, dtype=torch.int32, device=device)
         self._report = torch.zeros(4, dtype=torch.int64).pin_memory()
-        self._handle = symmetric.rendezvous(self._memory, group.group_name)
-        if self._handle is None:
-            raise RuntimeError("the group has no symmetric memory")
-        torch.cuda.synchronize(device)
-        self._handle.barrier()
+        self._handles: list[object] = []  # what keeps the memory mapped
+        self._memory, pointers = self._shared(size)
         limit_ns = 1000 * (limit // datetime.timedelta(microseconds=1))
         own = [self._numbers.data_ptr(), self._report.data_ptr()]
-        given = [rank, ranks, int(scatters), rows, limit_ns]
-        peers = [*given, *own, *map(int, self._handle.buffer_ptrs)]
-        self._peers = torch.tensor(peers, dtype=torch.int64)
+        given = [rank, ranks, int(scatters), rows, limit_ns, *own]
+        no_buffers = [0] * ranks
+        self._peers = torch.tensor([*given, *pointers, *no_buffers], dtype=torch.int64)
+        self._buffer: torch.Tensor | None = None
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
         self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
+
+    def _shared(self, size: int) -> tuple[torch.Tensor, list[int]]:
+        """Zeros that every rank can write to, and where each rank has them; made by all ranks."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        memory = symmetric.empty(size, dtype=torch.uint8, device=self._device)
+        memory.zero_()
+        handle = symmetric.rendezvous(memory, self._group.group_name)
+        if handle is None:
+            raise RuntimeError("the group has no symmetric memory")
+        torch.cuda.synchronize(self._device)
+        handle.barrier()
+        self._handles.append(handle)
+        return memory, [int(pointer) for pointer in handle.buffer_ptrs]
+
+    def output_buffer(self) -> torch.Tensor:
+        """Memory of `shape` that others read where it lies; the first call is made by all ranks."""
+        if self._buffer is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "output_buffer: expected a first call before a CUDA graph is captured"
+                )
+            memory, pointers = self._shared(math.prod(self._shape) * self._dtype.itemsize)
+            self._peers[-len(pointers) :] = torch.tensor(pointers)
+            self._buffer = memory.view(self._dtype).view(self._shape)
+        return self._buffer
 
     def merge(
         self,
@@ -146,7 +166,11 @@ class Direct:
             merged = output.new_empty(len(output), self._merged_heads, output.shape[2])
         if merged_lse is None:
             merged_lse = lse.new_empty(merged.shape[:2])
-        is_in_buffer = output.data_ptr() == self.buffer.data_ptr() and output.is_contiguous()
+        is_in_buffer = (
+            self._buffer is not None
+            and output.data_ptr() == self._buffer.data_ptr()
+            and output.is_contiguous()
+        )
         _merge_ranks(
             *(merged, merged_lse, output, lse, mask, lengths, starts),
             *(nan_is_empty, lse_base == "2", is_in_buffer, self._peers),

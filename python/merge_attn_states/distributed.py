@@ -177,6 +177,9 @@ class RankMerge:
     def output_buffer(self, num_tokens: int) -> torch.Tensor:
         """Memory for attention to write its output into, so that a direct merge copies nothing.
 
+        The first call is made by all ranks, which map the memory of each other, and not during the
+        capture of a CUDA graph.
+
         Parameters
         ----------
         num_tokens : int
@@ -192,13 +195,15 @@ class RankMerge:
         ------
         ValueError
             num_tokens is negative or more than `max_tokens`.
+        RuntimeError
+            The first call is made while a CUDA graph is captured.
         """
         if not 0 <= num_tokens <= self.max_tokens:
             raise ValueError(
                 f"num_tokens: expected 0 to max_tokens = {self.max_tokens}, got {num_tokens}"
             )
         if self._direct is not None:
-            return self._direct.buffer[:num_tokens]
+            return self._direct.output_buffer()[:num_tokens]
         if self._buffer is None:
             shape = (self.max_tokens, self.num_heads, self.head_size)
             self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -139,7 +139,7 @@ std::atomic<int> failures{0};
 
 // What a rank has for an object's whole life.
 struct Rank {
-  std::vector<uint4> memory;
+  std::vector<uint4> memory, buffer;
   std::vector<uint32_t> numbers;
   alignas(16) int64_t report[4]{};
 };
@@ -157,10 +157,11 @@ struct Group {
         head_size(head_size),
         scatters(scatters),
         max_tokens(max_tokens),
-        layout(kSizes, ranks, max_tokens * merged_heads, head_size * 4, max_tokens * heads),
+        layout(kSizes, ranks, max_tokens * merged_heads, head_size * 4),
         of(ranks) {
     for (Rank& rank : of) {
       rank.memory.resize(layout.bytes() / 16);
+      rank.buffer.resize(max_tokens * heads * head_size / 4);
       rank.numbers.resize(layout.numbers());
     }
   }
@@ -268,8 +269,7 @@ Result call(Group& group, int rank, int64_t tokens, uint32_t seed, int64_t limit
   made.output = {const_cast<float*>(state.rows()), {heads * size, size, 0, 0}};
   // Of two calls of seven attention writes into the shared memory.
   if (seed % 7 >= 5) {
-    char* const buffer =
-        reinterpret_cast<char*>(group.of[rank].memory.data()) + group.layout.buffer();
+    void* const buffer = group.of[rank].buffer.data();
     std::memcpy(buffer, state.rows(), tokens * heads * size * sizeof(float));
     made.output.data = buffer;
     made.is_in_buffer = true;
@@ -295,6 +295,7 @@ Result call(Group& group, int rank, int64_t tokens, uint32_t seed, int64_t limit
   made.limit_ns = limit_ms * 1000000;
   for (int peer = 0; peer < group.ranks; ++peer) {
     made.memory[peer] = reinterpret_cast<char*>(group.of[peer].memory.data());
+    made.buffers[peer] = reinterpret_cast<char*>(group.of[peer].buffer.data());
   }
   made.numbers = group.of[rank].numbers.data();
   made.report = group.of[rank].report;
