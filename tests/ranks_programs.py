@@ -179,6 +179,7 @@ def directly(rank, ranks, device):
         kind = random.choice(["none", "mask", "requests"])
         call_and_compare(merge, num_tokens, ("e2"[seed % 2], "empty", kind, seed % 3 == 0, False))
     captured = []
+    merge.output_buffer(1)  # before a capture
     for num_tokens, reads in ((3, False), (border + 1, False), (3, True), (300, True)):
         outputs, lses = states_of_ranks(ranks, num_tokens, 1024, BF16, device)
         mine = outputs[rank]
@@ -199,6 +200,41 @@ def directly(rank, ranks, device):
             due = merge_states(outputs, lses)
             for got, wanted in zip(results, due, strict=True):
                 assert_bits(got, mine_of(wanted, merge))
+
+
+def random_calls(rank, ranks, device):
+    """Sizes and delays at random, of two objects, each on a stream of its own."""
+    calls = int(os.environ.get("SOAK_CALLS", 100_000)) // (1 if device.type == "cuda" else 200)
+    objects = []
+    for head_size, scatter in ((64, "heads"), (1024, None)):
+        merge = RankMerge(max_tokens=300, num_heads=HEADS, head_size=head_size, dtype=BF16,
+                          device=device, scatter=scatter)  # fmt: skip
+        merge.output_buffer(1)
+        torch.manual_seed(head_size)
+        outputs, lses = states_of_ranks(ranks, 300, head_size, BF16, device)
+        due = [mine_of(whole, merge) for whole in merge_states(outputs, lses)]
+        wrong = torch.zeros((), dtype=torch.bool, device=device)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        objects.append((merge, outputs[rank], lses[rank], due, wrong, stream))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    same, own = random.Random(0), random.Random(rank)
+    for call in range(calls):
+        merge, output, lse, due, wrong, stream = same.choice(objects)
+        num_tokens = same.choice([1, same.randint(1, 8), same.randint(1, 300)])
+        first = same.randint(0, 300 - num_tokens)
+        rows, fills_buffer = slice(first, first + num_tokens), same.random() < 0.3
+        if own.random() < 0.02:
+            time.sleep(2e-3 * own.random())
+        with torch.cuda.stream(stream):
+            mine = output[rows]
+            if fills_buffer:
+                mine = merge.output_buffer(num_tokens).copy_(mine)
+            for got, whole in zip(merge(mine, lse[rows]), due, strict=True):
+                wrong |= (got != whole[rows]).any()
+        if call % 1000 == 0:
+            assert not any(wrong for *_, wrong, _ in objects)
+    assert not any(wrong for *_, wrong, _ in objects)
 
 
 # What ranks disagree about.

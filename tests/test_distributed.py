@@ -54,6 +54,11 @@ def test_directly(program, ranks, tmp_path, child_environment):
     run(program, ranks, "direct", tmp_path, child_environment)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_random_calls(ranks, where, tmp_path, child_environment):
+    run(programs.random_calls, ranks, where, tmp_path, child_environment)
+
+
 def test_some_of_the_ranks(where, tmp_path, child_environment):
     run(programs.subgroup, 3, where, tmp_path, child_environment)
 

@@ -10,7 +10,7 @@ namespace {
 enum class Way { kLines, kBulk, kReading };
 
 template <class T, int kRoom, Way kWay>
-__global__ void __launch_bounds__(kPeerThreads)
+__global__ void __launch_bounds__(kPeerThreads, kPeerBlocksAMultiprocessor)
     merge_peers(const __grid_constant__ PeersCall call) {
   wait_for_previous();
   if constexpr (kWay == Way::kLines) {

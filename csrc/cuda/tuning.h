@@ -78,13 +78,15 @@ inline constexpr int kEachThreads = 256;
 static_assert(kEachThreads % 32 == 0);
 constexpr int each_elements(int most, bool selects) { return most <= 4 && selects ? 16 : 8; }
 
-// A merge across ranks (core/ranks_call.h), and the most threads of its blocks.
+// A merge across ranks (core/ranks_call.h); the most threads of its blocks, and how many of these a
+// multiprocessor holds at once: calls of two objects on two streams wait for their own ranks only.
 inline constexpr PeerSizes kPeerSizes{.line_threads = 128,
                                       .most_line_bytes = 512 << 10,
                                       .chunk_threads = 512,
                                       .chunk_packs = 4,
                                       .blocks = 128};
 inline constexpr int kPeerThreads = 512;
+inline constexpr int kPeerBlocksAMultiprocessor = 2;
 static_assert(std::min(kPeerSizes.line_threads, kPeerSizes.chunk_threads) >= kMaxPeers);
 
 // Parts of any kind: threads of a block, weights that it keeps, elements wanted of it.
