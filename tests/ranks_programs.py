@@ -325,24 +325,47 @@ def late(rank, ranks, device):
 
 
 def late_directly(rank, ranks, device):
-    """The kernel of the others gives up in time, and no later one waits."""
+    """The kernels of the others give up in time, in a graph too, and no later one waits."""
+    merge = short_of_time(device)
+    assert merge.transport == "direct"
+    operands = torch.zeros(4, HEADS, 16, device=device), torch.zeros(4, HEADS, device=device)
+    merge(*operands)
+    layers = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(layers):
+        for _ in range(61):
+            merge(*operands)
+    torch.cuda.synchronize()
+    if rank == 1:
+        time.sleep(2 * SHORT.total_seconds())
+    said = "another rank of the group gave up"
+    if rank != 1:  # the first of them says whom it waited for
+        said += "|rank 1 of the group did not come"
+    ends_soon(layers.replay)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=said):
+            merge(*operands)
+    ends_soon(layers.replay)
+
+
+def ends_soon(call):
+    begin = time.monotonic()
+    call()
+    torch.cuda.synchronize()
+    assert time.monotonic() - begin < 1.5 * SHORT.total_seconds()
+
+
+def killed_directly(rank, ranks, device):
+    """The last rank dies in the middle; the others' kernels end, and the next call says why."""
     merge = short_of_time(device)
     assert merge.transport == "direct"
     operands = torch.zeros(4, HEADS, 16, device=device), torch.zeros(4, HEADS, device=device)
     merge(*operands)
     torch.cuda.synchronize()
-    if rank == 1:
-        time.sleep(2 * SHORT.total_seconds())
-    begin = time.monotonic()
-    merge(*operands)
-    torch.cuda.synchronize()
-    assert time.monotonic() - begin < 1.5 * SHORT.total_seconds()
-    said = "another rank of the group gave up"
-    if rank != 1:  # the first of them says whom it waited for
-        said += "|rank 1 of the group did not come"
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=said):
-            merge(*operands)
+    if rank == ranks - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ends_soon(lambda: merge(*operands))
+    with pytest.raises(RuntimeError, match=f"rank {ranks - 1} of the group did not come|gave up"):
+        merge(*operands)
 
 
 def other_numbers_directly(rank, ranks, device):

@@ -24,12 +24,12 @@ def where(request):
     return request.param
 
 
-def run(program, ranks, where, tmp_path, environment):
+def run(program, ranks, where, tmp_path, environment, killed=()):
     if where != "cpu" and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     environment = environment | {"MERGE_ATTN_STATES_DIRECT": str(int(where == "direct"))}
     device = "cpu" if where == "cpu" else "cuda"
-    ranks_support.run(program, ranks, tmp_path, environment, device)
+    ranks_support.run(program, ranks, tmp_path, environment, device, killed)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -72,6 +72,11 @@ def test_a_late_rank(tmp_path, child_environment):
 
 def test_a_killed_rank(tmp_path, child_environment):
     ranks_support.run(programs.killed, 3, tmp_path, child_environment, killed={2})
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_is_killed_when_all_are_direct(ranks, tmp_path, child_environment):
+    run(programs.killed_directly, ranks, "direct", tmp_path, child_environment, {ranks - 1})
 
 
 # In one process.
