@@ -163,7 +163,8 @@ class Direct:
         if out_lse is not None and not _is_apart(out_lse, operands):
             merged_lse = None
         if merged is None:
-            merged = output.new_empty(len(output), self._merged_heads, output.shape[2])
+            num_tokens, _, head_size = output.shape
+            merged = output.new_empty(num_tokens, self._merged_heads, head_size)
         if merged_lse is None:
             merged_lse = lse.new_empty(merged.shape[:2])
         is_in_buffer = (

@@ -31,6 +31,7 @@ _MEANINGS: dict[str, tuple[Any, ...]] = {
     "lse_base": _BASES,
 }
 _objects = itertools.count(1)
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
 
 class RankMerge:
@@ -209,8 +210,6 @@ class RankMerge:
             self._buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self._buffer[:num_tokens]
 
-    # Dynamo would trace half of it, up to the exchange.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self,
         output: torch.Tensor,
@@ -265,11 +264,32 @@ class RankMerge:
             Another rank did not come within the time limit, or left; or did in a call before, since
             ranks then no longer agree about which call is theirs.
         """
-        come, refusal = caught(self._prepared, output, lse, empty, lse_base, nan_lse, out, out_lse)
+        given = output, lse, empty, lse_base, nan_lse, out, out_lse
+        return self._outside_of_graphs(*given) if _is_dynamo_compiling() else self._call(*given)
+
+    # Dynamo would trace half of it, up to the exchange.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _outside_of_graphs(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._call(*given)
+
+    def _call(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        empty: Empty | None,
+        lse_base: Base,
+        nan_lse: str,
+        out: torch.Tensor | None,
+        out_lse: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        operands = output, lse, empty, lse_base, nan_lse, out, out_lse
         if self.check:
+            come, refusal = caught(self._prepared, *operands)
             self._agree(0 if refusal else output.shape[0], refusal, lse_base)
-        if refusal:
-            raise refusal
+            if refusal:
+                raise refusal
+        else:
+            come = self._prepared(*operands)
         num_tokens = output.shape[0]
         if num_tokens == 0:
             no_output = output.new_empty(0, self.merged_heads, self.head_size)
