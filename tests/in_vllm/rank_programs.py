@@ -11,6 +11,7 @@ import torch
 from states_support import States, compare
 from support import BF16, F16, F32, INF, NAN
 
+from in_vllm import packages, workers
 from merge_attn_states.integrations import vllm as plugin
 from merge_attn_states.integrations._vllm_ranks import HOMES
 from merge_attn_states.reference import merge_states_reference
@@ -171,6 +172,28 @@ def check_all(stranger, group, ranks, device, takes_requests):
                 check(merge, ranks, dtype, on_e, tokens, True)
 
 
+def watch_layers(ranks, group, device):
+    """What stands at the merges of an engine's layers (workers.py) sees them, and nothing else."""
+    layers = importlib.import_module(workers.HOLDER)
+    held = [getattr(layers, name) for name in workers.NAMES]
+    rank, is_gpu = group.rank_in_group, device.type == "cuda"
+    for name, own in zip(workers.NAMES, held, strict=True):
+        results = {}
+        outputs, lses = states(ranks, MOST_TOKENS, BF16, device)
+        for way in ("ours", "float64", *(("checked", "vllm") if is_gpu else ())):
+            workers.watch(None, way)
+            merge = getattr(layers, name)
+            assert merge is not own
+            state = outputs[rank].clone(), lses[rank].clone()
+            results[way] = merge(*state, group, is_lse_base_on_e=True)
+            found = workers.seen(None)
+            assert len(found) == (way != "float64")
+            if way == "checked":
+                assert found[0].ours <= found[0].theirs + found[0].rounding, found
+        torch.testing.assert_close(results["ours"], results["float64"])
+    assert [getattr(layers, name) for name in workers.NAMES] == held
+
+
 def merges(rank, ranks, device):
     """Every merge, called as backends do, is right and no further off than vLLM's own."""
     torch.manual_seed(7)
@@ -190,7 +213,10 @@ def merges(rank, ranks, device):
     backend = "nccl" if is_gpu else "gloo"
     # vLLM's own functions want its communicator, which it has for GPUs.
     group = state.GroupCoordinator([list(range(ranks))], rank, backend, is_gpu, group_name="dcp")
-    check_all(stranger, group, ranks, device, takes_requests="0.26." not in found.vllm)
+    is_engines = found.vllm == packages.ENGINE
+    check_all(stranger, group, ranks, device, takes_requests=not is_engines)
+    if is_engines:
+        watch_layers(ranks, group, device)
     directly = is_gpu and os.environ.get("MERGE_ATTN_STATES_DIRECT") == "1"
     assert plugin.status().transports == ["direct" if directly else "collective"]
     assert plugin.status().fallbacks == {}
