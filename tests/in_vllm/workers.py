@@ -34,7 +34,7 @@ class Checked(NamedTuple):
     head_size: int
     ours: float
     theirs: float
-    rounding: float  # of float32, of its largest value
+    rounding: float  # two of float32, at its largest value: the middle of two values goes to either
 
 
 def watch(_worker: object, way: str) -> None:
@@ -94,7 +94,7 @@ def checking(merge: Merge) -> Merge:
         theirs = inspect.unwrap(merge)(output.clone(), lse.clone(), group, **named)
         ours = merge(output, lse, group, **named)
         errors = ((each.double() - due).abs().nan_to_num(nan=torch.inf) for each in (ours, theirs))
-        rounding = torch.finfo(torch.float32).eps * due.abs().max().item()
+        rounding = 2 * torch.finfo(torch.float32).eps * due.abs().max().item()
         _seen.append(Checked(*output.shape, *(error.max().item() for error in errors), rounding))
         return ours
 

@@ -158,10 +158,10 @@ def replacing(
         named: dict[str, torch.Tensor | None],
     ) -> Any:
         try:
-            merge = merges.of(group, output, scatter)
-            if merge is None:
+            made = merges.of(group, output, scatter)
+            if made is None:
                 return by_original()
-            results = merge(
+            results = made(
                 output,
                 lse,
                 empty=_empty(*requests, **named),
