@@ -44,6 +44,24 @@ class Results:
             raise SystemExit(f"{path} is no results file: {error!r}") from error
         return results
 
+    @classmethod
+    def open(cls, path: Path | None, environment: dict[str, Any]) -> Results:
+        """What a file holds, to merge into; nothing yet where there is none.
+
+        Raises
+        ------
+        SystemExit
+            It holds results of another environment.
+        """
+        if path is None or not path.exists():
+            return cls(environment)
+        results = cls.load(path)
+        for key, there in results.environment.items():
+            if (here := environment.get(key)) != there:
+                said = f"holds other results: {key} is {here!r} now and {there!r} in the file"
+                raise SystemExit(f"benchmarks: {path} {said}")
+        return results
+
     def save(self, path: Path) -> None:
         """A run or a record a line, so that a difference can be read."""
         runs = [f"{json.dumps(group)}: {json.dumps(run)}" for group, run in self.runs.items()]

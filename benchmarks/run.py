@@ -67,14 +67,7 @@ def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
                 "was built of: commit and build again"
             )
     here = environment.identity(chosen.device, measured, chosen.vllm_version)
-    if chosen.output is None or not chosen.output.exists():
-        return Results(here), measured["commit"]
-    results = Results.load(chosen.output)
-    for key, there in results.environment.items():
-        if here.get(key) != there:
-            said = f"holds other results: {key} is {here.get(key)!r} now and {there!r} in the file"
-            raise SystemExit(f"benchmarks: {chosen.output} {said}")
-    return results, measured["commit"]
+    return Results.open(chosen.output, here), measured["commit"]
 
 
 def report_failures(results: Results) -> int:

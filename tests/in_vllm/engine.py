@@ -4,7 +4,8 @@ Wants an H100 or newer with 30 GB to spare, CPython 3.12, PyTorch 2.11 with CUDA
 What else it takes is fetched into .cache/vllm where there is a network (packages.py).
 This package is installed there by pip, so that vLLM finds the plugin as a user's vLLM does. Each
 scenario (scenarios.py) is a process of its own; one more is started with MERGE_ATTN_STATES_VLLM=0,
-and the first one twice as `vllm serve` runs an engine: compiled, in a process apart.
+and the first one twice as `vllm serve` runs an engine: compiled, in a process apart. Merges across
+ranks want two GPUs; with CUDA graphs they take two engines, one with MERGE_ATTN_STATES_VLLM_DCP=0.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,17 @@ import torch
 from benchmarks import environment, options
 from benchmarks.environment import ROOT
 from benchmarks.results import Record, Results
-from benchmarks.timing import summary
 
+from .observed import (
+    compare_served,
+    compare_taken_off,
+    further_off,
+    proves_nothing,
+    records_of,
+    with_and_without,
+)
 from .packages import ENGINE as RELEASE
 from .packages import ENGINE_PYTHON, FLASH_ATTENTION, FOLDER, OP_LIBRARY, missing_wheels
-from .process import differences
-from .records import rounded
 from .scenarios import SCENARIOS, save_model
 
 NEEDED = {  # beside the Python packages
@@ -40,11 +45,10 @@ NEEDED = {  # beside the Python packages
     f"vllm-{RELEASE}.dist-info/METADATA": "its metadata",
 }
 DEVICE = torch.device("cuda")
-SERVED_CASE = "compiled, in processes of its own: with the plugin, and without"
 
 
-def unfit() -> str:
-    """Why this machine cannot run it; empty where it can."""
+def unfit(ranks: int = 1) -> str:
+    """Why this machine cannot run it on so many GPUs; empty where it can."""
     if not torch.cuda.is_available():
         return "this PyTorch sees no GPU"
     if torch.cuda.get_device_capability()[0] < 9:
@@ -55,6 +59,8 @@ def unfit() -> str:
         return f"the wheels that are fetched are CPython {'.'.join(map(str, ENGINE_PYTHON))}'s"
     if importlib.util.find_spec("transformers") is None:
         return "transformers is missing: it makes the models"
+    if torch.cuda.device_count() < ranks:
+        return f"it takes {ranks} GPUs"
     return ""
 
 
@@ -113,69 +119,17 @@ def run(
     return seen
 
 
-def proves_nothing(name: str, seen: dict[str, Any]) -> str:
-    """Why an engine's run is none of the plugin's merges; empty where it is."""
-    if not seen["plugin"]["active"]:
-        return f"the plugin is not used: {seen['plugin']['reason']}"
-    if seen["fallbacks"]:
-        return f"calls went back to vLLM: {seen['fallbacks']}"
-    missing = set(SCENARIOS[name].merges) - {one["case"] for one in seen["checked"]}
-    if missing or not all(gpu["merges"] for gpu in seen["profiled"].values()):
-        return f"this engine did not merge as it should: {', '.join(missing) or 'not profiled'}"
-    return ""
-
-
-def records_of(name: str, seen: dict[str, Any]) -> list[Record]:
-    """One engine's observations as records of its group."""
-    records: list[Record] = [
-        {"case": one["case"], "regime": f"error of {one['result']}", "provider": "ours"} | one
-        for one in seen["checked"]
-    ]
-    for provider, rounds in seen["rounds"].items():
-        cases = {case for one in rounds for case in one["calls_us"]}
-        for case in sorted(cases):
-            us = [value for one in rounds for value in one["calls_us"].get(case, [])]
-            records.append(
-                {"case": case, "regime": "host", "provider": provider, "calls": len(us)}
-                | rounded(summary(us))
-            )
-        steps = [sum(one["steps_us"]) for one in rounds]
-        step_us = summary(steps)
-        merges = [sum(map(sum, one["calls_us"].values())) for one in rounds]
-        count = len(rounds[0]["steps_us"])
-        shares = [merge / step for merge, step in zip(merges, steps, strict=True)]
-        gpu = seen["profiled"][provider]
-        records.append(
-            {
-                "case": "all steps", "regime": "share", "provider": provider,
-                "rounds": len(rounds), "steps": count, "merges": gpu["merges"],
-                "step_us": round(step_us.median / count, 1),
-                "step_low_us": round(step_us.low / count, 1),
-                "step_high_us": round(step_us.high / count, 1),
-                "merge_share_of_wall": round(statistics.median(shares), 5),
-                "merge_share_of_gpu": round(gpu["merge_us"] / gpu["all_us"], 5),
-                "gpu_us_a_merge": round(gpu["merge_us"] / max(1, gpu["merges"]), 3),
-            }
-        )  # fmt: skip
-    records += [
-        {"case": case, "regime": "answers", "provider": "ours"} | one
-        for case, one in seen["differences"].items()
-    ]
-    return [{"group": name} | record for record in records]
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_results(parser)
-    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, help="all that fit, if not given")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "vllm-engine")
     chosen = parser.parse_args(arguments)
-    if why := unfit():
-        raise SystemExit(f"benchmarks: {why}")
+    names = fitting(chosen.only)
     fetch()
     chosen.logs.mkdir(parents=True, exist_ok=True)
     sources = environment.sources(chosen.commit)
-    results = Results(environment.identity(DEVICE, sources, RELEASE))
+    results = Results.open(chosen.output, environment.identity(DEVICE, sources, RELEASE))
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder, "site")
         install(site)
@@ -194,57 +148,52 @@ def main(arguments: list[str]) -> None:
             for record in new:
                 print(*(f"{key}={value}" for key, value in record.items()), sep="  ")
 
-        for name in chosen.only:
-            seen = start(name, name)
+        alone = [name for name in names if SCENARIOS[name].ranks == 1]
+        for name in names:
+            seen = start(name, name) if name in alone else start_ranks(start, name)
             if why := proves_nothing(name, seen):
                 raise SystemExit(f"benchmarks: {name}: {why}")
             circumstances = environment.circumstances(DEVICE, sources["commit"])
             told = {key: seen[key] for key in ("title", "plugin", "log", "fallbacks", "answers")}
-            if name == chosen.only[0]:
+            if name in alone[:1]:
                 off = start(name, "off", MERGE_ATTN_STATES_VLLM="0")
                 told["off"] = compare_taken_off(seen, off)
             keep(name, circumstances | told, records_of(name, seen))
 
-        first = chosen.only[0]
-        served = start(first, "served", "--as-served")
-        without = start(first, "served-off", "--as-served", MERGE_ATTN_STATES_VLLM="0")
-        told, record = compare_served(served, without)
-        seen_before = results.select(first)
-        keep(
-            first, results.runs[first] | {"served": told}, [{"group": first} | record], seen_before
-        )
+        for name in alone[:1]:
+            served = start(name, "served", "--as-served")
+            without = start(name, "served-off", "--as-served", MERGE_ATTN_STATES_VLLM="0")
+            told, record = compare_served(served, without)
+            extended = results.runs[name] | {"served": told}
+            keep(name, extended, [{"group": name} | record], results.select(name))
     if said := further_off(results):
         raise SystemExit("\n".join(["benchmarks: further off than vLLM's own:", *said]))
 
 
-def further_off(results: Results) -> list[str]:
-    """Merges of which this package's result was further from float64 than vLLM's own."""
-    return [
-        f"  {record['group']}: {record['case']}, {record['result']}: {record['further_off']} of "
-        f"{record['calls']} calls, by {record['largest_excess']:.1e} at most"
-        for record in results.records
-        if record.get("further_off")
-    ]
+def fitting(only: Sequence[str] | None) -> list[str]:
+    """The scenarios that are started: those named, or all that this machine can run.
+
+    Raises
+    ------
+    SystemExit
+        It can run none of them, or not one that is named.
+    """
+    reasons = {name: unfit(SCENARIOS[name].ranks) for name in only or SCENARIOS}
+    names = [name for name, why in reasons.items() if not why]
+    refused = [f"{name}: {why}" for name, why in reasons.items() if why]
+    if refused and (only or not names):
+        raise SystemExit("\n".join(["benchmarks: this machine cannot run", *refused]))
+    for one in refused:
+        print(f"left out: {one}")
+    return names
 
 
-def compare_taken_off(seen: dict[str, Any], off: dict[str, Any]) -> dict[str, Any]:
-    """Add how an engine that was started without the plugin answers to what one with it saw."""
-    if off["plugin"]["active"]:
-        raise SystemExit("benchmarks: MERGE_ATTN_STATES_VLLM=0 did not take the plugin off")
-    apart = differences(seen["answers"]["vllm"], off["first"])
-    seen["differences"]["started without it, and taken off"] = apart
-    return {"plugin": off["plugin"], "answers": off["first"]}
-
-
-def compare_served(served: dict[str, Any], without: dict[str, Any]) -> tuple[Record, Record]:
-    """What is told of engines as `vllm serve` runs them, and how their answers differ."""
-    if not served["plugin"]["active"] or without["plugin"]["active"]:
-        raise SystemExit(f"benchmarks: in the worker: {served['plugin']}, {without['plugin']}")
-    if served["plugin"]["fallbacks"]:
-        raise SystemExit(f"benchmarks: calls went back to vLLM: {served['plugin']['fallbacks']}")
-    record = {"case": SERVED_CASE, "regime": "answers", "provider": "ours"}
-    told = {"plugin": served["plugin"], "answers": [served["first"], without["first"]]}
-    return told, record | differences(served["first"], without["first"])
+def start_ranks(start: Callable[..., dict[str, Any]], name: str) -> dict[str, Any]:
+    """What was seen with and without the plugin's merge across ranks."""
+    seen = start(name, name, MERGE_ATTN_STATES_VLLM_DCP="1")
+    if not SCENARIOS[name].graphs:
+        return seen
+    return with_and_without(seen, start(name, f"{name}-off", MERGE_ATTN_STATES_VLLM_DCP="0"))
 
 
 if __name__ == "__main__":

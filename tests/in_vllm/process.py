@@ -10,6 +10,8 @@ engine merges in another process. Else, in the same engine:
 | timed    | with the plugin and without, in turn: host time of each call and of each step       |
 | profiled | once each: GPU time of the merge and of everything                                  |
 | float64  | every call in float64, rounded once: what the answers are measured against          |
+
+Merges across ranks are watched where they are made (across_ranks.py).
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import json
 import os
 from typing import Any
 
+from . import across_ranks
 from .dispatcher import Merge, patched, unpatched
+from .rounds import all_differences, compared, in_turn
 from .scenarios import AS_SERVED, ENVIRONMENT, SCENARIOS, WATCHED, Answers, Engine, Scenario
 from .watch import (
     Checked,
@@ -30,30 +34,6 @@ from .watch import (
     standing_in,
     timing,
 )
-
-ROUNDS = 10  # timed, for each
-
-
-def differences(ours: Answers, theirs: Answers) -> dict[str, Any]:
-    """How many tokens are the same, and how far the log-probabilities are apart until one is not.
-
-    After the first other token, two answers are answers to two questions.
-    """
-    same, compared, tokens, largest = 0, 0, 0, 0.0
-    for one, other in zip(ours, theirs, strict=True):
-        tokens += len(one)
-        same += sum(a[0] == b[0] for a, b in zip(one, other, strict=True))
-        for (token, logprob), (their_token, their_logprob) in zip(one, other, strict=True):
-            if token != their_token:
-                break
-            compared += 1
-            largest = max(largest, abs(logprob - their_logprob))
-    return {
-        "tokens": tokens,
-        "same_tokens": same,
-        "compared_logprobs": compared,
-        "largest_logprob_difference": largest,
-    }
 
 
 def check_round(engine: Engine) -> tuple[list[dict[str, Any]], Answers]:
@@ -75,17 +55,6 @@ def check_round(engine: Engine) -> tuple[list[dict[str, Any]], Answers]:
         for kind, alike in kinds.items()
         for result in Errors._fields[: 1 + kind.has_output_lse]
     ], answers  # fmt: skip
-
-
-def compared(ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    excess = [mine - other for mine, other in zip(ours, theirs, strict=True) if mine > other]
-    return {
-        "calls": len(ours),
-        "ours": max(ours),
-        "vllm": max(theirs),
-        "further_off": len(excess),
-        "largest_excess": max(excess, default=0.0),
-    }
 
 
 def timed_round(engine: Engine, merge: Merge) -> tuple[dict[str, Any], Answers]:
@@ -124,33 +93,18 @@ def run(scenario: Scenario, model: str) -> dict[str, Any]:
     if not state.active:  # taken off: that is all there is to see
         return found
     checked, checked_answers = check_round(engine)
-    rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "vllm": []}
-    answers: dict[str, list[Answers]] = {"ours": [], "vllm": []}
     with unpatched() as own:
         merges = {"ours": patched(), "vllm": own}
-        for index in range(1 + ROUNDS):  # the first warms up
-            for provider in sorted(merges, reverse=bool(index % 2)):
-                one, answer = timed_round(engine, merges[provider])
-                if index:
-                    rounds[provider].append(one)
-                    answers[provider].append(answer)
+        rounds, answers = in_turn(merges, lambda name: timed_round(engine, merges[name]))
         profiled = {provider: profiled_round(engine, merge) for provider, merge in merges.items()}
     with standing_in(merging_in_float64):
         exact = engine.answer()
-    ours, theirs = answers["ours"], answers["vllm"]
     return found | {
         "checked": checked,
         "rounds": rounds,
         "profiled": profiled,
-        "answers": {"ours": ours[0], "vllm": theirs[0], "float64": exact},
-        "differences": {
-            "with the plugin, and without": differences(ours[0], theirs[0]),
-            "with the plugin, and a float64 merge": differences(ours[0], exact),
-            "without it, and a float64 merge": differences(theirs[0], exact),
-            "with the plugin, twice": differences(ours[0], ours[-1]),
-            "without it, twice": differences(theirs[0], theirs[-1]),
-            "with the plugin, watched and not": differences(first, checked_answers),
-        },
+        "answers": {"ours": answers["ours"][0], "vllm": answers["vllm"][0], "float64": exact},
+        "differences": all_differences(answers, exact, first, checked_answers),
         "fallbacks": plugin.status().fallbacks,
     }
 
@@ -169,7 +123,9 @@ def main() -> None:
     parser.add_argument("--as-served", action="store_true", help="compiled, with processes")
     options = parser.parse_args()
     scenario = SCENARIOS[options.name]
-    way, environment = (run_as_served, AS_SERVED) if options.as_served else (run, WATCHED)
+    way, environment = run if scenario.ranks == 1 else across_ranks.run, WATCHED
+    if options.as_served:
+        way, environment = run_as_served, AS_SERVED
     os.environ.update(ENVIRONMENT | environment | scenario.environment)
     print(json.dumps(way(scenario, options.model)))
 

@@ -18,12 +18,14 @@ from benchmarks.tables import markdown, microseconds, number
 
 from .patterns import PATTERNS, TOKENS
 from .records import load, speed_up, us
+from .scenarios import SCENARIOS
 
 FOLDER = RESULTS / "vllm"
 PAGE = Path("docs", "vllm.md")
 ENGINE_CASES = "share"  # a regime that only an engine's results have
 # Warm: a merge after a merge, its inputs in L2, as older files have it.
 DEVICE_REGIMES = {"neighbours": "added between neighbours", "cold": "cold", "warm": "warm"}
+NO_RANKS = "No two GPUs have measured it yet: `make vllm-engine` does."
 RUN = "what the engine runs"
 HOSTS = (RUN, "merge", "calls timed", "host us a call, without", "with", "")
 SHARES = (
@@ -53,10 +55,19 @@ def section(machines: Sequence[Results]) -> str:
     for results in gains:
         paragraphs += [f"#### {results.gpu}", f"{origin(results)}.", *host(results)]
         paragraphs += device(results) if "device" in results.runs else []
-    paragraphs += ["### In the engine"]
-    for results in engines:
-        paragraphs += [f"#### {results.gpu}", f"{origin(results)}.", *engine(results)]
+    for title, across_ranks in (("In the engine", False), ("In the engine, across ranks", True)):
+        shown = []
+        for results in engines:
+            if groups := groups_of(results, across_ranks):
+                shown += [f"#### {results.gpu}", f"{origin(results)}.", *engine(results, groups)]
+        if across_ranks and not shown:
+            shown = [NO_RANKS]
+        paragraphs += [f"### {title}", *shown]
     return "\n\n".join(paragraphs)
+
+
+def groups_of(results: Results, across_ranks: bool) -> list[str]:
+    return [name for name in results.runs if (SCENARIOS[name].ranks > 1) == across_ranks]
 
 
 def pair(results: Results, group: str, case: str, regime: str) -> list[str]:
@@ -105,9 +116,10 @@ def device(results: Results) -> Iterator[str]:
     yield markdown(header, rows)
 
 
-def engine(results: Results) -> Iterator[str]:
+def engine(results: Results, groups: Sequence[str]) -> Iterator[str]:
     hosts, shares, errors, answers = [], [], [], []
-    for group, run in results.runs.items():
+    for group in groups:
+        run = results.runs[group]
         records = results.select(group)
         hosts += [[run["title"], *host] for host in _hosts(results, records)]
         shares.append([run["title"], *_shares(records)])
@@ -129,12 +141,12 @@ def _hosts(results: Results, records: Sequence[Record]) -> Iterator[list[str]]:
 def _shares(records: Sequence[Record]) -> Iterator[str]:
     """Of all merges of an engine together."""
     share = {r["provider"]: r for r in records if r["regime"] == ENGINE_CASES}
-    yield str(share["ours"]["merges"])
+    yield str(share["ours"].get("merges", "-"))  # a CUDA graph's are nobody's calls
     both = [share[provider] for provider in ("vllm", "ours")]
-    yield from (microseconds(one["gpu_us_a_merge"]) for one in both)
+    yield from (microseconds(one.get("gpu_us_a_merge")) for one in both)
     yield from (_step(one) for one in both)
-    yield from (_percent(one["merge_share_of_wall"]) for one in both)
-    yield from (_percent(one["merge_share_of_gpu"]) for one in both)
+    yield from (_percent(one.get("merge_share_of_wall")) for one in both)
+    yield from (_percent(one.get("merge_share_of_gpu")) for one in both)
 
 
 def _errors(records: Sequence[Record]) -> Iterator[list[str]]:
@@ -167,8 +179,8 @@ def _step(record: Record) -> str:
     return f"{median} ({low}-{high})"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def published() -> list[Results]:

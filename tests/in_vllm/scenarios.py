@@ -24,6 +24,8 @@ class Scenario(NamedTuple):
     environment: dict[str, str] = {}  # noqa: RUF012
     workspace_tokens: int = 0  # of MLA's chunked prefill; 0: vLLM's own choice
     merges: tuple[str, ...] = ("MLA final merge",)  # its calls: without an output_lse, and with
+    ranks: int = 1  # GPUs, each with a worker of its own; more than one merge across them
+    graphs: bool = False  # compiled, with CUDA graphs
 
     def name_of(self, has_output_lse: bool) -> str:
         """What a call is called; there may be ones that nobody expected."""
@@ -37,6 +39,32 @@ def long_prompts(random: Callable[[int], list[int]]) -> list[list[int]]:
 def shared_prefix(random: Callable[[int], list[int]]) -> list[list[int]]:
     prefix = random(2048)
     return [[*prefix, *random(16 + i)] for i in range(16)]
+
+
+def of_many_lengths(random: Callable[[int], list[int]]) -> list[list[int]]:
+    return [random(tokens) for tokens in (3000, 1500, 700, 300, 200, 100, 50, 33)]
+
+
+def across_ranks(backend: str, graphs: bool) -> Scenario:
+    """Decode context parallelism: each layer of each decode step merges once."""
+    parallel = {
+        "tensor_parallel_size": 2,
+        "decode_context_parallel_size": 2,
+        "dcp_comm_backend": backend,
+        "distributed_executor_backend": "mp",
+        "max_num_seqs": 16,
+    }
+    return Scenario(
+        f"MLA on two GPUs, {backend}, {'CUDA graphs' if graphs else 'eager'}",
+        "deepseek-32",
+        of_many_lengths,
+        32,
+        parallel,
+        {"VLLM_WORKER_MULTIPROC_METHOD": "fork"},
+        merges=("merge across ranks",),
+        ranks=2,
+        graphs=graphs,
+    )
 
 
 SCENARIOS = {
@@ -59,6 +87,10 @@ SCENARIOS = {
         {"VLLM_USE_V2_MODEL_RUNNER": "0"},
         merges=("cascade",),
     ),
+    "ranks-ag_rs": across_ranks("ag_rs", graphs=False),
+    "ranks-a2a": across_ranks("a2a", graphs=False),
+    "ranks-ag_rs-graphs": across_ranks("ag_rs", graphs=True),
+    "ranks-a2a-graphs": across_ranks("a2a", graphs=True),
 }
 ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -68,28 +100,33 @@ ENVIRONMENT = {
 WATCHED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # an engine whose calls can be watched
 AS_SERVED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # a worker is asked for the plugin's status
 VOCABULARY = 4096
+LAYERS = 4
 
 
 def save_model(name: str, folder: Path) -> None:
-    """A model with random weights, small but with heads as real ones have them."""
+    """A model with random weights, small but with heads as real ones have them.
+
+    "deepseek-32" has 32 heads, others 16.
+    """
     import transformers
 
+    kind, _, heads = name.partition("-")
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 2048,
         "intermediate_size": 4096,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": int(heads or 16),
+        "num_key_value_heads": int(heads or 16),
         "max_position_embeddings": 16384,
         "initializer_range": 0.06,
     }
     torch.manual_seed(0)
-    if name == "deepseek":
+    if kind == "deepseek":
         latent = {"kv_lora_rank": 512, "q_lora_rank": None, "v_head_dim": 128}
-        heads = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+        widths = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
         config = transformers.DeepseekV2Config(
-            **common, **latent, **heads, first_k_dense_replace=4, n_routed_experts=4
+            **common, **latent, **widths, first_k_dense_replace=LAYERS, n_routed_experts=4
         )
         model = transformers.DeepseekV2ForCausalLM(config)
     else:
@@ -120,7 +157,7 @@ class Engine:
             )
         settings = {
             "skip_tokenizer_init": True,
-            "enforce_eager": not as_served,
+            "enforce_eager": not (as_served or scenario.graphs),
             "max_model_len": 12288,
             "max_num_batched_tokens": 2048,
             "enable_chunked_prefill": True,
@@ -139,9 +176,22 @@ class Engine:
         self.prompts = [{"prompt_token_ids": ids} for ids in scenario.prompts(tokens)]
 
     def plugin_in_worker(self) -> dict[str, Any]:
-        """The plugin's status in the process that merges."""
-        (state,) = self.llm.collective_rpc(_plugin_status)
+        """The plugin's status in the processes that merge.
+
+        Raises
+        ------
+        SystemExit
+            It is not the same in all of them.
+        """
+        state, *others = self.in_workers(_plugin_status)
+        if any(other != state for other in others):
+            raise SystemExit(f"benchmarks: workers differ: {state}, {others}")
         return dict(state)
+
+    def in_workers(self, function: Callable[..., Any], *args: object) -> list[Any]:
+        """What a function returns in each of them, called with the worker and `args`."""
+        answers: list[Any] = self.llm.collective_rpc(function, args=args)
+        return answers
 
     def answer(self) -> Answers:
         """Greedy tokens and their log-probabilities, nothing of an earlier round being cached."""

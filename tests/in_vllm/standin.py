@@ -59,9 +59,18 @@ def cp_lse_ag_out_ar({parameters}):
 def dcp_a2a_lse_reduce({parameters}):
     calls.append("dcp_a2a_lse_reduce")
     return cp_attn_out
+class DirectDCPA2AWorkspace:
+    def __init__(self, group):
+        self.group = group
+    def lse_reduce({workspace}):
+        calls.append("lse_reduce")
+        return partial_output
 """
 DCP_PARAMETERS = (
     "cp_attn_out, cp_attn_lse, cp_group, ctx=None, return_lse=False, is_lse_base_on_e=True"
+)
+WORKSPACE_PARAMETERS = (
+    "self, partial_output, partial_lse, is_lse_base_on_e, seq_lens=None, query_start_loc=None"
 )
 PLATFORMS = """
 class CpuPlatform:
@@ -80,11 +89,16 @@ def parameters(count: int) -> str:
 
 
 def write(
-    folder: Path, count: int = 8, path: str = PATHS[0], signature: str = "", dcp: str = ""
+    folder: Path,
+    count: int = 8,
+    path: str = PATHS[0],
+    signature: str = "",
+    dcp: str = "",
+    workspace: str = WORKSPACE_PARAMETERS,
 ) -> None:
     """Write the package `vllm` into a folder; `signature` in place of the usual one.
 
-    `dcp`: the parameters of its merges across ranks, where it has any.
+    `dcp`, `workspace`: the parameters of its merges across ranks, where it has any.
     """
     names = ", ".join([*NAMES, "ninth"][:count])
     made = {"parameters": parameters(count), "names": names, "path": path}
@@ -102,7 +116,7 @@ def write(
         made |= {"parameters": signature, "names": names}
     ops.joinpath("merge_attn_states.py").write_text(DISPATCHER.format(**made))
     if dcp:
-        ops.joinpath("dcp.py").write_text(DCP.format(parameters=dcp))
+        ops.joinpath("dcp.py").write_text(DCP.format(parameters=dcp, workspace=workspace))
     for name in ("early", "late"):
         root.joinpath(f"{name}_backend.py").write_text(BACKEND.format(**made))
 

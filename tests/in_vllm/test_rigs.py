@@ -13,7 +13,18 @@ from support import assert_bits
 
 from benchmarks.environment import ROOT
 from benchmarks.results import Results
-from in_vllm import engine, gain, packages, process, records, report, scenarios, watch
+from in_vllm import (
+    engine,
+    gain,
+    observed,
+    packages,
+    process,
+    records,
+    report,
+    rounds,
+    scenarios,
+    watch,
+)
 from in_vllm.memory import copied
 from in_vllm.patterns import PATTERNS
 from in_vllm.scenarios import SCENARIOS
@@ -138,7 +149,7 @@ def seen(vllm, monkeypatch):
 
 
 def test_an_engine_is_checked_and_timed(seen):
-    found = engine.records_of("chunks", seen)
+    found = observed.records_of("chunks", seen)
     by = {(r["case"], r["regime"], r["provider"]): r for r in found}
     for case, result in (("MLA final merge", "output"), ("MLA chunk loop", "output_lse")):
         error = by[case, f"error of {result}", "ours"]
@@ -148,11 +159,11 @@ def test_an_engine_is_checked_and_timed(seen):
     assert by["MLA final merge", "error of output", "ours"]["vllm"] > 3  # sevens
     assert by["MLA final merge", "error of output", "ours"]["further_off"] == 0
     for provider in ("ours", "vllm"):
-        assert by["MLA chunk loop", "host", provider]["calls"] == process.ROUNDS
+        assert by["MLA chunk loop", "host", provider]["calls"] == rounds.ROUNDS
         share = by["all steps", "share", provider]
         assert 0 < share["merge_share_of_wall"] < 1
         assert share["merge_share_of_gpu"] == 0.02
-    assert engine.proves_nothing("chunks", seen) == ""
+    assert observed.proves_nothing("chunks", seen) == ""
     twice = by["with the plugin, twice", "answers", "ours"]
     assert (twice["tokens"], twice["same_tokens"]) == (2, 2)
     assert plugin.status().active  # nothing that watched is left behind
@@ -160,16 +171,18 @@ def test_an_engine_is_checked_and_timed(seen):
 
 
 def test_an_engine_that_proves_nothing(seen):
-    assert "the plugin is not used" in engine.proves_nothing(
+    assert "the plugin is not used" in observed.proves_nothing(
         "chunks", seen | {"plugin": {"active": False, "reason": "for the test"}}
     )
-    assert "went back to vLLM" in engine.proves_nothing("chunks", seen | {"fallbacks": {"why": 3}})
+    assert "went back to vLLM" in observed.proves_nothing(
+        "chunks", seen | {"fallbacks": {"why": 3}}
+    )
     final = [one for one in seen["checked"] if one["case"] == "MLA final merge"]
-    assert "did not merge as it should: MLA chunk loop" in engine.proves_nothing(
+    assert "did not merge as it should: MLA chunk loop" in observed.proves_nothing(
         "chunks", seen | {"checked": final}
     )
     none = {"all_us": 1.0, "merge_us": 0.0, "merges": 0}
-    assert "not profiled" in engine.proves_nothing(
+    assert "not profiled" in observed.proves_nothing(
         "chunks", seen | {"profiled": seen["profiled"] | {"vllm": none}}
     )
 
@@ -196,7 +209,7 @@ def started(seen, monkeypatch):
         return seen | {"log": "INFO replaced", "title": name, "differences": {}}
 
     for name, value in {
-        "unfit": lambda: "", "fetch": lambda: None, "install": lambda target: None,
+        "unfit": lambda ranks: "", "fetch": lambda: None, "install": lambda target: None,
         "save_model": lambda name, folder: folder.mkdir(), "run": run, "DEVICE": CPU,
     }.items():  # fmt: skip
         monkeypatch.setattr(engine, name, value)
@@ -220,7 +233,7 @@ def test_the_engines_are_started_and_one_without_the_plugin(started, tmp_path, c
     assert [(r["group"], r["same_tokens"]) for r in answers] == [("chunks", 2)] * 2
     page = report.section([results])
     assert "| chunks | started without it, and taken off |" in page
-    assert f"| chunks | {engine.SERVED_CASE} |" in page
+    assert f"| chunks | {observed.SERVED_CASE} |" in page
     assert "regime=share" in capsys.readouterr().out
 
 
@@ -235,7 +248,7 @@ def test_a_result_that_is_further_off_is_an_error(started, seen, tmp_path):
 
 def test_an_engine_that_keeps_the_plugin_is_no_comparison(seen):
     with pytest.raises(SystemExit, match="did not take the plugin off"):
-        engine.compare_taken_off(seen, {"plugin": {"active": True}})
+        observed.compare_taken_off(seen, {"plugin": {"active": True}})
 
 
 def test_an_engine_as_served(vllm, monkeypatch):
@@ -255,20 +268,20 @@ def test_an_engine_as_served(vllm, monkeypatch):
     assert found["plugin"]["active"]
     plugin.restore()
     without = process.run_as_served(SCENARIOS["final"], "model")
-    told, record = engine.compare_served(found, without)
+    told, record = observed.compare_served(found, without)
     assert told["plugin"] == found["plugin"]
     assert record["tokens"] == 2
     with pytest.raises(SystemExit, match="in the worker"):
-        engine.compare_served(without, without)
+        observed.compare_served(without, without)
     went_back = found | {"plugin": found["plugin"] | {"fallbacks": {"why": 1}}}
     with pytest.raises(SystemExit, match="went back to vLLM"):
-        engine.compare_served(went_back, without)
+        observed.compare_served(went_back, without)
 
 
 def test_differences_end_at_the_first_other_token():
     ours = [[(1, -1.0), (2, -2.0), (3, -3.0)]]
     theirs = [[(1, -1.25), (4, -9.0), (3, -3.5)]]
-    assert process.differences(ours, theirs) == {
+    assert rounds.differences(ours, theirs) == {
         "tokens": 3, "same_tokens": 2, "compared_logprobs": 1, "largest_logprob_difference": 0.25,
     }  # fmt: skip
 
@@ -282,7 +295,7 @@ def test_a_nan_is_infinitely_far_and_an_empty_row_is_right():
     for lse in (operands.output_lse, expected[1]):
         lse[:, 2] = -torch.inf
     assert watch.far(operands, expected) == (0.0, 0.0)
-    assert process.compared([torch.inf, 2.0], [torch.inf, 1.0]) == {
+    assert rounds.compared([torch.inf, 2.0], [torch.inf, 1.0]) == {
         "calls": 2, "ours": torch.inf, "vllm": torch.inf, "further_off": 1, "largest_excess": 1.0,
     }  # fmt: skip
 

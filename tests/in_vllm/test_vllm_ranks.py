@@ -14,14 +14,17 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("no vLLM here: make test-vllm fetches it", allow_module_level=True)
 
 
-@pytest.mark.parametrize("where", ["cpu", "cuda"])
+# On GPUs as NCCL has it, or directly.
+@pytest.mark.parametrize("where", ["cpu", "cuda", "direct"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_merges(ranks, where, tmp_path, child_environment):
-    if where == "cuda" and torch.cuda.device_count() < ranks:
+    if where != "cpu" and torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     paths = filter(None, [child_environment["PYTHONPATH"], *sys.path])
     environment = child_environment | {"PYTHONPATH": os.pathsep.join(paths)}
     environment |= {"MERGE_ATTN_STATES_VLLM_DCP": "1"}
+    environment |= {"MERGE_ATTN_STATES_DIRECT": str(int(where == "direct"))}
     if where == "cpu":
         environment |= {"VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    ranks_support.run(rank_programs.merges, ranks, tmp_path, environment, where)
+    device = "cpu" if where == "cpu" else "cuda"
+    ranks_support.run(rank_programs.merges, ranks, tmp_path, environment, device)

@@ -281,8 +281,8 @@ def test_a_swap_that_fails_can_be_taken_back(vllm, log, monkeypatch):
     stand_in._custom_ops  # noqa: B018  loads it
     swap = plugin._swap
 
-    def failing(old, new):
-        swap(old, new)
+    def failing(*how):
+        swap(*how)
         raise OSError("halfway")
 
     monkeypatch.setattr(plugin, "_swap", failing)

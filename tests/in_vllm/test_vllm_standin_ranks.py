@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from support import BF16, F32, INF, NAN, assert_bits
 
-from in_vllm.standin import DCP_PARAMETERS
+from in_vllm.standin import DCP_PARAMETERS, WORKSPACE_PARAMETERS
 from merge_attn_states import merge_states
 from merge_attn_states.integrations import vllm as plugin
 
@@ -53,15 +53,19 @@ def merged(output, lse, **options):
 def test_they_are_replaced_wherever_they_are_bound(dcp, log):
     places = {f"vllm.{where}.{name}" for where in ("v1.attention.ops.dcp", "early_backend")
               for name in NAMES}  # fmt: skip
+    places.add("vllm.v1.attention.ops.dcp.DirectDCPA2AWorkspace.lse_reduce")
     found = plugin.status()
     assert places <= set(found.replaced)
     assert found.across_ranks == ""
     assert found.transports == []
     plugin.restore()
-    assert dcp.cp_lse_ag_out_rs.__code__.co_filename == dcp.__file__
+    for own in (dcp.cp_lse_ag_out_rs, dcp.DirectDCPA2AWorkspace.lse_reduce):
+        assert own.__code__.co_filename == dcp.__file__
     assert plugin.status().replaced == []
     plugin.register()
-    assert "vllm.early_backend.cp_lse_ag_out_ar" in log(logging.INFO)[0]
+    (said,) = log(logging.INFO)
+    assert "vllm.early_backend.cp_lse_ag_out_ar" in said
+    assert "vllm.v1.attention.ops.dcp.DirectDCPA2AWorkspace.lse_reduce" in said
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,6 +95,35 @@ def test_a_merge(name, on_e, dcp, group):
     assert plugin.status().transports == ["collective"]
 
 
+@pytest.mark.parametrize("on_e", [True, False])
+def test_the_workspaces_merge(on_e, dcp, group):
+    workspace = dcp.DirectDCPA2AWorkspace(group.device_group)
+    output, lse = state()
+    base = "e" if on_e else "2"
+    due = merged(output, lse, lse_base=base)[0]
+    assert_bits(workspace.lse_reduce(output, lse, on_e), due)
+    assert_bits(workspace.lse_reduce(output, lse, is_lse_base_on_e=on_e), due)
+    assert_bits(workspace.lse_reduce(output, lse, on_e, None, None), due)  # as MLA's layers do
+    lengths, starts = torch.tensor([0, 3]).int(), torch.tensor([0, 2, 4]).int()
+    nobodys = torch.tensor([True, True, False, False, True]).unsqueeze(1).expand(-1, 4)
+    due = merged(output, lse, lse_base=base, empty=nobodys)[0]
+    assert_bits(workspace.lse_reduce(output, lse, on_e, lengths, starts), due)
+    named = {"seq_lens": lengths, "query_start_loc": starts}
+    assert_bits(workspace.lse_reduce(output, lse, on_e, **named), due)
+    dcp.dcp_a2a_lse_reduce(output, lse, group)
+    assert len(plugin._rank_merges._made) == 1  # of the same group, sizes and share
+    assert dcp.calls == []
+    assert plugin.status().transports == ["collective"]
+
+
+def test_what_the_workspace_is_refused_goes_to_its_own(dcp, group):
+    workspace = dcp.DirectDCPA2AWorkspace(group.device_group)
+    output, lse = state()
+    assert workspace.lse_reduce(output, lse.to(BF16), False) is output
+    assert dcp.calls == ["lse_reduce"]
+    assert list(plugin.status().fallbacks.values()) == [1]
+
+
 def test_an_object_serves_many_calls(dcp, group):
     for tokens in (5, 1000, 1024, 0, 1):
         output, lse = state(max(tokens, 3))
@@ -110,7 +143,7 @@ def test_an_object_serves_many_calls(dcp, group):
     [
         (lambda output, lse: (output, lse.to(BF16)), "lse: expected torch.float32"),
         (lambda output, lse: (output, lse.T), r"lse: expected shape [#, #]"),
-        (lambda output, lse: (output.unsqueeze(1), lse), "cp_attn_out: expected three dimensions"),
+        (lambda output, lse: (output.unsqueeze(1), lse), "output: expected three dimensions"),
         (lambda output, lse: (output.int(), lse), "dtype: expected one of"),
         (lambda output, lse: (output, lse, None), ""),
     ],
@@ -169,9 +202,17 @@ def test_older_releases_have_fewer_parameters(vllm, group):
     assert found.dcp_a2a_lse_reduce(output, lse.T, group) is output
 
 
-@pytest.mark.parametrize("parameters", ["cp_attn_out, cp_attn_lse", f"group, {REQUESTS}"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"dcp": "cp_attn_out, cp_attn_lse"},
+        {"dcp": f"group, {REQUESTS}"},
+        {"dcp": REQUESTS, "workspace": f"{WORKSPACE_PARAMETERS}, out=None"},
+        {"dcp": REQUESTS, "workspace": "self, partial_output, partial_lse"},
+    ],
+)
 def test_another_shape_is_left_alone(parameters, vllm, log):
-    stand_in = vllm(dcp=parameters)
+    stand_in = vllm(**parameters)
     for _ in range(2):
         plugin.register()
     found = plugin.status()

@@ -2,7 +2,8 @@
 
 `cp_lse_ag_out_rs` and `dcp_a2a_lse_reduce` give a rank its share of the heads, `cp_lse_ag_out_ar`
 all of them. Attention backends bind them when they are imported, and layers when they are made.
-They stand in `vllm.v1.attention.ops.dcp`, before 0.33 in `.common` and `.dcp_alltoall`.
+They stand in `vllm.v1.attention.ops.dcp`, before 0.33 in `.common` and `.dcp_alltoall`. 0.33 has
+a workspace of symmetric memory beside them, whose method MLA's layers call.
 """
 
 from __future__ import annotations
@@ -22,32 +23,50 @@ from .. import UnavailableError
 if TYPE_CHECKING:
     from ..distributed import RankMerge
 
-__all__ = ["HOMES", "RankMerges", "functions", "replacing"]
+__all__ = ["HOMES", "RankMerges", "merges_of", "replacing"]
 
 HOMES = tuple(f"vllm.v1.attention.ops.{name}" for name in ("dcp", "common", "dcp_alltoall"))
 
 _Scatter = Literal["heads"] | None
+_Merge = Callable[..., Any]
 _SCATTERS: dict[str, _Scatter] = {
     "cp_lse_ag_out_rs": "heads",
     "dcp_a2a_lse_reduce": "heads",
     "cp_lse_ag_out_ar": None,
+    "lse_reduce": "heads",
 }
+_WORKSPACE, _OF_WORKSPACE = "DirectDCPA2AWorkspace", "lse_reduce"
+_REQUESTS = ("seq_lens", "query_start_loc")
 _PARAMETERS = (
     *("cp_attn_out", "cp_attn_lse", "cp_group", "ctx", "return_lse", "is_lse_base_on_e"),
-    *("seq_lens", "query_start_loc"),
+    *_REQUESTS,
+)
+_PARAMETERS_OF_WORKSPACE = (
+    *("self", "partial_output", "partial_lse", "is_lse_base_on_e"),
+    *_REQUESTS,
 )
 _FEWEST = 6  # older releases lack the last two
 _FEWEST_TOKENS = 1024  # that an object serves
 
 
-def functions(home: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """A module's merges by their names; raises where one is called otherwise than is known."""
-    for name in filter(vars(home).__contains__, _SCATTERS):
-        function = getattr(home, name)
-        given = tuple(inspect.signature(function).parameters)
-        if len(given) < _FEWEST or given != _PARAMETERS[: len(given)]:
-            raise LookupError(f"{home.__name__}.{name} is called otherwise: {', '.join(given)}")
-        yield name, function
+def merges_of(home: ModuleType) -> Iterator[tuple[ModuleType | type, str, _Merge]]:
+    """A module's merges, by who holds them and their names.
+
+    Raises
+    ------
+    LookupError
+        One is called otherwise than is known.
+    """
+    owners = [home, vars(home)[_WORKSPACE]] if hasattr(home, _WORKSPACE) else [home]
+    for owner in owners:
+        for name in filter(vars(owner).__contains__, _SCATTERS):
+            function = getattr(owner, name)
+            given = tuple(inspect.signature(function).parameters)
+            known = _PARAMETERS_OF_WORKSPACE if name == _OF_WORKSPACE else _PARAMETERS
+            if len(given) < _FEWEST or given != known[: len(given)]:
+                at = f"{home.__name__}.{function.__qualname__}"
+                raise LookupError(f"{at} is called otherwise: {', '.join(given)}")
+            yield owner, name, function
 
 
 class RankMerges:
@@ -71,7 +90,7 @@ class RankMerges:
             There can be none, of which all ranks have heard.
         """
         if output.ndim != 3:
-            raise ValueError(f"cp_attn_out: expected three dimensions, got {list(output.shape)}")
+            raise ValueError(f"output: expected three dimensions, got {list(output.shape)}")
         num_tokens, num_heads, head_size = output.shape
         max_tokens = max(_FEWEST_TOKENS, 1 << (num_tokens - 1).bit_length())
         key = (group, max_tokens, num_heads, head_size, output.dtype, output.device, scatter)
@@ -117,10 +136,10 @@ class RankMerges:
 
 def replacing(
     name: str,
-    original: Callable[..., Any],
+    original: _Merge,
     merges: RankMerges,
     falling_back: Callable[[Exception], AbstractContextManager[None]],
-) -> Callable[..., Any]:
+) -> _Merge:
     """Return a merge in the original's place, and with the original behind it.
 
     The original gets what is refused before a state is sent, for which a call's shapes, dtypes and
@@ -128,7 +147,32 @@ def replacing(
     """
     scatter = _SCATTERS[name]
 
-    @functools.wraps(original)
+    def merged(
+        by_original: Callable[[], Any],
+        group: Any,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        on_e: bool,
+        return_lse: bool,
+        requests: tuple[torch.Tensor | None, ...],
+        named: dict[str, torch.Tensor | None],
+    ) -> Any:
+        try:
+            made = merges.of(group, output, scatter)
+            if made is None:
+                return by_original()
+            results = made(
+                output,
+                lse,
+                empty=_empty(*requests, **named),
+                lse_base="e" if on_e else "2",
+                nan_lse="empty",
+            )
+        except (TypeError, ValueError, UnavailableError) as error:
+            with falling_back(error):
+                return by_original()
+        return results if return_lse else results[0]
+
     def merge(
         cp_attn_out: torch.Tensor,
         cp_attn_lse: torch.Tensor,
@@ -145,23 +189,25 @@ def replacing(
 
         if cp_group.world_size == 1:
             return by_original()
-        try:
-            merge = merges.of(cp_group.device_group, cp_attn_out, scatter)
-            if merge is None:
-                return by_original()
-            output, lse = merge(
-                cp_attn_out,
-                cp_attn_lse,
-                empty=_empty(*requests, **named),
-                lse_base="e" if is_lse_base_on_e else "2",
-                nan_lse="empty",
-            )
-        except (TypeError, ValueError, UnavailableError) as error:
-            with falling_back(error):
-                return by_original()
-        return (output, lse) if return_lse else output
+        state = cp_attn_out, cp_attn_lse, is_lse_base_on_e
+        return merged(by_original, cp_group.device_group, *state, return_lse, requests, named)
 
-    return merge
+    def lse_reduce(
+        self: Any,
+        partial_output: torch.Tensor,
+        partial_lse: torch.Tensor,
+        is_lse_base_on_e: bool,
+        *requests: torch.Tensor | None,
+        **named: torch.Tensor | None,
+    ) -> Any:
+        state = partial_output, partial_lse, is_lse_base_on_e
+
+        def by_original() -> Any:
+            return original(self, *state, *requests, **named)
+
+        return merged(by_original, self.group, *state, False, requests, named)
+
+    return functools.wraps(original)(lse_reduce if name == _OF_WORKSPACE else merge)
 
 
 def _empty(

@@ -1,8 +1,8 @@
 """vLLM's attention backends, merging through this package.
 
 vLLM finds `register` through its entry point (`merge_attn_states_vllm.py`) and calls it in every
-process before work begins. It replaces two functions, wherever a module holds them, and those that
-merge across ranks (_vllm_ranks.py):
+process before work begins. It replaces two functions, wherever a module holds them, and what merges
+across ranks (_vllm_ranks.py):
 
 | vLLM's function                                          | called by                             |
 | -------------------------------------------------------- | ------------------------------------- |
@@ -36,7 +36,7 @@ from merge_attn_states_vllm import ranks_switched_off, switched_off
 
 from .. import UnavailableError, __version__, build_info, merge_attn_states
 from .._library import fast_path
-from ._vllm_ranks import HOMES, RankMerges, functions, replacing
+from ._vllm_ranks import HOMES, RankMerges, merges_of, replacing
 
 __all__ = ["Status", "register", "restore", "status"]
 
@@ -66,9 +66,9 @@ _merge: _Merge = _merge_by_operator if fast_path()[0] is None else merge_attn_st
 
 
 class _Replacement(NamedTuple):
-    home: str  # the module that defines it
     original: _Merge
     ours: _Merge
+    owner: type | None = None  # whose method it is: no module holds it then
 
 
 class Status(NamedTuple):
@@ -110,7 +110,9 @@ def register() -> None:
                 new = _find()
                 _replacements.extend(new)  # first, so that restore() knows of every place
                 replaced = [
-                    place for one in _replacements for place in _swap(one.original, one.ours)
+                    place
+                    for original, ours, owner in _replacements
+                    for place in _swap(original, ours, owner)
                 ]
         except Exception as error:
             refusal = f"{type(error).__name__}: {error}"
@@ -153,7 +155,7 @@ def _give_back(reason: str) -> None:
     with _lock:
         while _replacements:
             one = _replacements.pop()
-            _swap(one.ours, one.original)
+            _swap(one.ours, one.original, one.owner)
         _fallbacks.clear()
         _refused_later.clear()
         _rank_merges.clear()
@@ -171,7 +173,7 @@ def status() -> Status:
         across_ranks (why merges across ranks are vLLM's own; empty where they are replaced);
         transports (how states travel there, since the first such call).
     """
-    replaced = sorted(place for one in _replacements for place, *_ in _places(one.ours))
+    replaced = sorted(place for one in _replacements for place, _ in _places(one.ours, one.owner))
     reason = _reason
     if reason is None:
         reason = switched_off() or "register() was not called"
@@ -212,7 +214,7 @@ def _find() -> list[_Replacement]:
     for home in homes:
         original = getattr(home, _NAME)
         if original not in ours:
-            found.append(_Replacement(home.__name__, original, _replacing(original, home.__name__)))
+            found.append(_Replacement(original, _replacing(original, home.__name__)))
     return [*found, *_find_across_ranks(ours)]
 
 
@@ -228,12 +230,13 @@ def _find_across_ranks(ours: list[_Merge]) -> list[_Replacement]:
         if not homes:
             _across_ranks = f"this vLLM has none of {', '.join(HOMES)}"
         for home in homes:
-            for name, original in functions(home):
+            for owner, name, original in merges_of(home):
                 if original not in ours:
-                    at = f"{home.__name__}.{name}"
+                    at = f"{home.__name__}.{original.__qualname__}"
                     falling_back = functools.partial(_falling_back, home=at)
                     merge = replacing(name, original, _rank_merges, falling_back)
-                    found.append(_Replacement(home.__name__, original, merge))
+                    held_by = owner if isinstance(owner, type) else None
+                    found.append(_Replacement(original, merge, held_by))
     except Exception as error:  # merges of two parts are replaced all the same
         found, _across_ranks = [], f"{type(error).__name__}: {error}"
         if _across_ranks != before:
@@ -335,16 +338,26 @@ def _falling_back(error: Exception, home: str) -> Iterator[None]:
         _thread.is_falling_back = False
 
 
-def _swap(old: _Merge, new: _Merge) -> list[str]:
-    """Replace a function wherever a module holds it; returns where."""
-    places = list(_places(old))
-    for _, members, name in places:
-        members[name] = new  # not setattr, which a module may refuse
-    return [place for place, *_ in places]
+def _swap(old: _Merge, new: _Merge, owner: type | None) -> list[str]:
+    """Replace a function wherever a module holds it, or a method; returns where."""
+    places = list(_places(old, owner))
+    for _, put in places:
+        put(new)
+    return [place for place, _ in places]
 
 
-def _places(function: _Merge) -> Iterator[tuple[str, dict[str, object], str]]:
-    """Yield where modules hold a function: those that bound it by name when they were imported."""
+def _places(
+    function: _Merge, owner: type | None
+) -> Iterator[tuple[str, Callable[[_Merge], object]]]:
+    """Yield where modules hold a function, those too that bound it by name when they were imported,
+    or where its owner holds a method; and what puts another one there.
+    """
+    if owner is not None:
+        name = function.__name__
+        if vars(owner).get(name) is function:
+            at = f"{owner.__module__}.{owner.__qualname__}.{name}"
+            yield at, functools.partial(setattr, owner, name)
+        return
     for module_name, module in list(sys.modules.items()):
         if not issubclass(type(module), ModuleType):  # isinstance believes what a proxy says
             continue
@@ -352,7 +365,8 @@ def _places(function: _Merge) -> Iterator[tuple[str, dict[str, object], str]]:
         members = ModuleType.__getattribute__(module, "__dict__")
         for name, value in list(members.items()):
             if value is function:
-                yield f"{module_name}.{name}", members, name
+                # Not setattr, which a module may refuse.
+                yield f"{module_name}.{name}", functools.partial(members.__setitem__, name)
 
 
 def _version() -> str | None:
