@@ -124,18 +124,30 @@ def test_what_the_workspace_is_refused_goes_to_its_own(dcp, group):
     assert list(plugin.status().fallbacks.values()) == [1]
 
 
-def test_an_object_serves_many_calls(dcp, group):
-    for tokens in (5, 1000, 1024, 0, 1):
+def test_an_object_serves_calls_of_any_length(dcp, group):
+    """What is longer than its memory goes in pieces."""
+    for tokens in (5, 500, 512, 0, 1, 513, 1500):
         output, lse = state(max(tokens, 3))
-        dcp.cp_lse_ag_out_rs(output[:tokens], lse[:tokens], group)
+        output, lse = output[:tokens], lse[:tokens]
+        result, result_lse = dcp.cp_lse_ag_out_rs(output, lse, group, return_lse=True)
+        due, due_lse = merged(output, lse)
+        assert_bits(result, due)
+        assert_bits(result_lse, due_lse)
+    # Requests that begin, end and have no keys in one piece or several; then padding.
+    lengths, starts = (
+        torch.tensor([1, 0, 2, 0]).int(),
+        torch.tensor([0, 400, 700, 1100, 1300]).int(),
+    )
+    nobodys = torch.ones(1500, 4, dtype=torch.bool)
+    nobodys[:400] = nobodys[700:1100] = False
+    result = dcp.dcp_a2a_lse_reduce(output, lse, group, None, False, True, lengths, starts)
+    assert_bits(result, merged(output, lse, empty=nobodys)[0])
     assert len(plugin._rank_merges._made) == 1
-    dcp.dcp_a2a_lse_reduce(*state(), group)
-    assert len(plugin._rank_merges._made) == 1
-    output, lse = state(1025)
-    assert_bits(dcp.cp_lse_ag_out_rs(output, lse, group), merged(output, lse)[0])
     dcp.cp_lse_ag_out_ar(*state(), group)
     dcp.cp_lse_ag_out_rs(*state(dtype=BF16), group)
-    assert len(plugin._rank_merges._made) == 4
+    assert len(plugin._rank_merges._made) == 3
+    output, lse = state(600)
+    assert dcp.cp_lse_ag_out_rs(output, lse[:599], group) is output  # the original's
 
 
 @pytest.mark.parametrize(

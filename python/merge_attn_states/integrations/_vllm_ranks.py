@@ -22,6 +22,7 @@ from .. import UnavailableError
 
 if TYPE_CHECKING:
     from ..distributed import RankMerge
+    from ..states import Base
 
 __all__ = ["HOMES", "RankMerges", "merges_of", "replacing"]
 
@@ -29,6 +30,7 @@ HOMES = tuple(f"vllm.v1.attention.ops.{name}" for name in ("dcp", "common", "dcp
 
 _Scatter = Literal["heads"] | None
 _Merge = Callable[..., Any]
+_Empty = tuple[torch.Tensor, torch.Tensor]  # the lengths and starts of requests
 _SCATTERS: dict[str, _Scatter] = {
     "cp_lse_ag_out_rs": "heads",
     "dcp_a2a_lse_reduce": "heads",
@@ -46,7 +48,9 @@ _PARAMETERS_OF_WORKSPACE = (
     *_REQUESTS,
 )
 _FEWEST = 6  # older releases lack the last two
-_FEWEST_TOKENS = 1024  # that an object serves
+# Of an object, whose memory they are: longer calls, of which the bytes take the time, are made in
+# pieces.
+_MOST_TOKENS = 512
 
 
 def merges_of(home: ModuleType) -> Iterator[tuple[ModuleType | type, str, _Merge]]:
@@ -91,9 +95,7 @@ class RankMerges:
         """
         if output.ndim != 3:
             raise ValueError(f"output: expected three dimensions, got {list(output.shape)}")
-        num_tokens, num_heads, head_size = output.shape
-        max_tokens = max(_FEWEST_TOKENS, 1 << (num_tokens - 1).bit_length())
-        key = (group, max_tokens, num_heads, head_size, output.dtype, output.device, scatter)
+        key = (group, *output.shape[1:], output.dtype, output.device, scatter)
         made = self._made.get(key)
         if made is None:
             if output.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -108,11 +110,11 @@ class RankMerges:
         from ..distributed import RankMerge  # a second to import, for those alone who merge so
 
         made: RankMerge | ValueError
-        group, max_tokens, num_heads, head_size, dtype, device, scatter = key
+        group, num_heads, head_size, dtype, device, scatter = key
         try:
             made = RankMerge(
                 group,
-                max_tokens=max_tokens,
+                max_tokens=_MOST_TOKENS,
                 num_heads=num_heads,
                 head_size=head_size,
                 dtype=dtype,
@@ -161,13 +163,8 @@ def replacing(
             made = merges.of(group, output, scatter)
             if made is None:
                 return by_original()
-            results = made(
-                output,
-                lse,
-                empty=_empty(*requests, **named),
-                lse_base="e" if on_e else "2",
-                nan_lse="empty",
-            )
+            base: Base = "e" if on_e else "2"
+            results = _in_pieces(made, output, lse, _empty(*requests, **named), base)
         except (TypeError, ValueError, UnavailableError) as error:
             with falling_back(error):
                 return by_original()
@@ -210,9 +207,32 @@ def replacing(
     return functools.wraps(original)(lse_reduce if name == _OF_WORKSPACE else merge)
 
 
+def _in_pieces(
+    merge: RankMerge, output: torch.Tensor, lse: torch.Tensor, empty: _Empty | None, base: Base
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if output.shape[0] <= _MOST_TOKENS:
+        return merge(output, lse, empty=empty, lse_base=base, nan_lse="empty")
+    if lse.shape[:1] != output.shape[:1]:  # before a state is sent
+        raise ValueError(f"lse: expected {output.shape[0]} tokens, got shape {list(lse.shape)}")
+    out = output.new_empty(output.shape[0], merge.merged_heads, output.shape[2])
+    out_lse = lse.new_empty(out.shape[:2])
+    for begin in range(0, output.shape[0], _MOST_TOKENS):
+        rows = slice(begin, begin + _MOST_TOKENS)
+        merge(
+            output[rows],
+            lse[rows],
+            empty=None if empty is None else (empty[0], empty[1] - begin),
+            lse_base=base,
+            nan_lse="empty",
+            out=out[rows],
+            out_lse=out_lse[rows],
+        )
+    return out, out_lse
+
+
 def _empty(
     seq_lens: torch.Tensor | None = None, query_start_loc: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> _Empty | None:
     """The lengths and starts of requests; both are given or neither, as vLLM has it."""
     if seq_lens is None and query_start_loc is None:
         return None
