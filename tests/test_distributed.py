@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from support import BF16, E4M3, F32, F64
 
+from merge_attn_states import _direct
 from merge_attn_states.distributed import RankMerge
 
 HEADS, SIZE = 6, 16
@@ -226,6 +227,58 @@ def test_it_says_how_states_travel(alone):
 def test_on_a_cpu_it_is_never_direct(alone, monkeypatch):
     monkeypatch.setenv("MERGE_ATTN_STATES_DIRECT", "1")
     assert RankMerge(**HOW).transport == "collective"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "shape", "said"),
+    [
+        (2, BF16, (512, 128, 512), ""),
+        (16, F32, (512, 128, 2048), ""),
+        (1, BF16, (512, 128, 512), "2 to 16 ranks are direct, not 1"),
+        (17, BF16, (512, 128, 512), "2 to 16 ranks are direct, not 17"),
+        (2, F64, (512, 128, 512), "float32, float16 and bfloat16 are direct, not torch.float64"),
+        (2, BF16, (4, 2, 12), "rows of 16 to 8192 bytes, in steps of 16, are direct, not 24"),
+        (2, F32, (4, 2, 2052), "rows of 16 to 8192 bytes, in steps of 16, are direct, not 8208"),
+        (2, BF16, (2**25, 64, 8), "fewer than 2^31 rows are direct, not 2147483648"),
+    ],
+)
+def test_which_states_travel_directly(ranks, dtype, shape, said):
+    assert _direct.unfit(ranks, dtype, shape) == said
+
+
+def test_one_line_says_why_states_do_not_travel_directly(alone, monkeypatch, caplog):
+    device, shape = torch.device("cuda"), (4, HEADS, SIZE)
+    given = (alone, device, F32, shape, True, None)
+
+    def gather(numbers):
+        return [numbers, numbers]
+
+    def elsewhere(numbers):
+        return [numbers, [*numbers[:-1], numbers[-1] + 1]]
+
+    def made_without_it(numbers):
+        return [numbers, [0, 0, numbers[-1]]]
+
+    def said(gather):
+        caplog.clear()
+        assert _direct.make_direct(gather, *given) is None
+        return [record.getMessage() for record in caplog.records]
+
+    assert said(gather) == []  # nobody asked
+    monkeypatch.setenv("MERGE_ATTN_STATES_DIRECT", "1")
+    assert said(gather) == ["states travel by collectives: 2 to 16 ranks are direct, not 1"]
+    (line,) = said(elsewhere)
+    assert line.endswith("the ranks are on several machines")
+    monkeypatch.setattr(_direct, "unfit", lambda *_: "")
+    (line,) = said(made_without_it)
+    assert line.endswith("MERGE_ATTN_STATES_DIRECT=1 is not set on every rank")
+
+    def refuse(*_):
+        raise RuntimeError("no access\nfrom GPU 0 to GPU 1")
+
+    monkeypatch.setattr(_direct, "Direct", refuse)
+    (line,) = said(gather)
+    assert line.endswith("collectives: no access")
 
 
 def test_the_operator_refuses_what_requires_grad():

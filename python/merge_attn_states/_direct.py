@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -24,13 +25,14 @@ from ._agreement import failed_before
 from ._rank_state import Empty
 from .states import Base
 
-__all__ = ["Direct", "make_direct"]
+__all__ = ["Direct", "make_direct", "unfit"]
 
 _MOST_RANKS = 16
 _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
 _Gather = Callable[[list[int]], list[list[int]]]
+_log = logging.getLogger(__name__)
 _merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
 _operator.register(_merge_ranks, "a merge across ranks has no gradient")
 
@@ -44,23 +46,46 @@ def make_direct(
     scatters: bool,
     timeout: datetime.timedelta | None,
 ) -> Direct | None:
-    """Make it where all ranks can; None on all of them where one cannot.
+    """Make it where all ranks can; None on all of them where one cannot, and then each says why.
 
     `shape` is of a rank's states: the most tokens, heads, head size.
     """
     if device.type != "cuda":
         return None
-    row_bytes, rows = shape[2] * dtype.itemsize, shape[0] * shape[1]
     asked = os.environ.get("MERGE_ATTN_STATES_DIRECT", "") == "1"
-    fits = dtype in _DTYPES and row_bytes % 16 == 0 and row_bytes <= _MOST_ROW_BYTES
-    fits = fits and 2 <= dist.get_world_size(group) <= _MOST_RANKS and rows < 2**31
-    wishes = gather([int(asked and fits), _machine()])
-    if not all(wish for wish, _ in wishes) or len({machine for _, machine in wishes}) > 1:
+    why_not = unfit(dist.get_world_size(group), dtype, shape)
+    wishes = gather([int(asked), int(asked and not why_not), _machine()])
+    if not any(is_asked for is_asked, *_ in wishes):
         return None
-    made = None
-    with contextlib.suppress(RuntimeError):  # no access from one GPU to another
-        made = Direct(group, device, dtype, shape, scatters, timeout or _LIMIT)
-    return made if all(there for (there,) in gather([int(made is not None)])) else None
+    if len({machine for *_, machine in wishes}) > 1:
+        why_not = "the ranks are on several machines"
+    elif not all(wish for _, wish, _ in wishes):
+        why_not = why_not or "MERGE_ATTN_STATES_DIRECT=1 is not set on every rank"
+    else:
+        made = None
+        try:
+            made = Direct(group, device, dtype, shape, scatters, timeout or _LIMIT)
+        except RuntimeError as error:  # no access from one GPU to another
+            why_not = str(error).strip().partition("\n")[0]
+        if all(there for (there,) in gather([int(made is not None)])):
+            return made
+    _log.warning("states travel by collectives: %s", why_not or "another rank cannot be direct")
+    return None
+
+
+def unfit(ranks: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
+    """Why such states cannot travel directly; empty where they can."""
+    max_tokens, heads, head_size = shape
+    row_bytes = head_size * dtype.itemsize
+    if not 2 <= ranks <= _MOST_RANKS:
+        return f"2 to {_MOST_RANKS} ranks are direct, not {ranks}"
+    if dtype not in _DTYPES:
+        return f"float32, float16 and bfloat16 are direct, not {dtype}"
+    if row_bytes % 16 or row_bytes > _MOST_ROW_BYTES:
+        return f"rows of 16 to {_MOST_ROW_BYTES} bytes, in steps of 16, are direct, not {row_bytes}"
+    if max_tokens * heads >= 2**31:
+        return f"fewer than 2^31 rows are direct, not {max_tokens * heads}"
+    return ""
 
 
 def _machine() -> int:
@@ -104,6 +129,12 @@ class Direct:
         self._buffer: torch.Tensor | None = None
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
         self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
+
+    def __del__(self) -> None:
+        """Kernels on any stream may still use the memory."""
+        with contextlib.suppress(Exception):  # as the interpreter ends there may be no torch left
+            if not torch.cuda.is_current_stream_capturing():
+                torch.cuda.synchronize(self._device)
 
     def _shared(self, size: int) -> tuple[torch.Tensor, list[int]]:
         """Zeros that every rank can write to, and where each rank has them; made by all ranks."""
