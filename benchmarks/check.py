@@ -7,9 +7,15 @@ import torch
 from merge_attn_states.reference import merge_attn_states_reference, saturate
 
 from .operands import Operands
-from .timing import Call
+from .timing import Call, Largest
 
 SAMPLED_TOKENS = 64
+
+
+def sampled_tokens(tokens: int, device: torch.device) -> torch.Tensor:
+    """Which tokens are compared, from end to end."""
+    sample = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device=device)
+    return sample.long().unique()  # type: ignore[no-untyped-call, no-any-return]
 
 
 def check(call: Call, operands: Operands) -> str:
@@ -18,9 +24,7 @@ def check(call: Call, operands: Operands) -> str:
     Outputs start as NaN. Everything is searched for NaN, and tokens from end to end are compared
     with the reference, within what shows a wrong answer, not an imprecise one.
     """
-    last = operands.output.shape[0] - 1
-    sample = torch.linspace(0, last, SAMPLED_TOKENS, device=operands.output.device)
-    sample = sample.long().unique()  # type: ignore[no-untyped-call]
+    sample = sampled_tokens(operands.output.shape[0], operands.output.device)
     count = operands.prefill_tokens_with_context
     expected, expected_lse = merge_attn_states_reference(
         *(operands.prefix_output[sample], operands.prefix_lse[:, sample]),
@@ -44,13 +48,21 @@ def check(call: Call, operands: Operands) -> str:
     return wrong(found)
 
 
-def wrong(found: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]]) -> str:
-    """What is wrong with tensors: NaN, or some of it beside what is due, by rtol and atol."""
+def wrong(
+    found: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]],
+    largest: Largest = list,
+) -> str:
+    """What is wrong with tensors: NaN, or some of it beside what is due, by rtol and atol.
+
+    On several ranks, if it is so on one of them.
+    """
+    why = ""
     try:
         for whole, some, due, rtol, atol in found:
             if bool((whole.half() if whole.itemsize == 1 else whole).isnan().any()):
-                return "NaN in the answer"
+                raise AssertionError("NaN in the answer")
             torch.testing.assert_close(some.double(), due, rtol=rtol, atol=atol)
     except AssertionError as error:
-        return " ".join(str(error).split())
-    return ""
+        why = " ".join(str(error).split())
+    (is_wrong,) = largest([bool(why)])
+    return why or "on another rank" * bool(is_wrong)

@@ -61,11 +61,9 @@ class Results:
 
     @property
     def gpu(self) -> str:
-        """The GPU's name as people say it: "H100"; "CPU" where there is none."""
-        name: str | None = self.environment["gpu"]
-        if name is None:
-            return "CPU"
-        return next((word for word in ("H100", "H200") if word in name.split()), name)
+        """The GPU's name as people say it: "H100", "2 x H100"; "CPU" where there is none."""
+        count, of, name = (self.environment["gpu"] or "CPU").rpartition(" x ")
+        return count + of + next((w for w in ("H100", "H200") if w in name.split()), name)
 
     def select(self, group: str, **fields: Any) -> list[Record]:
         """A group's records whose fields have these values."""

@@ -22,13 +22,14 @@ VERDICTS = ("met", "within noise", "missed")
 
 
 def targets_table(results: Results) -> Table:
-    """Every target that is set for this machine, by its worst case; a bound a row."""
+    """Every target for this machine that was measured, by its worst case; a bound a row."""
     rows = []
     for target in TARGETS:
         sign, bounds = (1, target["at_most"]) if "at_most" in target else (-1, target["at_least"])
         of_size = isinstance(bounds, dict)
         for size, bound in bounds.items() if of_size else [("", bounds)]:
-            if results.gpu in target.get("gpus", [results.gpu]):
+            is_for = results.gpu in target.get("gpus", [results.gpu])
+            if is_for and target["group"] in results.runs:
                 text = f"{target['text']}, {size}" if of_size else target["text"]
                 where = target["where"] | ({"size": [size]} if of_size else {})
                 worst = _worst(target, where, sign, bound, results)
