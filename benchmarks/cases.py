@@ -140,6 +140,7 @@ HOST_CASE = Case(4, 8, 128)
 GPU_GROUPS = ("host", "neighbours", "cold", "states", "cpu")
 CPU_GROUPS = ("host", "cpu")
 RANKS = "ranks"  # measured alone, into a file of its own: it takes every GPU
+ALL_GROUPS = (*GPU_GROUPS, RANKS)
 
 
 def is_compared_with_pytorch(case: Case) -> bool:

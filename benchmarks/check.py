@@ -52,10 +52,7 @@ def wrong(
     found: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]],
     largest: Largest = list,
 ) -> str:
-    """What is wrong with tensors: NaN, or some of it beside what is due, by rtol and atol.
-
-    On several ranks, if it is so on one of them.
-    """
+    """What is wrong, on any rank: NaN, or some of a tensor beside what is due, by rtol and atol."""
     why = ""
     try:
         for whole, some, due, rtol, atol in found:

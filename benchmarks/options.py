@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import CPU_GROUPS, GPU_GROUPS, RANKS
+from .cases import ALL_GROUPS, CPU_GROUPS, GPU_GROUPS, RANKS
 from .timing import ROUNDS
 
 
@@ -39,9 +39,7 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     vllm = "vLLM's compiled op alone, out of its wheel; default $VLLM_OP_LIBRARY, else its package"
     library = os.environ.get("VLLM_OP_LIBRARY")
     add_device(parser)
-    parser.add_argument(
-        "--only", nargs="+", metavar="GROUP", choices=(*GPU_GROUPS, RANKS), help=known
-    )
+    parser.add_argument("--only", nargs="+", metavar="GROUP", choices=ALL_GROUPS, help=known)
     parser.add_argument("--case", default="", metavar="TEXT", help="cases whose name has it alone")
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="timed in each process")
     parser.add_argument("--vllm-op-library", metavar="PATH", default=library, help=vllm)

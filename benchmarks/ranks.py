@@ -1,9 +1,8 @@
 """A merge across ranks, each a process of its own: on its own GPU, or two of them on a CPU.
 
-A case is what a rank brings: tokens x heads of the whole group x head size. It is timed by CUDA
-graph replays, which begin on all ranks at once, or on the host, in eager calls; the slowest rank
-counts. Beside RankMerge stand vLLM's merges, an all-to-all of the outputs alone, which merges
-nothing, and the formula in PyTorch behind one.
+A case is what a rank brings: tokens x heads of the whole group x head size. Calls are timed by CUDA
+graph replays, or on the host. Beside RankMerge stand vLLM's merges, an all-to-all of the outputs
+alone, which merges nothing, and the formula in PyTorch behind one.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from torch import Tensor
 from merge_attn_states.distributed import RankMerge
 from merge_attn_states.reference import merge_states_reference
 
-from . import layers, options, vllm
+from . import options, vllm
 from .cases import ATTENTION, EAGERLY, PLAIN, TRAINING, Case
 from .check import sampled_tokens, wrong
 from .providers import Provider, prepare
@@ -36,14 +35,10 @@ HOST_CALLS = 50  # a round: as many launches wait in a GPU's queue
 SHAPES = [(1, 128, 512), (8, 16, 128), (64, 32, 128), (16, 128, 512)]
 SHAPES += [(64, 128, 512), (256, 128, 512), (512, 32, 128)]
 LAYERS = [(tokens, 16, 128) for tokens in (8192, 32768)]  # tokens of a rank
+KINDS = {PLAIN: SHAPES, EAGERLY: SHAPES[1:3], ATTENTION: LAYERS, TRAINING: LAYERS}
 CASES = [
     Case(*shape, kind=kind, size="x".join(map(str, shape)))
-    for kind, shapes in (
-        (PLAIN, SHAPES),
-        (EAGERLY, SHAPES[1:3]),
-        (ATTENTION, LAYERS),
-        (TRAINING, LAYERS),
-    )
+    for kind, shapes in KINDS.items()
     for shape in shapes
 ]
 
@@ -52,18 +47,17 @@ class Ranks:
     """A rank's state, beside those of all, which are random and the same on every rank."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        """Called on every rank at once."""
-        tokens, heads, size = case.tokens, case.heads, case.head_size
-        merges, dtype = [], case.input_dtype
+        shape = tokens, heads, size = case.tokens, case.heads, case.head_size
+        of = {"dtype": case.input_dtype, "device": device}
+        merges = []
         for asks in ("1", "0"):  # all ranks for the direct way
             os.environ["MERGE_ATTN_STATES_DIRECT"] = asks
-            of = {"max_tokens": tokens, "num_heads": heads, "head_size": size}
-            merges.append(RankMerge(**of, dtype=dtype, device=device))
+            merges.append(RankMerge(max_tokens=tokens, num_heads=heads, head_size=size, **of))
         self.direct, self.collective = merges
         self.rank, self.ranks = self.direct.rank, self.direct.ranks
         torch.manual_seed(0)
-        self.outputs = torch.randn(self.ranks, tokens, heads, size, dtype=dtype, device=device)
-        self.lses = 3 * torch.randn(self.ranks, tokens, heads, device=device)
+        self.outputs = torch.randn(self.ranks, *shape, **of)  # [ranks, tokens, heads, head_size]
+        self.lses = 3 * torch.randn(self.outputs.shape[:3], device=device)
         self.output, self.lse = self.outputs[self.rank], self.lses[self.rank]
         self.scratch = self.output.clone()  # for who writes into what it is given
 
@@ -100,8 +94,7 @@ def _vllm_direct(o: Ranks) -> Call:
     op, shares, device = torch.ops._C.direct_dcp_a2a_lse_reduce, o.shares(), o.output.device
     shared, pointers, held = [], [], []
     for shape, dtype in [*((x.shape, x.dtype) for x in shares), ((o.ranks,), torch.int32)]:
-        memory = symmetric.empty((1, 2, *shape), dtype=dtype, device=device)
-        memory.zero_()
+        memory = symmetric.empty((1, 2, *shape), dtype=dtype, device=device).zero_()
         torch.cuda.synchronize()
         handle = symmetric.rendezvous(memory, dist.group.WORLD.group_name)
         handle.barrier()
@@ -155,13 +148,13 @@ def check_ranks(call: Call, o: Ranks, largest: Largest) -> str:
 
     for result in answer():
         result.fill_(torch.nan)
-    del result
+    del result  # or the next one would lie elsewhere
     found = zip(answer(), due, ((2e-2, 2e-2), (1e-4, 1e-3)), strict=False)  # perhaps no LSE
     return wrong(((one, one[rows], here, *allowed) for one, here, allowed in found), largest)
 
 
 def measure_merge(
-    case: Case, providers: Sequence[Provider], device: torch.device, rounds: int, largest: Largest
+    providers: Sequence[Provider], case: Case, device: torch.device, rounds: int, largest: Largest
 ) -> Record:
     """One case, on every rank at once; in inference mode, as engines call."""
     o = Ranks(case, device)
@@ -170,9 +163,9 @@ def measure_merge(
     timed["all-to-all"] = [partial(dist.all_to_all_single, torch.empty_like(sent), sent)]
     with torch.inference_mode():
         if case.kind == EAGERLY:
-            wait: Call = torch.cuda.synchronize if device.type == "cuda" else lambda: None
             loops = {name: timeit.Timer(calls[0]).timeit for name, calls in timed.items()}
-            times = time_host(loops, dict.fromkeys(loops, HOST_CALLS), rounds, wait, largest)
+            counts = dict.fromkeys(loops, HOST_CALLS)
+            times = time_host(loops, counts, rounds, largest=largest)
         else:
             times = time_cuda(timed, rounds, largest)
     # All ranks have come this far, so nobody needs what is freed here.
@@ -185,12 +178,13 @@ def measure(chosen: argparse.Namespace, missing: dict[str, str]) -> list[Record]
     ranks, store = options.ranks(chosen.device), dist.TCPStore("127.0.0.1", 0, is_master=True)
     given = (ranks, store.port, chosen, missing)
     torch.multiprocessing.spawn(run_rank, given, ranks)  # type: ignore[no-untyped-call]
-    records: list[Record] = json.loads(store.get("records"))
-    return records
+    return json.loads(store.get("records"))  # type: ignore[no-any-return]
 
 
 def run_rank(rank: int, ranks: int, port: int, chosen: argparse.Namespace, missing: Any) -> None:
     """What each process does."""
+    from . import layers  # half a second, and only here
+
     device, backend, asked = chosen.device, "gloo", PROVIDERS[:4]
     if device.type == "cuda":
         device, backend, asked = torch.device("cuda", rank), "nccl", PROVIDERS
@@ -208,9 +202,9 @@ def run_rank(rank: int, ranks: int, port: int, chosen: argparse.Namespace, missi
     records, asked = [], tuple(one for one in asked if one.name not in missing)
     for case in CASES:
         if chosen.case in case.name and (device.type == "cuda" or case.kind == EAGERLY):
+            given = (case, device, chosen.rounds, largest)
             is_layer = case.kind in (ATTENTION, TRAINING)
-            of = partial(layers.measure, case) if is_layer else partial(measure_merge, case, asked)
-            records.append(of(device, chosen.rounds, largest))
+            records.append(layers.measure(*given) if is_layer else measure_merge(asked, *given))
     if rank == 0:
         store.set("records", json.dumps(records))
     dist.destroy_process_group()

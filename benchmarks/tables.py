@@ -75,9 +75,7 @@ HEADERS = {
     "states, neighbours": ("us added", "MB", "ours", "limit", "ours / limit", *MANY),
     "states, cold": ("us", "MB", "ours", "limit", "of the limit", *MANY),
     "cpu": ("us", "MB", "ours", "torch.ops", "torch.add's bytes", "eager", "eager / ours"),
-}
-HEADERS |= {  # whose time, and whose over whose
-    "ranks, merges": (
+    "ranks, merges": (  # whose time, and whose over whose
         *("us", "ours", "ours in its buffer", "ours collective", "vllm", "vllm / ours"),
         *("all-to-all", "all-to-all / ours", "ours / ours in its buffer", "vLLM AG + RS"),
         *("vLLM AG + RS / ours collective", "vLLM A2A", "eager"),
@@ -91,9 +89,8 @@ def _row(results: Results, record: Record) -> Iterator[str]:
     group = record["group"]
     if group == RANKS:
         yield record["case"]
-        for of, _, over in (
-            x.partition(" / ") for x in HEADERS[f"{group}, {record['regime']}"][1:]
-        ):
+        for title in HEADERS[f"{group}, {record['regime']}"][1:]:
+            of, _, over = title.partition(" / ")
             yield times(ratio(record, of, over)) if over else spread(record, of)
         return
     yield from (record["case"], megabytes(record["bytes"]), spread(record, "ours"))

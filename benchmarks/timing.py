@@ -15,7 +15,7 @@ import torch
 
 Call = Callable[[], object]
 TimedCalls = Mapping[str, Callable[[int], float]]  # by provider: seconds that so many calls take
-# Of each number the largest that a rank has, after it has waited for all; alone its own.
+# Of each number the largest that a rank has; all ranks come, and their streams are idle. Alone: it.
 Largest = Callable[[Sequence[float]], list[float]]
 
 ROUNDS = 9
@@ -111,11 +111,10 @@ def time_cuda(
             replays[name].graph.replay()
             end.record()
         torch.cuda.synchronize()
-    times = {
-        name: [1e3 * s.elapsed_time(e) / replays[name].calls for s, e in events[name]]
-        for name in providers
+    return {
+        name: summary(largest([1e3 * s.elapsed_time(e) / one.calls for s, e in events[name]]))
+        for name, one in replays.items()
     }
-    return {name: summary(largest(values)) for name, values in times.items()}
 
 
 def time_host(
