@@ -69,7 +69,8 @@ def _machine(results: Results) -> Iterator[str]:
         for title, (header, rows) in group_tables(results, group):
             table = markdown(header, rows)
             head = f"<details><summary>{title}, {len(rows)} cases</summary>"
-            yield table if title.endswith("host") else f"{head}\n\n{table}\n\n</details>"
+            is_open = title.endswith(("host", "merges", "layers"))
+            yield table if is_open else f"{head}\n\n{table}\n\n</details>"
 
 
 def origin(results: Results) -> str:
