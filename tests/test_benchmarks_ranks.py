@@ -339,10 +339,10 @@ def test_the_command_measures(capfd):
 def test_the_command_measures_on_gpus(capfd):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    asked = ["--only", "ranks", "--case", "8x16x128", "--rounds", "1", "--processes", "1"]
+    asked = ["--only", "ranks", "--case", "64x32x128", "--rounds", "1", "--processes", "1"]
     assert run.main(asked) == 0
     said = capfd.readouterr().out
-    for case in ("8x16x128 bf16", "8x16x128 bf16, eager calls"):
+    for case in ("64x32x128 bf16", "64x32x128 bf16, eager calls"):
         row = rf"\| {case} \| [^|]* \| [^|]* \| \d+"  # whether there is a direct way or not
         assert re.search(row, said), said
 
