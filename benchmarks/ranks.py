@@ -173,6 +173,13 @@ def measure_merge(
     return case.record() | made | {"us": medians(times), "refused": refused}
 
 
+def largest_of_ranks(device: torch.device, values: Sequence[float]) -> list[float]:
+    """The timer's `largest`."""
+    told = torch.tensor([0, *values], dtype=torch.float64, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return told.tolist()[1:]  # type: ignore[no-any-return]
+
+
 def measure(chosen: argparse.Namespace, missing: dict[str, str]) -> list[Record]:
     """Every case, as rank 0 tells it."""
     ranks, store = options.ranks(chosen.device), dist.TCPStore("127.0.0.1", 0, is_master=True)
@@ -194,15 +201,10 @@ def run_rank(rank: int, ranks: int, port: int, chosen: argparse.Namespace, missi
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group(backend, None, LIMIT, ranks, rank, store)
 
-    def largest(values: Sequence[float]) -> list[float]:
-        told = torch.tensor([0, *values], dtype=torch.float64, device=device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return told.tolist()[1:]  # type: ignore[no-any-return]
-
     records, asked = [], tuple(one for one in asked if one.name not in missing)
     for case in CASES:
         if chosen.case in case.name and (device.type == "cuda" or case.kind == EAGERLY):
-            given = (case, device, chosen.rounds, largest)
+            given = (case, device, chosen.rounds, partial(largest_of_ranks, device))
             is_layer = case.kind in (ATTENTION, TRAINING)
             records.append(layers.measure(*given) if is_layer else measure_merge(asked, *given))
     if rank == 0:

@@ -28,10 +28,7 @@ BY_NAME = {provider.name: provider for provider in ranks.PROVIDERS}
 CALLS_FUNCTIONAL_COLLECTIVES = True  # ranks_support.py says what of it
 
 
-def largest_of_ranks(values, device=CPU):
-    told = torch.tensor([0, *values], dtype=torch.float64, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return told.tolist()[1:]
+largest_of_ranks = functools.partial(ranks.largest_of_ranks, CPU)
 
 
 @pytest.fixture
@@ -92,6 +89,9 @@ def answers(rank, count, device):
         timed, refused = prepare([spoiled(how)], [o], check)
         assert not timed, name
         assert refused["wrong"].startswith("wrong: "), name
+    kept = o.collective(o.output, o.lse)  # an answer of the call before, where a new one should lie
+    timed, refused = prepare([Provider("stale", lambda o: lambda: kept)], [o], check)
+    assert refused == {"stale": "wrong: NaN in the answer"}
     # Who writes into what it is given has something that the others do not see.
     writes = Provider(
         "writes", lambda o: lambda: (*o.collective(o.scratch, o.lse), o.scratch.zero_())
@@ -313,7 +313,7 @@ def layer(rank, count, device):
 def layer_of_gpus(rank, count, device):
     for kind in (ATTENTION, TRAINING):
         case = Case(256, 2, 64, kind=kind)
-        largest = functools.partial(largest_of_ranks, device=device)
+        largest = functools.partial(ranks.largest_of_ranks, device)
         assert set(layers.measure(case, device, 1, largest)["us"]) == {"ours", "PyTorch"}
 
 
