@@ -9,6 +9,7 @@ A record is a line: a case's fields (cases.py, states_cases.py), its bytes by th
 kernel of ours ran, and everybody's microseconds (added, between neighbours) in each process;
 `limit` is the best plain kernel, and which one that is. Times are compared within a process, since
 clocks differ between them, and the median of that is taken. The environment agrees for all groups.
+Across ranks the GPU is "2 x ...", a time is the slowest rank's, and `transport` what "ours" is by.
 """
 
 from __future__ import annotations
