@@ -307,7 +307,18 @@ def layer(rank, count, device):
     record = layers.measure(case, device, 1, largest_of_ranks)
     assert set(record["us"]) == {"PyTorch"}
     assert record["refused"]["ours"].startswith("wrong: ")
+    context_parallel.update_state = None
+    record = layers.measure(case, device, 1, largest_of_ranks)
+    assert record["us"] == {}
+    assert record["refused"] == {"ours": "failed: TypeError: 'NoneType' object is not callable"}
+    assert not context_parallel.is_enabled()
     context_parallel.update_state = update_state
+
+    # PyTorch's own part of it fails.
+    scaled_dot_product_attention.__name__ = "another"
+    record = layers.measure(case, device, 1, largest_of_ranks)
+    assert record["us"] == {}
+    assert record["refused"]["PyTorch"].startswith("failed: AttributeError: ")
 
 
 def layer_of_gpus(rank, count, device):
