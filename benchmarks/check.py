@@ -12,19 +12,15 @@ from .timing import Call, Largest
 SAMPLED_TOKENS = 64
 
 
-def sampled_tokens(tokens: int, device: torch.device) -> torch.Tensor:
-    """Which tokens are compared, from end to end."""
-    sample = torch.linspace(0, tokens - 1, SAMPLED_TOKENS, device=device)
-    return sample.long().unique()  # type: ignore[no-untyped-call, no-any-return]
-
-
 def check(call: Call, operands: Operands) -> str:
     """Call once and say what is wrong with its answer; empty where it is right.
 
     Outputs start as NaN. Everything is searched for NaN, and tokens from end to end are compared
     with the reference, within what shows a wrong answer, not an imprecise one.
     """
-    sample = sampled_tokens(operands.output.shape[0], operands.output.device)
+    last = operands.output.shape[0] - 1
+    sample = torch.linspace(0, last, SAMPLED_TOKENS, device=operands.output.device)
+    sample = sample.long().unique()  # type: ignore[no-untyped-call]
     count = operands.prefill_tokens_with_context
     expected, expected_lse = merge_attn_states_reference(
         *(operands.prefix_output[sample], operands.prefix_lse[:, sample]),

@@ -51,15 +51,11 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit", metavar="HASH", help="of these sources, where there is no git")
 
 
-def ranks(device: torch.device) -> int:
-    """Of the group "ranks": a GPU each, or two on a CPU."""
-    return torch.cuda.device_count() if device.type == "cuda" else 2
-
-
 def groups(chosen: argparse.Namespace) -> tuple[str, ...]:
     """The groups to measure, in their order."""
     if RANKS in (chosen.only or ()):
-        if len(chosen.only) > 1 or ranks(chosen.device) < 2:
+        has_one = chosen.device.type == "cuda" and torch.cuda.device_count() < 2
+        if len(chosen.only) > 1 or has_one:
             raise SystemExit(f"benchmarks: {RANKS}: measured alone, on two GPUs or more or a CPU")
         return (RANKS,)
     here = GPU_GROUPS if chosen.device.type == "cuda" else CPU_GROUPS

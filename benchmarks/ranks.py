@@ -22,16 +22,16 @@ from torch import Tensor
 from merge_attn_states.distributed import RankMerge
 from merge_attn_states.reference import merge_states_reference
 
-from . import options, vllm
+from . import vllm
 from .cases import ATTENTION, EAGERLY, PLAIN, TRAINING, Case
-from .check import sampled_tokens, wrong
+from .check import wrong
 from .providers import Provider, prepare
 from .results import Record
 from .states import merge_many
 from .timing import Call, Largest, medians, time_cuda, time_host
 
 LIMIT = datetime.timedelta(seconds=60)  # of a collective
-HOST_CALLS = 50  # a round: as many launches wait in a GPU's queue
+HOST_CALLS = 50  # a round, which a GPU's queue holds
 SHAPES = [(1, 128, 512), (8, 16, 128), (64, 32, 128), (16, 128, 512)]
 SHAPES += [(64, 128, 512), (256, 128, 512), (512, 32, 128)]
 LAYERS = [(tokens, 16, 128) for tokens in (8192, 32768)]  # tokens of a rank
@@ -59,6 +59,7 @@ class Ranks:
         self.outputs = torch.randn(self.ranks, *shape, **of)  # [ranks, tokens, heads, head_size]
         self.lses = 3 * torch.randn(self.outputs.shape[:3], device=device)
         self.output, self.lse = self.outputs[self.rank], self.lses[self.rank]
+        self.buffer = self.direct.output_buffer(tokens).copy_(self.output)
         self.scratch = self.output.clone()  # for who writes into what it is given
 
     def shares(self) -> list[Tensor]:
@@ -73,10 +74,6 @@ class Ranks:
 def _no_direct(o: Ranks) -> str:
     transport = o.direct.transport
     return "" if transport == "direct" else f"states travel by {transport} here"
-
-
-def _in_buffer(o: Ranks) -> Call:
-    return partial(o.direct, o.direct.output_buffer(len(o.output)).copy_(o.output), o.lse)
 
 
 def _in_pytorch(o: Ranks) -> tuple[Tensor, Tensor]:
@@ -106,9 +103,8 @@ def _vllm_direct(o: Ranks) -> Call:
 
     def call(held: object = held) -> Tensor:
         merged = o.output.new_empty(shares[0].shape[1:])
-        memory = (x[0] for x in (*pointers, *shared))
-        given = (o.output, o.lse, None, None, *memory, epoch[0:1], merged)
-        op(*given, o.ranks, o.rank, len(o.output), True)
+        given = (o.output, o.lse, None, None, *(x[0] for x in (*pointers, *shared)), epoch[0:1])
+        op(*given, merged, o.ranks, o.rank, len(o.output), True)
         return merged
 
     return call
@@ -123,7 +119,7 @@ def _vllm_function(name: str, o: Ranks) -> Call:
 
 PROVIDERS = (
     Provider("ours", lambda o: partial(o.direct, o.output, o.lse), _no_direct),
-    Provider("ours in its buffer", _in_buffer, _no_direct),
+    Provider("ours in its buffer", lambda o: partial(o.direct, o.buffer, o.lse), _no_direct),
     Provider("ours collective", lambda o: partial(o.collective, o.output, o.lse)),
     Provider("eager", lambda o: partial(_in_pytorch, o)),
     Provider("vllm", _vllm_direct),
@@ -133,13 +129,8 @@ PROVIDERS = (
 
 
 def check_ranks(call: Call, o: Ranks, largest: Largest) -> str:
-    """What is wrong with a second call's answer, for whose results the first one's were made NaN.
-
-    New results lie where those before them did, so that nobody's are taken for another's.
-    """
-    rows = sampled_tokens(len(o.output), o.output.device)
-    mine = [x[:, rows].chunk(o.ranks, 2)[o.rank] for x in (o.outputs, o.lses)]
-    due = merge_states_reference(*map(list, mine))
+    """What is wrong with a call's answer; one before it is made NaN, where new results will lie."""
+    due = merge_states_reference(*(x.chunk(o.ranks, 2)[o.rank] for x in (o.outputs, o.lses)))
 
     def answer() -> tuple[Tensor, ...]:
         o.scratch.copy_(o.output)
@@ -150,7 +141,7 @@ def check_ranks(call: Call, o: Ranks, largest: Largest) -> str:
         result.fill_(torch.nan)
     del result  # or the next one would lie elsewhere
     found = zip(answer(), due, ((2e-2, 2e-2), (1e-4, 1e-3)), strict=False)  # perhaps no LSE
-    return wrong(((one, one[rows], here, *allowed) for one, here, allowed in found), largest)
+    return wrong(((one, one, here, *allowed) for one, here, allowed in found), largest)
 
 
 def measure_merge(
@@ -182,15 +173,15 @@ def largest_of_ranks(device: torch.device, values: Sequence[float]) -> list[floa
 
 def measure(chosen: argparse.Namespace, missing: dict[str, str]) -> list[Record]:
     """Every case, as rank 0 tells it."""
-    ranks, store = options.ranks(chosen.device), dist.TCPStore("127.0.0.1", 0, is_master=True)
-    given = (ranks, store.port, chosen, missing)
-    torch.multiprocessing.spawn(run_rank, given, ranks)  # type: ignore[no-untyped-call]
+    ranks = torch.cuda.device_count() if chosen.device.type == "cuda" else 2
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    torch.multiprocessing.spawn(run_rank, (ranks, store.port, chosen, missing), ranks)
     return json.loads(store.get("records"))  # type: ignore[no-any-return]
 
 
 def run_rank(rank: int, ranks: int, port: int, chosen: argparse.Namespace, missing: Any) -> None:
     """What each process does."""
-    from . import layers  # half a second, and only here
+    from . import layers  # half a second
 
     device, backend, asked = chosen.device, "gloo", PROVIDERS[:4]
     if device.type == "cuda":

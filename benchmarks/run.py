@@ -70,7 +70,7 @@ def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
             )
     here = environment.identity(chosen.device, measured, chosen.vllm_version)
     if here["gpu"] and options.groups(chosen) == (RANKS,):
-        here["gpu"] = f"{options.ranks(chosen.device)} x {here['gpu']}"
+        here["gpu"] = f"{torch.cuda.device_count()} x {here['gpu']}"
     if chosen.output is None or not chosen.output.exists():
         return Results(here), measured["commit"]
     results = Results.load(chosen.output)
