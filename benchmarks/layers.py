@@ -29,11 +29,12 @@ def measure(case: Case, device: torch.device, rounds: int, largest: Largest) -> 
     """One case, on every rank at once; both ways must give the same."""
     trains, shape = case.kind == TRAINING, (1, case.heads, case.tokens, case.head_size)
     make = partial(torch.randn, shape, dtype=case.input_dtype, device=device)
-    operands, grad = [make(requires_grad=trains) for _ in range(3)], make()
+    query, key, value = operands = [make(requires_grad=trains) for _ in range(3)]
+    grad = make()
 
     def call() -> tuple[Tensor, ...]:
         # Each time from its module, where context parallel puts another.
-        out = functional.scaled_dot_product_attention(*operands, is_causal=True)
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         grads = torch.autograd.grad(out, operands, grad) if trains else ()
         if device.type == "cuda":
             torch.cuda.synchronize()

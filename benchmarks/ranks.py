@@ -48,7 +48,7 @@ class Ranks:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         shape = tokens, heads, size = case.tokens, case.heads, case.head_size
-        of = {"dtype": case.input_dtype, "device": device}
+        of: dict[str, Any] = {"dtype": case.input_dtype, "device": device}
         merges = []
         for asks in ("1", "0"):  # all ranks for the direct way
             os.environ["MERGE_ATTN_STATES_DIRECT"] = asks
@@ -117,7 +117,7 @@ def _vllm_function(name: str, o: Ranks) -> Call:
     return partial(function, o.scratch, o.lse, made(group, o.output.device, group))
 
 
-PROVIDERS = (
+PROVIDERS: Sequence[Provider] = (
     Provider("ours", lambda o: partial(o.direct, o.output, o.lse), _no_direct),
     Provider("ours in its buffer", lambda o: partial(o.direct, o.buffer, o.lse), _no_direct),
     Provider("ours collective", lambda o: partial(o.collective, o.output, o.lse)),
@@ -130,7 +130,8 @@ PROVIDERS = (
 
 def check_ranks(call: Call, o: Ranks, largest: Largest) -> str:
     """What is wrong with a call's answer; one before it is made NaN, where new results will lie."""
-    due = merge_states_reference(*(x.chunk(o.ranks, 2)[o.rank] for x in (o.outputs, o.lses)))
+    outputs, lses = (list(x.chunk(o.ranks, 2)[o.rank]) for x in (o.outputs, o.lses))
+    due = merge_states_reference(outputs, lses)
 
     def answer() -> tuple[Tensor, ...]:
         o.scratch.copy_(o.output)
@@ -168,7 +169,7 @@ def largest_of_ranks(device: torch.device, values: Sequence[float]) -> list[floa
     """The timer's `largest`."""
     told = torch.tensor([0, *values], dtype=torch.float64, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
-    return told.tolist()[1:]  # type: ignore[no-any-return]
+    return told.tolist()[1:]
 
 
 def measure(chosen: argparse.Namespace, missing: dict[str, str]) -> list[Record]:
@@ -192,7 +193,7 @@ def run_rank(rank: int, ranks: int, port: int, chosen: argparse.Namespace, missi
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group(backend, None, LIMIT, ranks, rank, store)
 
-    records, asked = [], tuple(one for one in asked if one.name not in missing)
+    records, asked = [], [one for one in asked if one.name not in missing]
     for case in CASES:
         if chosen.case in case.name and (device.type == "cuda" or case.kind == EAGERLY):
             given = (case, device, chosen.rounds, partial(largest_of_ranks, device))
