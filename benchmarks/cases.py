@@ -19,6 +19,7 @@ COLD_KINDS = (
     *("half context, output onto suffix", "half empty", "FP8 output"),
 )
 GENERIC_KINDS = ("FP8 inputs", "8-byte aligned")
+ACROSS_RANKS = EAGERLY, ATTENTION, TRAINING = "eager calls", "attention", "attention, backward"
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -34,7 +35,7 @@ class Case:
     size: str = ""
 
     def __post_init__(self) -> None:
-        known = {PLAIN, *NEIGHBOUR_KINDS, *COLD_KINDS, *GENERIC_KINDS}
+        known = {PLAIN, *NEIGHBOUR_KINDS, *COLD_KINDS, *GENERIC_KINDS, *ACROSS_RANKS}
         if self.kind not in known:
             raise ValueError(f"kind: expected one of {known}, got {self.kind!r}")
 
@@ -138,6 +139,8 @@ HOST_CASE = Case(4, 8, 128)
 # The host first: nothing else has run yet.
 GPU_GROUPS = ("host", "neighbours", "cold", "states", "cpu")
 CPU_GROUPS = ("host", "cpu")
+RANKS = "ranks"  # measured alone, into a file of its own: it takes every GPU
+ALL_GROUPS = (*GPU_GROUPS, RANKS)
 
 
 def is_compared_with_pytorch(case: Case) -> bool:

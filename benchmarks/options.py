@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import CPU_GROUPS, GPU_GROUPS
+from .cases import ALL_GROUPS, CPU_GROUPS, GPU_GROUPS, RANKS
 from .timing import ROUNDS
 
 
@@ -35,11 +35,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
     """What is measured, and on what."""
-    known = f"{', '.join(GPU_GROUPS)}; default all, on a CPU {' and '.join(CPU_GROUPS)}"
+    known = f"{', '.join(GPU_GROUPS)}; default all, on a CPU {' and '.join(CPU_GROUPS)}; or {RANKS}"
     vllm = "vLLM's compiled op alone, out of its wheel; default $VLLM_OP_LIBRARY, else its package"
     library = os.environ.get("VLLM_OP_LIBRARY")
     add_device(parser)
-    parser.add_argument("--only", nargs="+", metavar="GROUP", choices=GPU_GROUPS, help=known)
+    parser.add_argument("--only", nargs="+", metavar="GROUP", choices=ALL_GROUPS, help=known)
     parser.add_argument("--case", default="", metavar="TEXT", help="cases whose name has it alone")
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help="timed in each process")
     parser.add_argument("--vllm-op-library", metavar="PATH", default=library, help=vllm)
@@ -53,6 +53,11 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 
 def groups(chosen: argparse.Namespace) -> tuple[str, ...]:
     """The groups to measure, in their order."""
+    if RANKS in (chosen.only or ()):
+        has_one = chosen.device.type == "cuda" and torch.cuda.device_count() < 2
+        if len(chosen.only) > 1 or has_one:
+            raise SystemExit(f"benchmarks: {RANKS}: measured alone, on two GPUs or more or a CPU")
+        return (RANKS,)
     here = GPU_GROUPS if chosen.device.type == "cuda" else CPU_GROUPS
     if absent := set(chosen.only or ()) - set(here):
         raise SystemExit(f"benchmarks: {' and '.join(sorted(absent))}: measured on a GPU only")

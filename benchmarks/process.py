@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import cold, cpu, host, neighbours, options, states, vllm
-from .cases import GROUPS, is_compared_with_pytorch
+from . import cold, cpu, host, neighbours, options, ranks, states, vllm
+from .cases import GROUPS, RANKS, is_compared_with_pytorch
 from .providers import COMPILED, EAGER, OURS, VLLM
 from .results import Record
 from .states_cases import GROUPS as STATES_GROUPS
@@ -56,6 +56,8 @@ def measure_group(group: str, chosen: argparse.Namespace, missing: dict[str, str
     device, rounds = chosen.device, chosen.rounds
     if group == "host":
         return host.measure(device, missing, rounds)
+    if group == RANKS:
+        return ranks.measure(chosen, missing)
     cases = [case for case in GROUPS.get(group, []) if chosen.case in case.name]
     many = [case for case in STATES_GROUPS.get(group, []) if chosen.case in case.name]
     if group == "cpu":

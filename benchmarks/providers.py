@@ -54,6 +54,10 @@ EAGER = Provider("eager", lambda o: partial(merge_in_pytorch, *o[:6]))
 COMPILED = Provider("compile", _bind_compiled)
 
 
+def failed(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def prepare(
     providers: Sequence[Provider],
     operands: Sequence[Any],
@@ -72,7 +76,7 @@ def prepare(
         except Exception as error:  # whatever another project's code raises is its answer
             if provider.name.startswith("ours"):
                 raise
-            refused[provider.name] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            refused[provider.name] = failed(error)
             continue
         if wrong:
             refused[provider.name] = f"wrong: {wrong}"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import picture
-from .cases import GPU_GROUPS
+from .cases import ALL_GROUPS
 from .environment import ROOT
 from .results import Results
 from .tables import group_tables, headline, headline_table, markdown, ring_steps, ring_table
@@ -65,11 +65,12 @@ def docs(machines: Sequence[Results]) -> str:
 
 def _machine(results: Results) -> Iterator[str]:
     yield markdown(*targets_table(results)).replace("| missed |", "| **missed** |")
-    for group in filter(results.select, GPU_GROUPS):
+    for group in filter(results.select, ALL_GROUPS):
         for title, (header, rows) in group_tables(results, group):
             table = markdown(header, rows)
             head = f"<details><summary>{title}, {len(rows)} cases</summary>"
-            yield table if title.endswith("host") else f"{head}\n\n{table}\n\n</details>"
+            is_open = title.endswith(("host", "merges", "layers"))
+            yield table if is_open else f"{head}\n\n{table}\n\n</details>"
 
 
 def origin(results: Results) -> str:

@@ -9,6 +9,7 @@ A record is a line: a case's fields (cases.py, states_cases.py), its bytes by th
 kernel of ours ran, and everybody's microseconds (added, between neighbours) in each process;
 `limit` is the best plain kernel, and which one that is. Times are compared within a process, since
 clocks differ between them, and the median of that is taken. The environment agrees for all groups.
+Across ranks the GPU is "2 x ...", a time is the slowest rank's, and `transport` what "ours" is by.
 """
 
 from __future__ import annotations
@@ -79,11 +80,9 @@ class Results:
 
     @property
     def gpu(self) -> str:
-        """The GPU's name as people say it: "H100"; "CPU" where there is none."""
-        name: str | None = self.environment["gpu"]
-        if name is None:
-            return "CPU"
-        return next((word for word in ("H100", "H200") if word in name.split()), name)
+        """The GPU's name as people say it: "H100", "2 x H100"; "CPU" where there is none."""
+        count, of, name = (self.environment["gpu"] or "CPU").rpartition(" x ")
+        return count + of + next((w for w in ("H100", "H200") if w in name.split()), name)
 
     def select(self, group: str, **fields: Any) -> list[Record]:
         """A group's records whose fields have these values."""

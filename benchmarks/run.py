@@ -9,6 +9,7 @@ import torch
 import merge_attn_states
 
 from . import environment, kernels, options
+from .cases import RANKS
 from .process import in_processes, joined, measure
 from .results import Results
 from .tables import group_tables, markdown
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
         if merge_attn_states.build_info()["cuda"] is None:
             raise SystemExit("benchmarks: merge_attn_states was built without CUDA kernels")
         torch.cuda.set_device(device.index or 0)
-        kernels.library()
+        if groups != (RANKS,):
+            kernels.library()
     results, commit = open_results(chosen)
     begin = time.monotonic()
     answers = in_processes(measure, [chosen], chosen.processes)
@@ -67,6 +69,8 @@ def open_results(chosen: argparse.Namespace) -> tuple[Results, str]:
                 "was built of: commit and build again"
             )
     here = environment.identity(chosen.device, measured, chosen.vllm_version)
+    if here["gpu"] and options.groups(chosen) == (RANKS,):
+        here["gpu"] = f"{torch.cuda.device_count()} x {here['gpu']}"
     return Results.open(chosen.output, here), measured["commit"]
 
 

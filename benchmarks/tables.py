@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
-from .cases import PLAIN
+from .cases import PLAIN, RANKS
 from .results import Record, Results, ratio, time_of
 
 Row = Sequence[str]
@@ -75,12 +75,24 @@ HEADERS = {
     "states, neighbours": ("us added", "MB", "ours", "limit", "ours / limit", *MANY),
     "states, cold": ("us", "MB", "ours", "limit", "of the limit", *MANY),
     "cpu": ("us", "MB", "ours", "torch.ops", "torch.add's bytes", "eager", "eager / ours"),
+    "ranks, merges": (  # whose time, and whose over whose
+        *("us", "ours", "ours in its buffer", "ours collective", "vllm", "vllm / ours"),
+        *("all-to-all", "all-to-all / ours", "ours / ours in its buffer", "vLLM AG + RS"),
+        *("vLLM AG + RS / ours collective", "vLLM A2A", "eager"),
+    ),
+    "ranks, layers": ("us", "ours", "PyTorch", "PyTorch / ours"),
 }
 HEADLINE_COLUMNS = 7  # of the neighbours'
 
 
 def _row(results: Results, record: Record) -> Iterator[str]:
     group = record["group"]
+    if group == RANKS:
+        yield record["case"]
+        for title in HEADERS[f"{group}, {record['regime']}"][1:]:
+            of, _, over = title.partition(" / ")
+            yield times(ratio(record, of, over)) if over else spread(record, of)
+        return
     yield from (record["case"], megabytes(record["bytes"]), spread(record, "ours"))
     if group == "cpu":
         yield from (spread(record, provider) for provider in ("ours_ops", "add", "eager"))
@@ -126,10 +138,10 @@ def ring_table(results: Results) -> Table:
 
 def group_tables(results: Results, group: str) -> Iterator[tuple[str, Table]]:
     """Every case of a group, under its name and the regime's; of a host a provider a row."""
-    if group != "states":
+    if group not in ("states", RANKS):
         yield group, _table(results, group, results.select(group))
         return
-    for regime in ("neighbours", "cold", "host"):
+    for regime in ("neighbours", "cold", "host", "merges", "layers"):
         if records := results.select(group, regime=regime):
             yield f"{group}, {regime}", _table(results, f"{group}, {regime}", records)
 

@@ -2,7 +2,8 @@
 
 GPU: each provider's calls are captured into a CUDA graph that walks over the sets of buffers
 (together more than twice the L2, so that every call finds its inputs in DRAM; or one set), and the
-graphs are replayed in turn. CPU and host: the same turns, by the monotonic clock.
+graphs are replayed in turn. CPU and host: the same turns, by the monotonic clock. Where several
+ranks measure together, a round begins on all of them at once and the slowest one's time counts.
 """
 
 import statistics
@@ -14,6 +15,8 @@ import torch
 
 Call = Callable[[], object]
 TimedCalls = Mapping[str, Callable[[int], float]]  # by provider: seconds that so many calls take
+# Of each number the largest that a rank has; all ranks come, and their streams are idle. Alone: it.
+Largest = Callable[[Sequence[float]], list[float]]
 
 ROUNDS = 9
 WARM_UP_ROUNDS = 2  # bring the clocks up
@@ -65,7 +68,7 @@ class _Replays:
     them, and is itself launched while the GPU is busy.
     """
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], largest: Largest) -> None:
         for call in calls:  # whatever happens once: compilation, allocation
             call()
         passes = -(-LEAD_CALLS // len(calls))
@@ -77,7 +80,8 @@ class _Replays:
             end.record()
         end.synchronize()
         pass_us = 1e3 * start.elapsed_time(end) / passes
-        repeats = max(-(-GRAPH_CALLS // len(calls)), round(GRAPH_US / pass_us))
+        least = -(-GRAPH_CALLS // len(calls))
+        repeats = int(*largest([max(least, round(GRAPH_US / pass_us))]))  # ranks call as often
         self.graph = self._capture(calls, repeats, self.lead.pool())
         self.calls = repeats * len(calls)
 
@@ -91,11 +95,14 @@ class _Replays:
         return graph
 
 
-def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, Timing]:
+def time_cuda(
+    providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS, largest: Largest = list
+) -> dict[str, Timing]:
     """Time providers on the GPU, each given as one call for every set of buffers."""
-    replays = {name: _Replays(calls) for name, calls in providers.items()}
+    replays = {name: _Replays(calls, largest) for name, calls in providers.items()}
     events = {name: [_events() for _ in range(rounds)] for name in providers}
     for round_, names in _turns(list(providers), rounds):
+        largest([])
         torch.cuda._sleep(AHEAD_CYCLES)  # type: ignore[no-untyped-call]
         for name in names:
             start, end = events[name][max(0, round_)]
@@ -105,23 +112,28 @@ def time_cuda(providers: Mapping[str, Sequence[Call]], rounds: int = ROUNDS) -> 
             end.record()
         torch.cuda.synchronize()
     return {
-        name: summary([1e3 * s.elapsed_time(e) / replays[name].calls for s, e in events[name]])
-        for name in providers
+        name: summary(largest([1e3 * s.elapsed_time(e) / one.calls for s, e in events[name]]))
+        for name, one in replays.items()
     }
 
 
 def time_host(
-    timed: TimedCalls, calls: dict[str, int], rounds: int, before: Call = lambda: None
+    timed: TimedCalls,
+    calls: dict[str, int],
+    rounds: int,
+    before: Call = lambda: None,
+    largest: Largest = list,
 ) -> dict[str, Timing]:
     """Time so many calls in a row of each provider, `before()` ahead of each row, untimed."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     for round_, names in _turns(list(timed), rounds):
         for name in names:
             before()
+            largest([])
             seconds = timed[name](calls[name]) / calls[name]
             if round_ >= 0:
                 times[name].append(1e6 * seconds)
-    return {name: summary(values) for name, values in times.items()}
+    return {name: summary(largest(values)) for name, values in times.items()}
 
 
 def time_cpu(providers: Mapping[str, Call], rounds: int = ROUNDS) -> dict[str, Timing]:

@@ -14,6 +14,8 @@ import torch
 from .operands import Operands
 
 DISPATCHER = "vllm.v1.attention.ops.merge_attn_states"
+RANKS = "vllm.v1.attention.ops.dcp"
+COMMUNICATOR = "vllm.distributed.device_communicators.base_device_communicator"
 
 
 def load(op_library: str | None) -> str:

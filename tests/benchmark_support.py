@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks import cold, kernels, neighbours, states
+from benchmarks import cold, kernels, neighbours, ranks, states
 from benchmarks.cases import GROUPS, is_compared_with_pytorch
 from benchmarks.host import MODES
 from benchmarks.results import Results
@@ -23,6 +23,12 @@ ON_CPU = {"ours": (2.0, 0.021), "ours_ops": (5.0, 0.021), "eager": (25.0, 0.002)
           "add": (1.0, 0.02)}  # fmt: skip
 ON_HOST = {"ours": 3.5, "ours_keyword": 3.6, "ours_ops": 6.3, "add": 5.6, "vllm": 7.3,
            "vllm_dispatcher": 8.6}  # fmt: skip
+
+ACROSS_RANKS = {
+    "merges": {"ours": 10.0, "ours in its buffer": 8.0, "ours collective": 30.0, "vllm": 34.0,
+               "all-to-all": 25.0, "vLLM AG + RS": 60.0, "vLLM A2A": 50.0, "eager": 90.0},
+    "layers": {"ours": 100.0, "PyTorch": 120.0},
+}  # fmt: skip
 
 
 def spread(us):
@@ -76,6 +82,19 @@ def synthetic(gpu="NVIDIA H100 80GB HBM3"):
         for mode in MODES for regime, factor in (("tight", 1), ("swept", 4.5))
     ]  # fmt: skip
     results.add("host", run, hosts)
+    return results
+
+
+def synthetic_ranks(gpu="2 x NVIDIA H100 80GB HBM3"):
+    results = Results(environment_of(gpu))
+    records = []
+    for case in ranks.CASES:
+        regime = "layers" if case.kind.startswith("attention") else "merges"
+        us = {name: spread(us) for name, us in ACROSS_RANKS[regime].items()}
+        record = case.record() | {"regime": regime, "transport": "direct", "us": us, "refused": {}}
+        records.append(record)
+    run = {"date": "2026-01-02", "commit": "f" * 40, "missing": {}, "clocks": {}}
+    results.add("ranks", run, records)
     return results
 
 

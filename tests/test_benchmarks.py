@@ -71,6 +71,10 @@ def test_who_is_wrong_or_raises_is_not_timed():
     assert len(timed["ours"]) == 2
     assert refused.pop("wrong").startswith("wrong: ")
     assert refused == {"raises": "failed: RuntimeError: no such kernel"}
+    silent = Provider("silent", lambda operands: next(iter(())))
+    assert prepare([silent], make_operands(SMALL, 1, CPU))[1] == {
+        "silent": "failed: StopIteration: "
+    }
     with pytest.raises(RuntimeError, match="no such kernel"):  # ours may not
         prepare([Provider("ours", raises)], make_operands(SMALL, 1, CPU))
 
