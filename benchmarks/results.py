@@ -47,13 +47,7 @@ class Results:
 
     @classmethod
     def open(cls, path: Path | None, environment: dict[str, Any]) -> Results:
-        """What a file holds, to merge into; nothing yet where there is none.
-
-        Raises
-        ------
-        SystemExit
-            It holds results of another environment.
-        """
+        """What a file of this environment holds, to merge into; nothing where there is none."""
         if path is None or not path.exists():
             return cls(environment)
         results = cls.load(path)
