@@ -12,7 +12,10 @@ import sys
 import torch
 import torch.distributed as dist
 
-LIMIT = datetime.timedelta(seconds=120)  # of a group: what hangs is an error that says where
+from merge_attn_states import _direct
+
+# What hangs is an error that says where: of a group, and of a direct merge.
+LIMIT, DIRECT_LIMIT = datetime.timedelta(seconds=120), datetime.timedelta(seconds=40)
 
 
 def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
@@ -49,16 +52,21 @@ def main(module, program, ranks, store, device, rank):
         world_size=ranks,
         timeout=LIMIT,
     )
+    _direct._LIMIT = DIRECT_LIMIT
     getattr(programs, program)(rank, ranks, device)
     # A thread of gloo that still holds a tensor when the interpreter ends aborts the process. The
     # threads end with their group, which errors that a test has caught may hold.
     gc.collect()
     dist.destroy_process_group()
     if getattr(programs, "CALLS_FUNCTIONAL_COLLECTIVES", False):
-        # PyTorch keeps the threads then (2.13), so that this rank ends at once.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave()  # PyTorch keeps the threads then (2.13)
+
+
+def leave():
+    """End this rank in order, but without what the interpreter does at its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

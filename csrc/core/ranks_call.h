@@ -50,8 +50,9 @@ struct PeerLayout {
   int64_t lines() const { return headers() + 2 * ranks * kLine; }
   int64_t line_blocks() const { return (line_rows + rows_a_block - 1) / rows_a_block; }
   int64_t chunks() const { return (max_rows + chunk_rows - 1) / chunk_rows; }
-  // Of calls, of the calls of each block of lines, of each chunk, and of each that is read.
-  int64_t numbers() const { return 1 + line_blocks() + 2 * chunks(); }
+  // Of calls, whether a failure is reported, and then of the calls of each block of lines, of each
+  // chunk, and of each that is read.
+  int64_t numbers() const { return 2 + line_blocks() + 2 * chunks(); }
   int64_t rows() const { return lines() + slots() * line_rows * lines_a_row() * kLine; }
   int64_t lses() const { return rows() + slots() * max_rows * row_bytes; }
   int64_t flags() const { return lses() + aligned(slots() * max_rows * 4); }

@@ -7,6 +7,8 @@
 namespace merge_attn_states::cuda {
 namespace {
 
+static_assert(kPeerSizes.chunk_packs <= kMostPacks);
+
 enum class Way { kLines, kBulk, kReading };
 
 template <class T, int kRoom, Way kWay>

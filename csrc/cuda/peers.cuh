@@ -216,7 +216,8 @@ template <class T, int kRoom, bool kReads>
 __device__ void merge_in_bulk(const PeersCall& call) {
   const uint32_t call_number = *call.calls + 1;
   uint32_t at = blockIdx.x, number = call.numbers[at] + 1;
-  if (has_ended(call)) return;
+  // All threads or none: those that are left would flag a chunk that is not whole.
+  if (!__syncthreads_and(!has_ended(call))) return;
   if (talks(call)) send_header(call, call_number, threadIdx.x);
   Chunk<T, kRoom, kReads>{call, at, number}.push();
   if (talks(call)) compare_header(call, call_number, threadIdx.x);

@@ -25,7 +25,7 @@ struct PeersCall {
   int64_t headers, lines, line_rows, rows, lses, flags, lse_lines, acks, max_rows;
   uint32_t buffer_heads;
   char *memory[kMaxPeers], *buffers[kMaxPeers];
-  uint32_t *calls, *numbers;
+  uint32_t *calls, *is_reported, *numbers;
   int64_t* report;
 };
 
@@ -83,7 +83,8 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
                  .memory = {},
                  .buffers = {},
                  .calls = call.numbers,
-                 .numbers = call.numbers + 1 + (by_lines ? 0 : layout.line_blocks()) +
+                 .is_reported = call.numbers + 1,
+                 .numbers = call.numbers + 2 + (by_lines ? 0 : layout.line_blocks()) +
                             (call.is_in_buffer ? layout.chunks() : 0),
                  .report = call.report};
   std::copy_n(call.memory, call.ranks, made.memory);

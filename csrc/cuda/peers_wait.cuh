@@ -42,11 +42,8 @@ template <class Word>
 __device__ Word load_fresh(const Word* from) {
   return __ldcv(from);
 }
-// Whether this is the first to change the word from 0.
-__device__ bool claim(int64_t* word, int64_t value) {
-  return atomicCAS_system(reinterpret_cast<unsigned long long*>(word), 0ull,
-                          static_cast<unsigned long long>(value)) == 0;
-}
+// Whether this is the first of this GPU's threads to claim the word.
+__device__ bool claim(uint32_t* word) { return atomicExch(word, 1u) == 0; }
 #endif
 
 __device__ bool is_poisoned(const PeersCall& call) {
@@ -56,9 +53,12 @@ __device__ bool is_poisoned(const PeersCall& call) {
 // Tells this rank's host, once.
 __device__ __noinline__ void report(const PeersCall& call, Failure failure, uint32_t peer,
                                     int64_t theirs) {
-  if (!claim(call.report, failure)) return;
-  reinterpret_cast<volatile int64_t*>(call.report)[1] = peer;
-  reinterpret_cast<volatile int64_t*>(call.report)[2] = theirs;
+  if (!claim(call.is_reported)) return;
+  auto* const words = static_cast<volatile int64_t*>(call.report);
+  words[1] = peer;
+  words[2] = theirs;
+  __threadfence_system();
+  words[0] = failure;  // last: the host reads the others once this is not 0
   __threadfence_system();
 }
 

@@ -64,7 +64,7 @@ def make_direct(
     else:
         made = None
         try:
-            made = Direct(group, device, dtype, shape, scatters, timeout or _LIMIT)
+            made = Direct(gather, group, device, dtype, shape, scatters, timeout or _LIMIT)
         except RuntimeError as error:  # no access from one GPU to another
             why_not = str(error).strip().partition("\n")[0]
         if all(there for (there,) in gather([int(made is not None)])):
@@ -100,6 +100,7 @@ class Direct:
 
     def __init__(
         self,
+        gather: _Gather,
         group: dist.ProcessGroup,
         device: torch.device,
         dtype: torch.dtype,
@@ -107,7 +108,8 @@ class Direct:
         scatters: bool,
         limit: datetime.timedelta,
     ) -> None:
-        self._group, self._device, self._dtype, self._shape = group, device, dtype, shape
+        self._gather, self._group = gather, group
+        self._device, self._dtype, self._shape = device, dtype, shape
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         max_tokens, heads, head_size = shape
         self._merged_heads = heads // ranks if scatters else heads
@@ -137,18 +139,48 @@ class Direct:
                 torch.cuda.synchronize(self._device)
 
     def _shared(self, size: int) -> tuple[torch.Tensor, list[int]]:
-        """Zeros that every rank can write to, and where each rank has them; made by all ranks."""
+        """Zeros that every rank can write to, and where each rank has them; made by all ranks.
+
+        Raises
+        ------
+        RuntimeError
+            A rank has no memory, or no access to that of another.
+        """
         from torch.distributed import _symmetric_memory as symmetric
 
-        memory = symmetric.empty(size, dtype=torch.uint8, device=self._device)
+        memory, refusal = None, "another rank has no memory for it"
+        try:
+            memory = symmetric.empty(size, dtype=torch.uint8, device=self._device)
+        except RuntimeError as error:
+            refusal = str(error)
+        if not all(there for (there,) in self._gather([int(memory is not None)])):
+            raise RuntimeError(refusal)  # before the others wait for this rank
+        assert memory is not None
         memory.zero_()
         handle = symmetric.rendezvous(memory, self._group.group_name)
         if handle is None:
             raise RuntimeError("the group has no symmetric memory")
+        pointers = [int(pointer) for pointer in handle.buffer_ptrs]
+        if pointers[dist.get_rank(self._group)] != memory.data_ptr():
+            raise RuntimeError("this PyTorch shares another memory than it was asked to")
         torch.cuda.synchronize(self._device)
         handle.barrier()
         self._handles.append(handle)
-        return memory, [int(pointer) for pointer in handle.buffer_ptrs]
+        return memory, pointers
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Load a kernel, which a captured call could not, and wait for it; made by all ranks.
+
+        A first call may be on another stream.
+        """
+        _, heads, head_size = self._shape
+        output = torch.zeros(1, heads, head_size, dtype=self._dtype, device=self._device)
+        self._warm_up(output.expand(num_tokens, -1, -1))
+
+    def _warm_up(self, output: torch.Tensor) -> None:
+        lse = torch.zeros(output.shape[:2], device=self._device)
+        self.merge(output, lse, None, "e", False, None, None)
+        torch.cuda.synchronize(self._device)
 
     def output_buffer(self) -> torch.Tensor:
         """Memory of `shape` that others read where it lies; the first call is made by all ranks."""
@@ -160,6 +192,7 @@ class Direct:
             memory, pointers = self._shared(math.prod(self._shape) * self._dtype.itemsize)
             self._peers[-len(pointers) :] = torch.tensor(pointers)
             self._buffer = memory.view(self._dtype).view(self._shape)
+            self._warm_up(self._buffer[:1])
         return self._buffer
 
     def merge(
@@ -202,6 +235,7 @@ class Direct:
             self._buffer is not None
             and output.data_ptr() == self._buffer.data_ptr()
             and output.is_contiguous()
+            and not output.is_neg()
         )
         _merge_ranks(
             *(merged, merged_lse, output, lse, mask, lengths, starts),

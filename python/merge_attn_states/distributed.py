@@ -69,8 +69,8 @@ class RankMerge:
         disagreement is undefined, and may be a wrong result or, with gloo, the end of a process.
     timeout : datetime.timedelta, optional
         How long a call on a CPU waits for other ranks, if that is less than the group's own limit,
-        up to which the operation itself goes on. None: the group's. On a GPU the group's watchdog
-        rules, whatever is given here.
+        up to which the operation itself goes on. None: the group's. On a GPU it is how long a
+        direct merge waits, None: ten minutes; of collectives the group's watchdog rules there.
 
     Raises
     ------
@@ -135,14 +135,13 @@ class RankMerge:
 
     def _warm_up(self) -> None:
         """Make connections and load kernels, which a captured call could not."""
+        if self._direct is not None:
+            for num_tokens in {1, min(self.max_tokens, self._direct.tokens_in_bulk)}:
+                self._direct.warm_up(num_tokens)
+            return
         zeros = torch.zeros(1, self.num_heads, self.head_size, device=self.device)
         output, lse = zeros.to(self.dtype), zeros[..., 0].to(lse_dtype_of(self.dtype))
-        if self._direct is None:
-            self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
-            return
-        for num_tokens in {1, min(self.max_tokens, self._direct.tokens_in_bulk)}:
-            states = output.expand(num_tokens, -1, -1), lse.expand(num_tokens, -1)
-            self._direct.merge(*states, None, "e", False, None, None)
+        self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
 
     def _numbers(self) -> dict[str, int]:
         """The arguments, of which all are right, as ranks compare them."""

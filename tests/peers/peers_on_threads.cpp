@@ -79,10 +79,7 @@ static int64_t now_ns() {
   std::this_thread::yield();  // others are to run
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
-static bool claim(int64_t* word, int64_t value) {
-  int64_t nothing = 0;
-  return std::atomic_ref<int64_t>(*word).compare_exchange_strong(nothing, value);
-}
+static bool claim(uint32_t* word) { return std::atomic_ref<uint32_t>(*word).exchange(1) == 0; }
 template <class Word>
 static Word load_fresh(const Word* from) {
   return *from;
@@ -382,6 +379,23 @@ void absent(int ranks, int64_t tokens, uint32_t seed) {
   EXPECT(group.of[0].report[0] == cuda::kPoisoned, "reports %ld", group.of[0].report[0]);
 }
 
+// A rank's result is right, or its host hears that another gave up: whenever poison comes.
+void poisoned(int ranks, int64_t tokens, uint32_t seed, int times) {
+  for (int i = 0; i < times; ++i) {
+    Group group(ranks, 2, 8, true, 40);
+    on_all(group, [&](int rank) { call(group, rank, tokens, seed, 20000); });
+    std::thread poison([&] {
+      std::this_thread::sleep_for(std::chrono::microseconds(i * 7 % 900));
+      for (Rank& rank : group.of) *reinterpret_cast<volatile uint32_t*>(rank.memory.data()) = 1;
+    });
+    on_all(group, [&](int rank) {
+      const Result result = call(group, rank, tokens, seed, 20000);
+      if (group.of[rank].report[0] == 0) compare(group, rank, tokens, seed, result);
+    });
+    poison.join();
+  }
+}
+
 void disagreement(int64_t one, int64_t other, Base base) {
   Group group(2, 2, 8, true, 24);
   on_all(group, [&](int rank) {
@@ -413,6 +427,8 @@ int main(int count, char** arguments) {
   for (const int64_t tokens : {1, 24}) {
     for (const uint32_t seed : {0, 6}) absent(3, tokens, seed);
   }
+  for (const uint32_t seed : {0, 6}) poisoned(3, 30, seed, calls);
+  poisoned(3, 4, 0, calls);
   disagreement(3, 5, Base::kE);    // as lines both
   disagreement(20, 24, Base::kE);  // in bulk both
   disagreement(24, 2, Base::kE);   // one as lines
