@@ -25,7 +25,7 @@ from merge_attn_states.integrations import context_parallel
 CPU = torch.device("cpu")
 SMALL = Case(200, 6, 16, kind=EAGERLY)
 BY_NAME = {provider.name: provider for provider in ranks.PROVIDERS}
-CALLS_FUNCTIONAL_COLLECTIVES = True  # ranks_support.py says what of it
+LEAVES_THREADS = True  # functional collectives: see ranks_support.py
 
 
 largest_of_ranks = functools.partial(ranks.largest_of_ranks, CPU)
@@ -282,6 +282,8 @@ def scaled_dot_product_attention(query, key, value, is_causal):
         return (scores.softmax(-1).to(value.dtype) @ value).contiguous(), scores.logsumexp(-1)
 
     assert _attention._cp_options.enable_load_balance
+    if refusals:
+        raise NotImplementedError(*refusals)
     local = [x.to_local() for x in (query, key, value)]
     group, options = dist.group.WORLD, {"is_causal": is_causal}
     out, _ = _attention._templated_ring_attention(group, 2, attend, *local, **options)
@@ -289,6 +291,7 @@ def scaled_dot_product_attention(query, key, value, is_causal):
 
 
 merges = []  # whether each block is merged by ours
+refusals = []  # what attention says instead of an answer
 
 
 def layer(rank, count, device):
@@ -318,11 +321,10 @@ def layer(rank, count, device):
     assert not context_parallel.is_enabled()
     context_parallel.update_state = update_state
 
-    # PyTorch's own part of it fails.
-    scaled_dot_product_attention.__name__ = "another"
+    refusals.append("not here")  # PyTorch's own part of it fails
     record = layers.measure(case, device, 1, largest_of_ranks)
     assert record["us"] == {}
-    assert record["refused"]["PyTorch"].startswith("failed: AttributeError: ")
+    assert record["refused"] == {"PyTorch": "failed: NotImplementedError: not here"}
 
 
 def layer_of_gpus(rank, count, device):

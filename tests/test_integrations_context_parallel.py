@@ -15,7 +15,7 @@ from merge_attn_states.integrations.pytorch import attention_with_lse
 attention = pytest.importorskip(
     "torch.distributed.tensor.experimental._context_parallel._attention"
 )
-CALLS_FUNCTIONAL_COLLECTIVES = True  # ranks_support.py says what of it
+LEAVES_THREADS = True  # functional collectives: see ranks_support.py
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from support import run_command
 from merge_attn_states import merge_states, update_state
 
 pytest.importorskip("torch.distributed.tensor")
-CALLS_FUNCTIONAL_COLLECTIVES = True  # ranks_support.py says what of it
+LEAVES_THREADS = True  # functional collectives: see ranks_support.py
 
 
 def shards(rank, ranks, device):

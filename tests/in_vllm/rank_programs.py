@@ -16,6 +16,7 @@ from merge_attn_states.integrations import vllm as plugin
 from merge_attn_states.integrations._vllm_ranks import HOMES
 from merge_attn_states.reference import merge_states_reference
 
+LEAVES_THREADS = True  # vLLM's coordinator: see ranks_support.py
 HEADS, SIZE, MOST_TOKENS = 6, 64, 33
 FUNCTIONS = ("cp_lse_ag_out_rs", "dcp_a2a_lse_reduce", "cp_lse_ag_out_ar")
 WORKSPACE, OF_WORKSPACE = "DirectDCPA2AWorkspace", "lse_reduce"
