@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kEachThreads, (blocks_a_multiprocessor<First, 
     __syncwarp();
   }
   const auto weighed = parts.weigh(call, has_sink ? &sink : nullptr, of_sink);
-  const int taken = taken_part(parts.weights);
+  const int taken = parts.taken();
 
   float values[Row::kPacks][kElements];
   if (taken == kSummed) parts.sum(values);

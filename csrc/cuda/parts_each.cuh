@@ -173,6 +173,15 @@ struct EachRow {
       return weigh_parts<ScalarMath<float>, float>(call.rule, kMost, part, sink, weight);
     }
   }
+  // The part that is all of the row and is to be taken byte for byte, or kSummed or kNoPart.
+  __device__ int taken() const {
+    int taken = kNoPart;
+    for_each_part<kMost>([&](auto k) {
+      if (weights[k] < 0.0f) return;
+      taken = taken == kNoPart && weights[k] == 1.0f ? int{k} : kSummed;
+    });
+    return taken;
+  }
   // The sum of the parts that are not empty, by their weights. -0 is what changes no sum.
   __device__ void sum(float (&values)[kPacks][kElements]) const {
 #pragma unroll

@@ -18,15 +18,4 @@ __device__ void for_each_part(F&& f) {
 // Instead of a part's number: the row is the sum, or has no part that is not empty.
 inline constexpr int kSummed = -1, kNoPart = -2;
 
-// Of a row whose empty parts have a negative weight.
-template <int kMost>
-__device__ int taken_part(const float (&weights)[kMost]) {
-  int taken = kNoPart;
-  for_each_part<kMost>([&](auto k) {
-    if (weights[k] < 0.0f) return;
-    taken = taken == kNoPart && weights[k] == 1.0f ? int{k} : kSummed;
-  });
-  return taken;
-}
-
 }  // namespace merge_attn_states::cuda

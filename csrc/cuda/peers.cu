@@ -9,8 +9,6 @@ namespace {
 
 static_assert(kPeerSizes.chunk_packs <= kMostPacks);
 
-enum class Way { kLines, kBulk, kReading };
-
 template <class T, int kRoom, Way kWay>
 __global__ void __launch_bounds__(kPeerThreads, kPeerBlocksAMultiprocessor)
     merge_peers(const __grid_constant__ PeersCall call) {
@@ -25,20 +23,16 @@ __global__ void __launch_bounds__(kPeerThreads, kPeerBlocksAMultiprocessor)
 }  // namespace
 
 void launch_peers(const RanksCall& call) {
-  bool by_lines;
-  const PeersCall parameters = peers_call(call, kPeerSizes, by_lines);
-  const int64_t row_packs = parameters.row_packs;
-  const int64_t of_lines = std::max(kPeerSizes.line_threads, (row_packs + 31) / 32 * 32);
-  const int64_t blocks = parameters.num_blocks;
-  const Grid grid{.blocks = by_lines ? blocks : std::min(blocks, kPeerSizes.blocks),
-                  .threads = static_cast<int>(by_lines ? of_lines : kPeerSizes.chunk_threads)};
+  const PeersLaunch made = peers_launch(call, kPeerSizes);
+  const Grid grid{.blocks = made.blocks, .threads = static_cast<int>(made.threads)};
   dispatch_floats(call.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto launch_of = [&]<int kRoom>() {
-      const auto& chosen = by_lines            ? kernel<merge_peers<T, kRoom, Way::kLines>>()
-                           : call.is_in_buffer ? kernel<merge_peers<T, kRoom, Way::kReading>>()
-                                               : kernel<merge_peers<T, kRoom, Way::kBulk>>();
-      launch(chosen, grid, call, parameters);
+      const auto& chosen = made.way == Way::kLines ? kernel<merge_peers<T, kRoom, Way::kLines>>()
+                           : made.way == Way::kBulk
+                               ? kernel<merge_peers<T, kRoom, Way::kBulk>>()
+                               : kernel<merge_peers<T, kRoom, Way::kReading>>();
+      launch(chosen, grid, call, made.call);
     };
     call.ranks == 2 ? launch_of.template operator()<2>()
                     : launch_of.template operator()<kMaxPeers>();

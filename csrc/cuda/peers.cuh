@@ -37,10 +37,9 @@ __device__ void merge_by_lines(const PeersCall& call) {
   const uint32_t at = blockIdx.x * call.rows_a_block + of_block;
   if (of_block < call.rows_a_block && at < call.num_rows) {
     const MergedRow row(call, at);
-    const int64_t lines_a_row = 2 * int64_t{call.row_packs} + 1;
     const auto line_of = [&](uint32_t owner, uint32_t source) {
       const int64_t place = slot<kRoom>(call, number, owner, source) * call.line_rows + at;
-      return call.memory[owner] + call.lines + place * lines_a_row * 16;
+      return call.memory[owner] + call.lines + place * call.lines_a_row * 16;
     };
 #pragma unroll 1
     for (uint32_t k = 1; k < ranks_of<kRoom>(call); ++k) {
@@ -101,15 +100,12 @@ struct Chunk {
   __device__ float* lses(uint32_t owner, uint32_t source) const {
     return reinterpret_cast<float*>(call.memory[owner] + call.lses) + place(owner, source);
   }
-  __device__ uint32_t* flag(uint32_t owner, uint32_t source) const {
-    return reinterpret_cast<uint32_t*>(call.memory[owner] + call.flags) + at * call.ranks + source;
+  // Of the flags or the acks.
+  __device__ uint32_t* word(int64_t words, uint32_t owner, uint32_t source) const {
+    return reinterpret_cast<uint32_t*>(call.memory[owner] + words) + at * call.ranks + source;
   }
-
   __device__ char* lse_lines(uint32_t owner, uint32_t source) const {
     return call.memory[owner] + call.lse_lines + place(owner, source) * 16;
-  }
-  __device__ uint32_t* ack(uint32_t owner, uint32_t source) const {
-    return reinterpret_cast<uint32_t*>(call.memory[owner] + call.acks) + at * call.ranks + source;
   }
   // A row of another rank's, of those that this rank gets.
   __device__ const uint4* in_buffer(uint32_t owner, const MergedRow& row) const {
@@ -138,7 +134,7 @@ struct Chunk {
     __syncthreads();
     if (is_peer(call)) {
       __threadfence_system();
-      store_release(flag(threadIdx.x, call.rank), number);
+      store_release(word(call.flags, threadIdx.x, call.rank), number);
     }
   }
   __device__ void push_rows(uint32_t peer, uint32_t head) const {
@@ -163,7 +159,7 @@ struct Chunk {
     bool is_complete = true;
     if constexpr (!kReads) {
       if (is_peer(call)) {
-        const uint32_t* const mine = flag(call.rank, threadIdx.x);
+        const uint32_t* const mine = word(call.flags, call.rank, threadIdx.x);
         is_complete = wait_for(call, threadIdx.x, [&] { return has_come(mine, number); });
       }
       if (!__syncthreads_and(is_complete)) return false;
@@ -198,7 +194,7 @@ struct Chunk {
     }
     if constexpr (kReads) {
       if (!__syncthreads_and(is_complete)) return false;
-      if (is_peer(call)) store_release(ack(threadIdx.x, call.rank), number);
+      if (is_peer(call)) store_release(word(call.acks, threadIdx.x, call.rank), number);
     }
     if (threadIdx.x == 0) call.numbers[at] = number;
     return true;
@@ -206,7 +202,7 @@ struct Chunk {
   // Until all others have read this rank's rows of the chunk.
   __device__ bool wait_for_readers() const {
     if (!is_peer(call)) return true;
-    const uint32_t* const mine = ack(call.rank, threadIdx.x);
+    const uint32_t* const mine = word(call.acks, call.rank, threadIdx.x);
     return wait_for(call, threadIdx.x, [&] { return has_come(mine, number); });
   }
 };

@@ -13,6 +13,7 @@ namespace merge_attn_states::cuda {
 struct PeersCall {
   uint32_t num_rows, merged_heads, row_packs;
   uint32_t rows_a_block, num_blocks, chunk_threads;  // of lines, or chunks of rows
+  uint32_t lines_a_row;
   FastDivision heads, packs;
   PerRow output, lse, empty, out, out_lse;
   const void *lengths, *starts;
@@ -29,12 +30,22 @@ struct PeersCall {
   int64_t* report;
 };
 
-inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool& by_lines) {
+enum class Way { kLines, kBulk, kReading };
+
+// A kernel's launch.
+struct PeersLaunch {
+  PeersCall call;
+  Way way;
+  int64_t blocks;
+  int64_t threads;
+};
+
+inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
   const auto u32 = [](int64_t value) { return static_cast<uint32_t>(value); };
   const int64_t size = size_of(call.dtype), row_bytes = call.head_size * size;
   const int64_t num_rows = call.num_tokens * call.merged_heads;
   const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes);
-  by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
+  const bool by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
   const int64_t rows_a_block = by_lines ? layout.rows_a_block : layout.chunk_rows;
   // Rows that each begin at 16 bytes.
   const auto is_aligned = [&](const PerRow& rows) {
@@ -48,6 +59,7 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
                  .rows_a_block = u32(rows_a_block),
                  .num_blocks = u32((num_rows + rows_a_block - 1) / rows_a_block),
                  .chunk_threads = u32(sizes.chunk_threads),
+                 .lines_a_row = u32(layout.lines_a_row()),
                  .heads = FastDivision(u32(call.merged_heads)),
                  .packs = FastDivision(u32(row_bytes / 16)),
                  .output = call.output,
@@ -89,7 +101,11 @@ inline PeersCall peers_call(const RanksCall& call, const PeerSizes& sizes, bool&
                  .report = call.report};
   std::copy_n(call.memory, call.ranks, made.memory);
   std::copy_n(call.buffers, call.ranks, made.buffers);
-  return made;
+  if (by_lines) {
+    return {made, Way::kLines, made.num_blocks, std::max(sizes.line_threads, row_bytes / 16)};
+  }
+  return {made, call.is_in_buffer ? Way::kReading : Way::kBulk,
+          std::min<int64_t>(made.num_blocks, sizes.blocks), sizes.chunk_threads};
 }
 
 }  // namespace merge_attn_states::cuda

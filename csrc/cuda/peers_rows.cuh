@@ -36,12 +36,10 @@ __device__ uint32_t first_head(const PeersCall& call, uint32_t peer) {
 
 // A row of the result.
 struct MergedRow {
-  uint32_t number, token, head;
+  uint32_t token, head;
 
   __device__ MergedRow(const PeersCall& call, uint32_t number)
-      : number(number),
-        token(call.heads.quotient(number)),
-        head(number - token * call.merged_heads) {}
+      : token(call.heads.quotient(number)), head(number - token * call.merged_heads) {}
   __device__ int64_t offset(const PerRow& operand, uint32_t head_offset = 0) const {
     return token * operand.strides[0] + int64_t{head + head_offset} * operand.strides[1];
   }
@@ -69,13 +67,14 @@ __device__ bool has_no_request(const PeersCall& call, uint32_t token) {
   return of_requests(call, call.lengths, low - 1) == 0;
 }
 
+// Of a call that declares rows empty, by a mask or by requests.
 __device__ __noinline__ bool is_declared_empty(const PeersCall& call, const MergedRow& row,
                                                uint32_t head_offset) {
   if (call.empty.data != nullptr) {
     const auto* const empty = static_cast<const uint8_t*>(call.empty.data);
     return empty[row.offset(call.empty, head_offset)] != 0;
   }
-  return call.starts != nullptr && has_no_request(call, row.token);
+  return has_no_request(call, row.token);
 }
 
 // As it is sent: -inf of a row that is declared empty.

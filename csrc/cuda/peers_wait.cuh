@@ -111,14 +111,14 @@ __device__ bool has_come(const uint32_t* flag, uint32_t number) {
 
 // Those of block 0 say what this call is, and hear whether theirs is the same.
 __device__ bool talks(const PeersCall& call) { return blockIdx.x == 0 && is_peer(call); }
+__device__ char* header(const PeersCall& call, uint32_t number, uint32_t owner, uint32_t source) {
+  return call.memory[owner] + call.headers + (number % 2 * call.ranks + source) * int64_t{16};
+}
 __device__ void send_header(const PeersCall& call, uint32_t number, uint32_t peer) {
-  char* const to =
-      call.memory[peer] + call.headers + (number % 2 * call.ranks + call.rank) * int64_t{16};
-  store_line(to, call.num_tokens, call.kind, number);
+  store_line(header(call, number, peer, call.rank), call.num_tokens, call.kind, number);
 }
 __device__ bool compare_header(const PeersCall& call, uint32_t number, uint32_t peer) {
-  const char* const from =
-      call.memory[call.rank] + call.headers + (number % 2 * call.ranks + peer) * int64_t{16};
+  const char* const from = header(call, number, call.rank, peer);
   uint32_t tokens = 0, kind = 0;
   if (!wait_for(call, peer, [&] { return load_line(from, number, tokens, kind); })) return false;
   if (tokens == call.num_tokens && kind == call.kind) return true;

@@ -215,13 +215,9 @@ struct State {
 
 // A kernel: its blocks' threads, all at once.
 void launch(const RanksCall& call) {
-  bool by_lines;
-  const cuda::PeersCall parameters = cuda::peers_call(call, kSizes, by_lines);
-  const uint32_t blocks =
-      by_lines ? parameters.num_blocks : std::min<uint32_t>(parameters.num_blocks, kSizes.blocks);
-  const int threads =
-      static_cast<int>(by_lines ? std::max<int64_t>(kSizes.line_threads, parameters.row_packs)
-                                : kSizes.chunk_threads);
+  const cuda::PeersLaunch cut = cuda::peers_launch(call, kSizes);
+  const auto blocks = static_cast<uint32_t>(cut.blocks);
+  const int threads = static_cast<int>(cut.threads);
   std::vector<std::unique_ptr<Block>> made;
   std::vector<std::thread> all;
   for (uint32_t b = 0; b < blocks; ++b) {
@@ -233,9 +229,14 @@ void launch(const RanksCall& call) {
         gridDim = {blocks};
         block = own;
         const auto run = [&]<int kRoom>() {
-          by_lines            ? cuda::merge_by_lines<float, kRoom>(parameters)
-          : call.is_in_buffer ? cuda::merge_in_bulk<float, kRoom, true>(parameters)
-                              : cuda::merge_in_bulk<float, kRoom, false>(parameters);
+          switch (cut.way) {
+            case cuda::Way::kLines:
+              return cuda::merge_by_lines<float, kRoom>(cut.call);
+            case cuda::Way::kBulk:
+              return cuda::merge_in_bulk<float, kRoom, false>(cut.call);
+            case cuda::Way::kReading:
+              return cuda::merge_in_bulk<float, kRoom, true>(cut.call);
+          }
         };
         call.ranks == 2 ? run.operator()<2>() : run.operator()<kMaxPeers>();
         block->barrier.arrive_and_drop();  // who has left is not waited for
