@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["agree", "caught", "failed_before"]
+__all__ = ["Gather", "agree", "caught", "failed_before", "first_line"]
 
 _Result = TypeVar("_Result")
-_Gather = Callable[[list[int]], list[list[int]]]  # every rank's numbers, of one's own
+Gather = Callable[[list[int]], list[list[int]]]  # every rank's numbers, of one's own
 
 
 def caught(
@@ -22,7 +22,7 @@ def caught(
 
 
 def agree(
-    gather: _Gather,
+    gather: Gather,
     refusal: Exception | None,
     numbers: Mapping[str, int],
     meanings: Mapping[str, Sequence[Any]],
@@ -56,3 +56,7 @@ def failed_before(why: str) -> RuntimeError:
         f"an exchange of this RankMerge failed before ({why}), so that the ranks no longer agree "
         "which call is theirs: make a new group, and a new one of it"
     )
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ._agreement import failed_before
+from ._agreement import failed_before, first_line
 from ._states_operators import lse_dtype_of
 from .states import Base, merge_states
 
-__all__ = ["Collective", "Packed"]
+__all__ = ["Collective"]
 
 _ALIGNMENT = 16  # bytes: a kernel's pack
 # PyTorch 2.13 gave it another name, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Packed(NamedTuple):
+class _Packed(NamedTuple):
     """The states of so many ranks in one memory, [ranks, bytes]."""
 
     memory: torch.Tensor
@@ -37,7 +37,7 @@ class Packed(NamedTuple):
 
 def _packed(
     ranks: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> Packed:
+) -> _Packed:
     """New memory for states whose outputs have this shape."""
     num_tokens, heads, head_size = shape
     lse_dtype = lse_dtype_of(dtype)
@@ -45,7 +45,7 @@ def _packed(
     size = _aligned(begin + num_tokens * heads * lse_dtype.itemsize) or _ALIGNMENT
     memory = torch.empty(ranks, size, dtype=torch.uint8, device=device)
     outputs, lses = memory.view(dtype), memory.view(lse_dtype)
-    return Packed(
+    return _Packed(
         memory,
         outputs.as_strided((ranks, *shape), (outputs.stride(0), heads * head_size, head_size, 1)),
         lses.as_strided(
@@ -77,38 +77,22 @@ class Collective:
             rows: list[list[int]] = gathered.view(self.ranks, -1).tolist()
         return rows
 
-    def room_for(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Packed:
-        """Memory for what the ranks send, of outputs of this shape."""
-        return _packed(self.ranks, shape, dtype, self.device)
-
-    def check_results(
-        self,
-        come: Packed,
-        lse_base: Base,
-        out: torch.Tensor | None,
-        out_lse: torch.Tensor | None,
-    ) -> None:
-        """Raise what the last step would raise, whose operands these will be."""
-        parts: tuple[Any, ...] = ([come.outputs], [come.lses], [], [], 0, None, lse_base)
-        status, said, *_ = torch.ops.merge_attn_states.inspect_merge_states(out, out_lse, *parts)
-        if status:
-            raise ValueError(said)
-
     def merge(
         self,
         output: torch.Tensor,
         lse: torch.Tensor,
         empty: torch.Tensor | None,
         lse_base: Base,
-        come: Packed,
+        merged_heads: int,
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The merge of all ranks' states, of the heads that `come` has room for."""
-        num_tokens, heads, head_size = come.outputs.shape[1:]
-        shares = output.shape[1] // heads
+        """The merge of all ranks' states, of this rank's share of the heads or of all."""
+        num_tokens, num_heads, head_size = output.shape
+        shape, shares = (num_tokens, merged_heads, head_size), num_heads // merged_heads
+        come = _packed(self.ranks, shape, output.dtype, self.device)
         with self._together():
-            sent = _packed(shares, (num_tokens, heads, head_size), output.dtype, self.device)
+            sent = _packed(shares, shape, output.dtype, self.device)
             merge_states(
                 [_by_rank(output, shares)],
                 [_by_rank(lse, shares)],
@@ -133,7 +117,7 @@ class Collective:
         try:
             yield
         except BaseException as error:
-            self._failure = _first_line(error)
+            self._failure = first_line(error)
             raise
 
     def _exchange(
@@ -148,12 +132,8 @@ class Collective:
             work.wait() if self.timeout is None else work.wait(self.timeout)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the exchange with the group's other ranks failed: {_first_line(error)}"
+                f"the exchange with the group's other ranks failed: {first_line(error)}"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _by_rank(tensor: torch.Tensor, ranks: int) -> torch.Tensor:

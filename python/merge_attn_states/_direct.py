@@ -14,14 +14,13 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from . import _operator
-from ._agreement import failed_before
+from ._agreement import Gather, failed_before, first_line
 from ._rank_state import Empty
 from .states import Base
 
@@ -31,14 +30,13 @@ _MOST_RANKS = 16
 _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
-_Gather = Callable[[list[int]], list[list[int]]]
 _log = logging.getLogger(__name__)
 _merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
 _operator.register(_merge_ranks, "a merge across ranks has no gradient")
 
 
 def make_direct(
-    gather: _Gather,
+    gather: Gather,
     group: dist.ProcessGroup,
     device: torch.device,
     dtype: torch.dtype,
@@ -66,8 +64,9 @@ def make_direct(
         try:
             made = Direct(gather, group, device, dtype, shape, scatters, timeout or _LIMIT)
         except RuntimeError as error:  # no access from one GPU to another
-            why_not = str(error).strip().partition("\n")[0]
-        if all(there for (there,) in gather([int(made is not None)])):
+            why_not = first_line(error)
+        if all(there for (there,) in gather([int(made is not None)])) and made is not None:
+            made.warm_up()
             return made
     _log.warning("states travel by collectives: %s", why_not or "another rank cannot be direct")
     return None
@@ -100,7 +99,7 @@ class Direct:
 
     def __init__(
         self,
-        gather: _Gather,
+        gather: Gather,
         group: dist.ProcessGroup,
         device: torch.device,
         dtype: torch.dtype,
@@ -168,16 +167,15 @@ class Direct:
         self._handles.append(handle)
         return memory, pointers
 
-    def warm_up(self, num_tokens: int) -> None:
-        """Load a kernel, which a captured call could not, and wait for it; made by all ranks.
-
-        A first call may be on another stream.
-        """
-        _, heads, head_size = self._shape
+    def warm_up(self) -> None:
+        """Load the kernels of lines and of bulk; made by all ranks."""
+        max_tokens, heads, head_size = self._shape
         output = torch.zeros(1, heads, head_size, dtype=self._dtype, device=self._device)
-        self._warm_up(output.expand(num_tokens, -1, -1))
+        for num_tokens in {1, min(max_tokens, self.tokens_in_bulk)}:
+            self._load_kernel(output.expand(num_tokens, -1, -1))
 
-    def _warm_up(self, output: torch.Tensor) -> None:
+    def _load_kernel(self, output: torch.Tensor) -> None:
+        """A captured call could not; and wait for it, since a first call may be on any stream."""
         lse = torch.zeros(output.shape[:2], device=self._device)
         self.merge(output, lse, None, "e", False, None, None)
         torch.cuda.synchronize(self._device)
@@ -192,7 +190,7 @@ class Direct:
             memory, pointers = self._shared(math.prod(self._shape) * self._dtype.itemsize)
             self._peers[-len(pointers) :] = torch.tensor(pointers)
             self._buffer = memory.view(self._dtype).view(self._shape)
-            self._warm_up(self._buffer[:1])
+            self._load_kernel(self._buffer[:1])
         return self._buffer
 
     def merge(

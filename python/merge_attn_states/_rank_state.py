@@ -73,6 +73,20 @@ class RankState:
                 raise ValueError(f"{name}: expected a tensor without the negative bit")
         if empty is not None:
             self._check_empty(empty, num_tokens)
+        if out is not None or out_lse is not None:
+            self._check_memory(num_tokens, out, out_lse)
+
+    def _check_memory(
+        self, num_tokens: int, out: torch.Tensor | None, out_lse: torch.Tensor | None
+    ) -> None:
+        """Raise what a merge would say of its results, whose parts have memory of their own."""
+        shape = (num_tokens, self.merged_heads, self.head_size)
+        part = torch.empty(1, dtype=self.dtype, device=self.device).expand(shape)
+        lse = torch.empty(1, dtype=lse_dtype_of(self.dtype), device=self.device).expand(shape[:2])
+        parts: tuple[Any, ...] = ([part], [lse], [], [], None, None, "e")
+        status, said, *_ = torch.ops.merge_attn_states.inspect_merge_states(out, out_lse, *parts)
+        if status:
+            raise ValueError(said)
 
     def mask(self, empty: Empty | None, num_tokens: int) -> torch.Tensor | None:
         """Of rows that are empty, [num_tokens, num_heads]."""
@@ -89,16 +103,14 @@ class RankState:
         self, name: str, tensor: Any, dtype: torch.dtype, shape: tuple[int | str, ...]
     ) -> None:
         """Where a name stands for the first size, any will do; an LSE may have a trailing 1."""
-        if type(tensor) is torch.Tensor:  # each call's case first: this is host time
-            same = tensor.shape[1:] == shape[1:] if type(shape[0]) is str else tensor.shape == shape
-            if (
-                same
-                and tensor.ndim == len(shape)
-                and tensor.dtype is dtype
-                and tensor.device == self.device
-                and tensor.layout is torch.strided
-            ):
-                return
+        if (  # each call's case first: this is host time
+            type(tensor) is torch.Tensor
+            and _has_shape(tensor.shape, shape)
+            and tensor.dtype is dtype
+            and tensor.device == self.device
+            and tensor.layout is torch.strided
+        ):
+            return
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if are_sharded([tensor]):
@@ -110,12 +122,10 @@ class RankState:
                 f"{name}: expected a dense tensor on {self.device}, got a {tensor.layout} one on "
                 f"{tensor.device}"
             )
-        sizes = [*tensor.shape]
-        if "lse" in name and sizes[2:] == [1]:
+        sizes = tensor.shape
+        if "lse" in name and sizes[2:] == (1,):
             sizes = sizes[:2]
-        first = sizes[:1] if isinstance(shape[0], str) else list(shape[:1])
-        fits = sizes == [*first, *shape[1:]]
-        if not fits:
+        if not _has_shape(sizes, shape):
             said = ", ".join(map(str, shape))
             raise ValueError(f"{name}: expected shape [{said}], got {list(tensor.shape)}")
 
@@ -134,6 +144,12 @@ class RankState:
             )
         self._check("empty[0]", lengths, starts.dtype, ("requests",))
         self._check("empty[1]", starts, starts.dtype, (lengths.shape[0] + 1,))
+
+
+def _has_shape(sizes: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    if len(sizes) != len(shape) or sizes[1:] != shape[1:]:
+        return False
+    return type(shape[0]) is str or sizes[0] == shape[0]
 
 
 def check_timeout(timeout: Any) -> None:

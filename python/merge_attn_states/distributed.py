@@ -1,7 +1,7 @@
 """A merge across ranks: each has a state of the same queries for its shard of the keys.
 
 This file knows the contract: what a call takes, what ranks must agree about, and which rows are
-empty. How states travel is a transport's (_collective.py).
+empty. How states travel is a transport's (_collective.py, _direct.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ._agreement import agree, caught
-from ._collective import Collective, Packed
+from ._collective import Collective
 from ._direct import make_direct
 from ._rank_state import DTYPES, Empty, RankState, check_timeout
 from ._states_operators import lse_dtype_of
@@ -131,17 +131,14 @@ class RankMerge:
         shape = (max_tokens, num_heads, head_size)
         self._direct = make_direct(gather, group, self.device, dtype, shape, bool(scatter), timeout)
         self._buffer: torch.Tensor | None = None
-        self._warm_up()
+        if self._direct is None:
+            self._warm_up()
 
     def _warm_up(self) -> None:
         """Make connections and load kernels, which a captured call could not."""
-        if self._direct is not None:
-            for num_tokens in {1, min(self.max_tokens, self._direct.tokens_in_bulk)}:
-                self._direct.warm_up(num_tokens)
-            return
         zeros = torch.zeros(1, self.num_heads, self.head_size, device=self.device)
         output, lse = zeros.to(self.dtype), zeros[..., 0].to(lse_dtype_of(self.dtype))
-        self._transport.merge(output, lse, None, "e", self._room_for(1), None, None)
+        self._transport.merge(output, lse, None, "e", self.merged_heads, None, None)
 
     def _numbers(self) -> dict[str, int]:
         """The arguments, of which all are right, as ranks compare them."""
@@ -266,11 +263,6 @@ class RankMerge:
         given = output, lse, empty, lse_base, nan_lse, out, out_lse
         return self._outside_of_graphs(*given) if _is_dynamo_compiling() else self._call(*given)
 
-    # Dynamo would trace half of it, up to the exchange.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _outside_of_graphs(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._call(*given)
-
     def _call(
         self,
         output: torch.Tensor,
@@ -281,14 +273,12 @@ class RankMerge:
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        operands = output, lse, empty, lse_base, nan_lse, out, out_lse
+        tensors = output, lse, empty, out, out_lse
         if self.check:
-            come, refusal = caught(self._prepared, *operands)
+            _, refusal = caught(self._check_arguments, lse_base, nan_lse, tensors)
             self._agree(0 if refusal else output.shape[0], refusal, lse_base)
-            if refusal:
-                raise refusal
         else:
-            come = self._prepared(*operands)
+            self._check_arguments(lse_base, nan_lse, tensors)
         num_tokens = output.shape[0]
         if num_tokens == 0:
             no_output = output.new_empty(0, self.merged_heads, self.head_size)
@@ -297,40 +287,23 @@ class RankMerge:
         if self._direct is not None:
             given = lse_base, nan_lse == "empty"
             return self._direct.merge(output, lse, empty, *given, out, out_lse)
-        assert come is not None  # unless states travel directly
         if nan_lse == "empty":
             lse = lse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         mask = self._rank_state.mask(empty, num_tokens)
         lse = lse.view(lse.shape[:2]) if lse.ndim == 3 else lse
-        return self._transport.merge(output, lse, mask, lse_base, come, out, out_lse)
+        merged_heads = self.merged_heads
+        return self._transport.merge(output, lse, mask, lse_base, merged_heads, out, out_lse)
 
-    def _room_for(self, num_tokens: int) -> Packed:
-        shape = (num_tokens, self.merged_heads, self.head_size)
-        return self._transport.room_for(shape, self.dtype)
+    # Dynamo would trace half of it, up to the exchange.
+    _outside_of_graphs = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
-    def _prepared(
-        self,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        empty: Empty | None,
-        lse_base: Base,
-        nan_lse: str,
-        out: torch.Tensor | None,
-        out_lse: torch.Tensor | None,
-    ) -> Packed | None:
-        """Room for what will come, if all of the call is right; a direct merge needs none."""
-        self._rank_state.check(output, lse, empty, out, out_lse)
+    def _check_arguments(self, lse_base: Base, nan_lse: str, tensors: tuple[Any, ...]) -> None:
+        """Raise what is wrong with a call's arguments."""
+        self._rank_state.check(*tensors)
         if lse_base not in _BASES:
             raise ValueError(f"lse_base: expected 'e' or '2', got {lse_base!r}")
         if nan_lse not in ("visible", "empty"):
             raise ValueError(f"nan_lse: expected 'visible' or 'empty', got {nan_lse!r}")
-        has_results = out is not None or out_lse is not None
-        if self._direct is not None and not has_results:
-            return None
-        come = self._room_for(output.shape[0])
-        if has_results:
-            self._transport.check_results(come, lse_base, out, out_lse)
-        return come
 
     def _agree(self, num_tokens: int, refusal: Exception | None, lse_base: Base) -> None:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -196,6 +196,15 @@ def test_an_engine_without_the_plugin_says_so(vllm, monkeypatch):
     assert not found["plugin"]["active"]
 
 
+def replace_processes(monkeypatch, run):
+    """The engine's command runs here, without a GPU, a network or a model."""
+    for name, value in {
+        "unfit": lambda ranks: "", "fetch": lambda: None, "install": lambda target: None,
+        "save_model": lambda name, folder: folder.mkdir(), "run": run, "DEVICE": CPU,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(engine, name, value)
+
+
 @pytest.fixture
 def started(seen, monkeypatch):
     """The command, with what each process would report in place of the processes."""
@@ -208,11 +217,7 @@ def started(seen, monkeypatch):
             return {"plugin": plugin, "first": seen["answers"]["vllm"]}
         return seen | {"log": "INFO replaced", "title": name, "differences": {}}
 
-    for name, value in {
-        "unfit": lambda ranks: "", "fetch": lambda: None, "install": lambda target: None,
-        "save_model": lambda name, folder: folder.mkdir(), "run": run, "DEVICE": CPU,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(engine, name, value)
+    replace_processes(monkeypatch, run)
     return starts
 
 

@@ -13,6 +13,7 @@ from support import BF16, INF, NAN
 from benchmarks.results import Results
 from in_vllm import across_ranks, engine, observed, report, rounds, workers
 from in_vllm.scenarios import LAYERS, SCENARIOS
+from in_vllm.test_rigs import replace_processes
 from merge_attn_states import merge_states
 
 CPU = torch.device("cpu")
@@ -251,11 +252,7 @@ def started(seen, monkeypatch):
         starts.append((name, model.name, log.name, MERGE_ATTN_STATES_VLLM_DCP))
         return seen(name, MERGE_ATTN_STATES_VLLM_DCP)
 
-    for name, value in {
-        "unfit": lambda ranks: "", "fetch": lambda: None, "install": lambda target: None,
-        "save_model": lambda name, folder: folder.mkdir(), "run": run, "DEVICE": CPU,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(engine, name, value)
+    replace_processes(monkeypatch, run)
     return starts
 
 
