@@ -44,7 +44,10 @@ OP_LIBRARY = "libmerge_attn_states.so"
 SERIAL = "csrc/cpu/parallel_serial.cpp"  # threads of a build without PyTorch
 MODULE_ONLY = [
     f"csrc/torch/{name}.cpp"
-    for name in ("eager", "eager_path", "eager_states", "python_tensor", "thread_state")
+    for name in (
+        *("eager", "eager_path", "eager_ranks", "eager_states"),
+        *("python_tensor", "thread_state"),
+    )
 ]
 MODULE_SOURCES = [*MODULE_ONLY, "csrc/torch/stable_tensor.cpp"]  # the last one is in both
 OLDEST_TORCH = (2, 11)

@@ -9,6 +9,7 @@
 
 #include "core/struct_size.h"
 #include "devices.h"
+#include "ranks_entry.h"
 
 namespace merge_attn_states {
 namespace {
@@ -66,6 +67,51 @@ Selection choose(const Call& call) {
 template <class Call>
 void run(const Call& call) {
   return call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run(call) : cuda::run(call);
+}
+
+PerRow per_row(const TensorView* view) {
+  if (view == nullptr) return {};
+  const auto stride = [&](int dim) { return view->sizes[dim] == 1 ? 0 : view->strides[dim]; };
+  return {.data = view->data, .strides = {stride(0), stride(1), 0, 0}};
+}
+
+RanksCall ranks_call(const RanksArguments& args) {
+  const int64_t* const of = args.peers;
+  RanksCall call{.num_tokens = args.output->sizes[0],
+                 .merged_heads = args.out->sizes[1],
+                 .head_size = args.output->sizes[2],
+                 .dtype = static_cast<DType>(args.output->dtype),
+                 .output = per_row(args.output),
+                 .lse = per_row(args.lse),
+                 .empty = per_row(args.empty),
+                 .lengths = args.lengths != nullptr ? args.lengths->data : nullptr,
+                 .starts = args.starts != nullptr ? args.starts->data : nullptr,
+                 .num_requests = args.lengths != nullptr ? args.lengths->sizes[0] : 0,
+                 .has_64_bit_requests =
+                     args.starts != nullptr && args.starts->dtype == MERGE_ATTN_STATES_INT64,
+                 .nan_is_empty = args.nan_is_empty,
+                 .out = per_row(args.out),
+                 .out_lse = per_row(args.out_lse),
+                 .base = args.base_is_two ? Base::kTwo : Base::kE,
+                 .rank = static_cast<int>(of[0]),
+                 .ranks = static_cast<int>(of[1]),
+                 .scatters = of[2] != 0,
+                 .max_rows = of[3],
+                 .limit_ns = of[4],
+                 .multiprocessors = of[5],
+                 .memory = {},
+                 .is_in_buffer = args.is_in_buffer,
+                 .buffers = {},
+                 .numbers = reinterpret_cast<uint32_t*>(of[6]),
+                 .report = reinterpret_cast<int64_t*>(of[7]),
+                 .device_index = args.output->device_index,
+                 .dependent_launch = false,
+                 .stream = args.stream};
+  for (int rank = 0; rank < call.ranks; ++rank) {
+    call.memory[rank] = reinterpret_cast<char*>(of[8 + rank]);
+    call.buffers[rank] = reinterpret_cast<char*>(of[8 + call.ranks + rank]);
+  }
+  return call;
 }
 
 // A caller's struct ends where its header ended, behind the variant or later; what it holds beyond
@@ -159,6 +205,14 @@ merge_attn_states_status merge_attn_states_backward(const merge_attn_states_back
     if (!asks_for_values && asked.lses == nullptr && asked.sink == nullptr) return;
     if (call.nothing_to_do()) return;
     call.device_type == MERGE_ATTN_STATES_CPU ? cpu::run_backward(call) : cuda::run_backward(call);
+  });
+}
+
+merge_attn_states_status merge_attn_states_merge_ranks(
+    const merge_attn_states::RanksArguments* args, char* message, size_t message_size) noexcept {
+  using namespace merge_attn_states;
+  return guarded(message, message_size, [&] {
+    if (args->output->sizes[0] > 0) cuda::run(ranks_call(*args));
   });
 }
 

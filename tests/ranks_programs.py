@@ -13,7 +13,7 @@ from ranks_support import leave
 from states_support import States, compare
 from support import BF16, E4M3, E5M2, F16, F32, F64, INF, NAN, assert_bits, bits, blank, place
 
-from merge_attn_states import merge_states
+from merge_attn_states import _direct, merge_states
 from merge_attn_states.distributed import RankMerge
 
 HEADS, SHORT = 6, datetime.timedelta(seconds=3)
@@ -166,6 +166,22 @@ def compiled(rank, ranks, device):
         assert_bits(got, wanted)
 
 
+def check_fast_path(merge):
+    """A call with plain tensors takes it, if there is one here."""
+    taken, path = [], _direct._fast_merge
+    if path is None:
+        return
+
+    def watched(*args):
+        taken.append(path(*args))
+        return taken[-1]
+
+    _direct._fast_merge = watched
+    call_and_compare(merge, 2, ("e", "visible", "requests", False, False))
+    _direct._fast_merge = path
+    assert taken == [True]
+
+
 def directly(rank, ranks, device):
     """As lines and in bulk; in a graph that is replayed with other calls in between."""
     longest = RankMerge(max_tokens=3, num_heads=HEADS, head_size=2048, dtype=F32, device=device)
@@ -183,6 +199,7 @@ def directly(rank, ranks, device):
         torch.manual_seed(seed)
         kind = random.choice(["none", "mask", "requests"])
         call_and_compare(merge, num_tokens, ("e2"[seed % 2], "empty", kind, seed % 3 == 0, False))
+    check_fast_path(merge)
     captured = []
     merge.output_buffer(1)  # before a capture
     for num_tokens, reads in ((3, False), (border + 1, False), (3, True), (300, True)):

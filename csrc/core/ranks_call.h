@@ -17,9 +17,9 @@ inline constexpr int kMaxPeers = 16;
 struct PeerSizes {
   int64_t line_threads;     // of a block that sends lines: 16 bytes of a row each
   int64_t most_line_bytes;  // of the rows that a peer gets as lines; more go in bulk
-  int64_t chunk_threads;    // of a block in bulk, and its packs of 16 bytes, each of a thread
+  int64_t chunk_threads;    // of a block in bulk, each with so many packs of 16 bytes at most
   int64_t chunk_packs;
-  int64_t blocks;  // in bulk at most: resident at once, beside those of other objects
+  int64_t blocks;  // in bulk at most
 };
 
 // The memory that every rank's peers write to, at the same offsets in each. Bytes; multiples of 16.
@@ -27,17 +27,25 @@ struct PeerSizes {
 struct PeerLayout {
   static constexpr int64_t kLine = 16;
 
+  PeerSizes sizes;
   int64_t ranks, max_rows, row_bytes;
-  int64_t line_rows;                 // that may go as lines
-  int64_t rows_a_block, chunk_rows;  // of lines; in bulk
+  int64_t line_rows;  // that may go as lines
 
   PeerLayout(const PeerSizes& sizes, int64_t ranks, int64_t max_rows, int64_t row_bytes)
-      : ranks(ranks), max_rows(max_rows), row_bytes(row_bytes) {
-    const int64_t packs = row_bytes / 16;
-    rows_a_block = std::max<int64_t>(1, sizes.line_threads / packs);
-    chunk_rows = std::max<int64_t>(1, sizes.chunk_threads * sizes.chunk_packs / packs);
+      : sizes(sizes), ranks(ranks), max_rows(max_rows), row_bytes(row_bytes) {
     line_rows = std::min(max_rows, sizes.most_line_bytes / row_bytes);
-    if (packs > sizes.chunk_threads) line_rows = 0;
+    if (row_packs() > sizes.chunk_threads) line_rows = 0;
+  }
+
+  int64_t row_packs() const { return row_bytes / 16; }
+  // Rows of a block of lines, and of a chunk of a call in bulk: few packs a thread, as long as
+  // there are blocks for them.
+  int64_t line_block_rows() const { return std::max<int64_t>(1, sizes.line_threads / row_packs()); }
+  int64_t chunk_rows(int64_t num_rows) const {
+    const int64_t once = sizes.chunk_threads * sizes.blocks;
+    const int64_t packs = (num_rows * row_packs() + once - 1) / once;
+    const int64_t threads = sizes.chunk_threads * std::min(packs, sizes.chunk_packs);
+    return std::max<int64_t>(1, threads / row_packs());
   }
 
   // Places of what others send.
@@ -48,18 +56,21 @@ struct PeerLayout {
   // Of rows: two lines for 16 bytes, and one for the LSE.
   int64_t lines_a_row() const { return 2 * (row_bytes / 16) + 1; }
   int64_t lines() const { return headers() + 2 * ranks * kLine; }
-  int64_t line_blocks() const { return (line_rows + rows_a_block - 1) / rows_a_block; }
-  int64_t chunks() const { return (max_rows + chunk_rows - 1) / chunk_rows; }
-  // Of calls, whether a failure is reported, and then of the calls of each block of lines, of each
-  // chunk, and of each that is read.
-  int64_t numbers() const { return 2 + line_blocks() + 2 * chunks(); }
+  // Of any call.
+  int64_t most_chunks() const { return pieces(max_rows, chunk_rows(1)); }
+  // Whether a failure is reported, and then of calls, for each block.
+  int64_t numbers() const {
+    return 1 + std::max(pieces(line_rows, line_block_rows()), sizes.blocks);
+  }
   int64_t rows() const { return lines() + slots() * line_rows * lines_a_row() * kLine; }
   int64_t lses() const { return rows() + slots() * max_rows * row_bytes; }
   int64_t flags() const { return lses() + aligned(slots() * max_rows * 4); }
   // What is read where it lies: a line a row with its LSE, and who has read a chunk.
-  int64_t lse_lines() const { return flags() + aligned(chunks() * ranks * 4); }
+  int64_t lse_lines() const { return flags() + aligned(most_chunks() * ranks * 4); }
   int64_t acks() const { return lse_lines() + slots() * max_rows * kLine; }
-  int64_t bytes() const { return acks() + aligned(chunks() * ranks * 4); }
+  int64_t bytes() const { return acks() + aligned(most_chunks() * ranks * 4); }
+
+  static int64_t pieces(int64_t rows, int64_t of) { return (rows + of - 1) / of; }
 
  private:
   static int64_t aligned(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
@@ -82,6 +93,7 @@ struct RanksCall {
   bool scatters;  // a rank gets its share of the heads, else all
   int64_t max_rows;
   int64_t limit_ns;          // how long others are waited for
+  int64_t multiprocessors;   // of this rank's GPU
   char* memory[kMaxPeers];   // of each rank: a PeerLayout
   bool is_in_buffer;         // `output` is this rank's buffer, on all ranks
   char* buffers[kMaxPeers];  // of each rank, contiguous, which the others read

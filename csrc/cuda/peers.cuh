@@ -7,10 +7,9 @@
 // and whoever polls it has the data as soon as the number is right: no fence, no flag, no barrier.
 // Large ones go in bulk, with a flag a chunk of rows behind a fence. Rows that attention wrote into
 // the shared memory itself are read where they lie: their LSEs go as lines, and a rank's call ends
-// when all others have read its rows, so that these may be written anew. A block of lines, or a
-// chunk, has a number of its own, which rises with each call that has it, and two places in turn: a
-// rank writes call n only when it has what all others sent in call n - 1, and then these have read
-// what it sent in call n - 2.
+// when all others have read its rows, so that these may be written anew. What is sent in call n
+// lies in half n % 2 of its place: a rank is in call n only when it has what all others sent in
+// call n - 1, and then these have read what it sent in call n - 2.
 //
 // A rank that waits too long, or hears of another call than its own, poisons all ranks: every
 // kernel looks for that first, also one in a graph, and leaves.
@@ -24,19 +23,30 @@ namespace merge_attn_states::cuda {
 
 inline constexpr int kMostPacks = 4;  // of a thread in bulk
 
+// Of the calls before, each block has a count of its own: another block may have ended this call
+// already. The blocks of a small grid write those of a larger one too.
+__device__ uint32_t number_of_call(const PeersCall& call) { return call.numbers[blockIdx.x] + 1; }
+__device__ void end_call(const PeersCall& call, uint32_t number) {
+  __syncthreads();  // all threads have read it
+  const uint32_t stride = gridDim.x * blockDim.x;
+  for (uint32_t i = blockIdx.x + threadIdx.x * gridDim.x; i < call.num_numbers; i += stride) {
+    call.numbers[i] = number;
+  }
+}
+
 // What a block does with its rows.
 template <class T, int kRoom>
 __device__ void merge_by_lines(const PeersCall& call) {
   using PackT = typename Rows<T>::PackT;
-  const uint32_t number = call.numbers[blockIdx.x] + 1, call_number = *call.calls + 1;
+  const uint32_t number = number_of_call(call);
   if (has_ended(call)) return;
-  if (talks(call)) send_header(call, call_number, threadIdx.x);
+  if (talks(call)) send_header(call, number, threadIdx.x);
 
   const uint32_t of_block = call.packs.quotient(threadIdx.x);
   const uint32_t column = threadIdx.x - of_block * call.row_packs;
   const uint32_t at = blockIdx.x * call.rows_a_block + of_block;
   if (of_block < call.rows_a_block && at < call.num_rows) {
-    const MergedRow row(call, at);
+    const MergedPack pack{MergedRow(call, at), column};
     const auto line_of = [&](uint32_t owner, uint32_t source) {
       const int64_t place = slot<kRoom>(call, number, owner, source) * call.line_rows + at;
       return call.memory[owner] + call.lines + place * call.lines_a_row * 16;
@@ -45,21 +55,21 @@ __device__ void merge_by_lines(const PeersCall& call) {
     for (uint32_t k = 1; k < ranks_of<kRoom>(call); ++k) {
       const uint32_t peer = peer_after<kRoom>(call, k);
       const uint32_t head = first_head(call, peer);
-      const uint4 word = Rows<T>::load(call, row, head, column).word;
+      const uint4 word = Rows<T>::load(call, pack.row, head, column).word;
       char* const to = line_of(peer, call.rank);
       store_line(to + 32 * column, word.x, word.y, number);
       store_line(to + 32 * column + 16, word.z, word.w, number);
       if (column == 0) {
-        const uint32_t lse = __float_as_uint(lse_of(call, row, head));
+        const uint32_t lse = __float_as_uint(lse_of(call, pack.row, head));
         store_line(to + 32 * call.row_packs, lse, 0, number);
       }
     }
-    Rows<T>::template merge<kRoom>(call, row, column, [&](uint32_t k, float* lse, PackT* pack) {
+    const auto receive = [&](uint32_t k, float* lse, PackT* theirs) {
       const char* const from = line_of(call.rank, k);
       return wait_for(call, k, [&] {
         bool is_there = true;
-        if (pack != nullptr) {
-          uint4& word = pack->word;
+        if (theirs != nullptr) {
+          uint4& word = theirs->word;
           is_there = load_line(from + 32 * column, number, word.x, word.y);
           is_there &= load_line(from + 32 * column + 16, number, word.z, word.w);
         }
@@ -70,14 +80,11 @@ __device__ void merge_by_lines(const PeersCall& call) {
         }
         return is_there;
       });
-    });
+    };
+    PackMerge<T, kRoom>::merge(call, pack, receive);
   }
-  if (talks(call)) compare_header(call, call_number, threadIdx.x);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    call.numbers[blockIdx.x] = number;
-    if (blockIdx.x == 0) *call.calls = call_number;
-  }
+  if (talks(call)) compare_header(call, number, threadIdx.x);
+  end_call(call, number);
 }
 
 // A chunk of rows on its way: its threads' packs. kReads: they are read where they lie.
@@ -114,6 +121,13 @@ struct Chunk {
     return reinterpret_cast<const uint4*>(call.buffers[owner]) + place * call.row_packs;
   }
 
+  // Of the chunk's packs.
+  __device__ MergedPack place_of(uint32_t pack) const {
+    const uint32_t row = call.packs.quotient(pack);
+    return {MergedRow(call, first_row() + row), pack - row * call.row_packs};
+  }
+
+  // Sends what others merge; behind announce() they know that it is there.
   __device__ void push() const {
     const uint32_t num_rows = call.packs.quotient(packs());
 #pragma unroll 1
@@ -130,10 +144,10 @@ struct Chunk {
         }
       }
     }
-    if constexpr (kReads) return;
-    __syncthreads();
-    if (is_peer(call)) {
-      __threadfence_system();
+  }
+  // Behind a barrier: a release orders what other threads stored before it, too.
+  __device__ void announce() const {
+    if (!kReads && is_peer(call)) {
       store_release(word(call.flags, threadIdx.x, call.rank), number);
     }
   }
@@ -144,9 +158,8 @@ struct Chunk {
     for (int i = 0; i < kMostPacks; ++i) {
       const uint32_t pack = threadIdx.x + i * call.chunk_threads;
       if (pack >= packs()) continue;
-      const uint32_t of_chunk = call.packs.quotient(pack);
-      const MergedRow row(call, first_row() + of_chunk);
-      words[i] = Rows<T>::load(call, row, head, pack - of_chunk * call.row_packs).word;
+      const MergedPack at = place_of(pack);
+      words[i] = Rows<T>::load(call, at.row, head, at.column).word;
     }
 #pragma unroll
     for (int i = 0; i < kMostPacks; ++i) {
@@ -154,49 +167,51 @@ struct Chunk {
       if (pack < packs()) store_global(to + pack, words[i]);
     }
   }
-  // False where this rank has given up, which all threads then know.
+  // Gets what a pack needs of another rank, which is there, but for an LSE of rows that are read.
+  __device__ bool receive(uint32_t k, uint32_t pack, float* lse, PackT* theirs) const {
+    const MergedPack at = place_of(pack);
+    const uint32_t row = call.packs.quotient(pack);
+    if constexpr (kReads) {
+      if (lse != nullptr) {
+        const char* const from = lse_lines(call.rank, k) + 16 * row;
+        uint32_t bits = 0, nothing;
+        if (!wait_for(call, k, [&] { return load_line(from, number, bits, nothing); })) {
+          return false;
+        }
+        *lse = __uint_as_float(bits);
+      }
+      if (theirs != nullptr) theirs->word = load_fresh(in_buffer(k, at.row) + at.column);
+    } else {
+      if (lse != nullptr) *lse = load_fresh(lses(call.rank, k) + row);
+      if (theirs != nullptr) {
+        theirs->word = load_fresh(reinterpret_cast<const uint4*>(rows(call.rank, k)) + pack);
+      }
+    }
+    return true;
+  }
+  // Until what others send is there. False where this rank has given up, which all threads know.
+  __device__ bool wait() const {
+    bool is_there = true;
+    if (!kReads && is_peer(call)) {
+      const uint32_t* const mine = word(call.flags, call.rank, threadIdx.x);
+      is_there = wait_for(call, threadIdx.x, [&] { return has_come(mine, number); });
+    }
+    return __syncthreads_and(is_there);
+  }
+  // Likewise.
   __device__ bool merge() const {
     bool is_complete = true;
-    if constexpr (!kReads) {
-      if (is_peer(call)) {
-        const uint32_t* const mine = word(call.flags, call.rank, threadIdx.x);
-        is_complete = wait_for(call, threadIdx.x, [&] { return has_come(mine, number); });
-      }
-      if (!__syncthreads_and(is_complete)) return false;
-    }
 #pragma unroll 1
-    for (int i = 0; i < kMostPacks; ++i) {
-      const uint32_t at_pack = threadIdx.x + i * call.chunk_threads;
-      if (at_pack >= packs() || !is_complete) break;
-      const uint32_t of_chunk = call.packs.quotient(at_pack);
-      const uint32_t column = at_pack - of_chunk * call.row_packs;
-      const MergedRow row(call, first_row() + of_chunk);
-      const auto receive = [&](uint32_t k, float* lse, PackT* pack) {
-        if constexpr (kReads) {
-          if (lse != nullptr) {
-            const char* const from = lse_lines(call.rank, k) + 16 * of_chunk;
-            uint32_t bits = 0, nothing;
-            if (!wait_for(call, k, [&] { return load_line(from, number, bits, nothing); })) {
-              return false;
-            }
-            *lse = __uint_as_float(bits);
-          }
-          if (pack != nullptr) pack->word = load_fresh(in_buffer(k, row) + column);
-        } else {
-          if (lse != nullptr) *lse = load_fresh(lses(call.rank, k) + of_chunk);
-          if (pack != nullptr) {
-            pack->word = load_fresh(reinterpret_cast<const uint4*>(rows(call.rank, k)) + at_pack);
-          }
-        }
-        return true;
+    for (uint32_t pack = threadIdx.x; pack < packs() && is_complete; pack += call.chunk_threads) {
+      const auto get = [&](uint32_t k, float* lse, PackT* theirs) {
+        return receive(k, pack, lse, theirs);
       };
-      is_complete = Rows<T>::template merge<kRoom>(call, row, column, receive);
+      is_complete = PackMerge<T, kRoom>::merge(call, place_of(pack), get);
     }
     if constexpr (kReads) {
       if (!__syncthreads_and(is_complete)) return false;
       if (is_peer(call)) store_release(word(call.acks, threadIdx.x, call.rank), number);
     }
-    if (threadIdx.x == 0) call.numbers[at] = number;
     return true;
   }
   // Until all others have read this rank's rows of the chunk.
@@ -207,33 +222,32 @@ struct Chunk {
   }
 };
 
-// A block pushes its next chunk while the one before is under way.
+// A block pushes its next chunk, which is under way while it merges the one before.
 template <class T, int kRoom, bool kReads>
 __device__ void merge_in_bulk(const PeersCall& call) {
-  const uint32_t call_number = *call.calls + 1;
-  uint32_t at = blockIdx.x, number = call.numbers[at] + 1;
-  // All threads or none: those that are left would flag a chunk that is not whole.
+  using ChunkT = Chunk<T, kRoom, kReads>;
+  const uint32_t number = number_of_call(call);
+  // All threads or none: those that are left would announce a chunk that is not whole.
   if (!__syncthreads_and(!has_ended(call))) return;
-  if (talks(call)) send_header(call, call_number, threadIdx.x);
-  Chunk<T, kRoom, kReads>{call, at, number}.push();
-  if (talks(call)) compare_header(call, call_number, threadIdx.x);
-  for (;;) {
-    const uint32_t next = at + gridDim.x;
-    const bool has_next = next < call.num_blocks;
-    const uint32_t next_number = has_next ? call.numbers[next] + 1 : 0;
-    if (has_next) Chunk<T, kRoom, kReads>{call, next, next_number}.push();
-    if (!Chunk<T, kRoom, kReads>{call, at, number}.merge()) return;
-    if (!has_next) break;
-    at = next;
-    number = next_number;
+  if (talks(call)) send_header(call, number, threadIdx.x);
+  uint32_t at = blockIdx.x;
+  ChunkT{call, at, number}.push();
+  __syncthreads();
+  ChunkT{call, at, number}.announce();
+  if (talks(call)) compare_header(call, number, threadIdx.x);
+  for (uint32_t next = at + gridDim.x;; at = next, next += gridDim.x) {
+    if (next < call.num_blocks) ChunkT{call, next, number}.push();
+    if (!ChunkT{call, at, number}.wait()) return;
+    if (!ChunkT{call, at, number}.merge()) return;
+    if (next >= call.num_blocks) break;
+    ChunkT{call, next, number}.announce();
   }
   if constexpr (kReads) {
-    __syncthreads();  // the numbers are written
     for (at = blockIdx.x; at < call.num_blocks; at += gridDim.x) {
-      if (!Chunk<T, kRoom, kReads>{call, at, call.numbers[at]}.wait_for_readers()) return;
+      if (!ChunkT{call, at, number}.wait_for_readers()) return;
     }
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *call.calls = call_number;
+  end_call(call, number);
 }
 
 }  // namespace merge_attn_states::cuda

@@ -26,7 +26,8 @@ struct PeersCall {
   int64_t headers, lines, line_rows, rows, lses, flags, lse_lines, acks, max_rows;
   uint32_t buffer_heads;
   char *memory[kMaxPeers], *buffers[kMaxPeers];
-  uint32_t *calls, *is_reported, *numbers;
+  uint32_t *is_reported, *numbers;
+  uint32_t num_numbers;
   int64_t* report;
 };
 
@@ -46,7 +47,7 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
   const int64_t num_rows = call.num_tokens * call.merged_heads;
   const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes);
   const bool by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
-  const int64_t rows_a_block = by_lines ? layout.rows_a_block : layout.chunk_rows;
+  const int64_t rows_a_block = by_lines ? layout.line_block_rows() : layout.chunk_rows(num_rows);
   // Rows that each begin at 16 bytes.
   const auto is_aligned = [&](const PerRow& rows) {
     const auto fits = [&](int64_t stride) { return stride * size % 16 == 0; };
@@ -57,7 +58,7 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
                  .merged_heads = u32(call.merged_heads),
                  .row_packs = u32(row_bytes / 16),
                  .rows_a_block = u32(rows_a_block),
-                 .num_blocks = u32((num_rows + rows_a_block - 1) / rows_a_block),
+                 .num_blocks = u32(PeerLayout::pieces(num_rows, rows_a_block)),
                  .chunk_threads = u32(sizes.chunk_threads),
                  .lines_a_row = u32(layout.lines_a_row()),
                  .heads = FastDivision(u32(call.merged_heads)),
@@ -94,18 +95,18 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
                  .buffer_heads = u32(call.merged_heads * (call.scatters ? call.ranks : 1)),
                  .memory = {},
                  .buffers = {},
-                 .calls = call.numbers,
-                 .is_reported = call.numbers + 1,
-                 .numbers = call.numbers + 2 + (by_lines ? 0 : layout.line_blocks()) +
-                            (call.is_in_buffer ? layout.chunks() : 0),
+                 .is_reported = call.numbers,
+                 .numbers = call.numbers + 1,
+                 .num_numbers = u32(layout.numbers() - 1),
                  .report = call.report};
   std::copy_n(call.memory, call.ranks, made.memory);
   std::copy_n(call.buffers, call.ranks, made.buffers);
   if (by_lines) {
     return {made, Way::kLines, made.num_blocks, std::max(sizes.line_threads, row_bytes / 16)};
   }
-  return {made, call.is_in_buffer ? Way::kReading : Way::kBulk,
-          std::min<int64_t>(made.num_blocks, sizes.blocks), sizes.chunk_threads};
+  // All of them wait, so all must be on the GPU at once, and those of another stream's object too.
+  const int64_t blocks = std::min({int64_t{made.num_blocks}, sizes.blocks, call.multiprocessors});
+  return {made, call.is_in_buffer ? Way::kReading : Way::kBulk, blocks, sizes.chunk_threads};
 }
 
 }  // namespace merge_attn_states::cuda

@@ -113,37 +113,57 @@ struct Rows {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) to[i] = elements[i];
   }
-  // Merges a pack of a row, of all ranks in their order. receive(k, lse, pack) gets what is not
-  // null of another rank's, and is false where this rank has given up. Few ranks' packs are under
-  // way before the first is used; of more, the others come one by one once all are weighed.
-  template <int kRoom, class Receive>
-  static __device__ bool merge(const PeersCall& call, const MergedRow& row, uint32_t column,
-                               Receive receive) {
-    constexpr int kHeld = kRoom < kHeldRanks ? kRoom : kHeldRanks;
-    const PackT own = load(call, row, first_head(call, call.rank), column);
-    const float own_lse = lse_of(call, row, first_head(call, call.rank));
-    const auto get = [&](uint32_t k, float* lse, PackT* pack) {
-      if (k != call.rank) return receive(k, lse, pack);
-      if (lse != nullptr) *lse = own_lse;
-      if (pack != nullptr) *pack = own;
-      return true;
-    };
-    float weights[kRoom];
-    PackT held[kHeld]{};
-    bool is_complete = true;
-    for_each_part<kHeld>([&](auto k) {
-      weights[k] = -INFINITY;
-      if (k < ranks_of<kRoom>(call) && is_complete) is_complete = get(k, &weights[k], &held[k]);
-    });
-    if constexpr (kRoom > kHeld) {
-#pragma unroll 1
-      for (uint32_t k = kHeld; k < call.ranks && is_complete; ++k) {
-        is_complete = get(k, &weights[k], nullptr);
-      }
-    }
-    if (!is_complete) return false;
-    const auto weighed = weigh<kRoom>(call, weights);
+};
 
+// A pack of a row, 16 bytes.
+struct MergedPack {
+  MergedRow row;
+  uint32_t column;
+};
+
+// The merge of a pack, of all ranks in their order. receive(k, lse, pack) gets what is not null of
+// another rank's, and is false where this rank has given up. Few ranks' packs are under way before
+// the first is used; of more, the others come one by one once all are weighed.
+template <class T, int kRoom>
+class PackMerge {
+  static constexpr bool kIsPair = kRoom == 2;
+  static constexpr int kHeld = kIsPair ? 2 : kHeldRanks;
+  static constexpr int kElements = Rows<T>::kElements;
+  using PackT = typename Rows<T>::PackT;
+
+ public:
+  // False where this rank has given up.
+  template <class Receive>
+  static __device__ bool merge(const PeersCall& call, const MergedPack& at, Receive receive) {
+    PackMerge states;
+    states.take_own(call, at);
+    return states.take_others(call, receive) && states.store(call, at, receive);
+  }
+
+ private:
+  __device__ void take_own(const PeersCall& call, const MergedPack& at) {
+    own_ = Rows<T>::load(call, at.row, first_head(call, call.rank), at.column);
+    own_lse_ = lse_of(call, at.row, first_head(call, call.rank));
+  }
+  template <class Receive>
+  __device__ bool take_others(const PeersCall& call, Receive receive) {
+    if constexpr (kIsPair) return receive(1 - call.rank, &lses_[0], &packs_[0]);
+    bool is_complete = true;
+    for_each_part<kHeld>([&](auto of) {
+      constexpr uint32_t k = of;
+      if (k >= call.ranks || k == call.rank || !is_complete) return;
+      is_complete = receive(k, &lses_[place(k)], &packs_[place(k)]);
+    });
+#pragma unroll 1
+    for (uint32_t k = kHeld; k < call.ranks && is_complete; ++k) {
+      if (k != call.rank) is_complete = receive(k, &lses_[place(k)], nullptr);
+    }
+    return is_complete;
+  }
+  template <class Receive>
+  __device__ bool store(const PeersCall& call, const MergedPack& at, Receive receive) {
+    float weights[kRoom];
+    const auto weighed = weigh(call, weights);
     float values[kElements];
 #pragma unroll
     for (float& value : values) value = -0.0f;
@@ -159,42 +179,52 @@ struct Rows {
       weight_of_last = weight;
       ++taken;
     };
-    for_each_part<kHeld>([&](auto k) {
-      if (!(weights[k] < 0.0f)) add(weights[k], held[k]);
+    for_each_part<kHeld>([&](auto of) {
+      constexpr uint32_t k = of;
+      PackT pack = packs_[place(k)];
+      if (k == call.rank) pack = own_;
+      if (k < ranks_of<kRoom>(call) && !(weights[k] < 0.0f)) add(weights[k], pack);
     });
-    if constexpr (kRoom > kHeld) {
+    if constexpr (!kIsPair) {
 #pragma unroll 1
       for (uint32_t k = kHeld; k < call.ranks; ++k) {
-        PackT pack{};
+        PackT pack = own_;
         if (weights[k] < 0.0f) continue;
-        if (!get(k, nullptr, &pack)) return false;
+        if (k != call.rank && !receive(k, nullptr, &pack)) return false;
         add(weights[k], pack);
       }
     }
     // A lone rank's row byte for byte; zeros where no rank has keys.
     const bool is_as_it_was = taken <= 1 && weight_of_last == 1.0f;
-    store(call, row, column, is_as_it_was ? last : PackT::pack(values));
-    if (column == 0) {
-      store_global(static_cast<float*>(call.out_lse.data) + row.offset(call.out_lse),
+    Rows<T>::store(call, at.row, at.column, is_as_it_was ? last : PackT::pack(values));
+    if (at.column == 0) {
+      store_global(static_cast<float*>(call.out_lse.data) + at.row.offset(call.out_lse),
                    weighed.lse());
     }
     return true;
   }
 
- private:
-  // Turns the LSEs into weights. More than two ranks are no pair.
-  template <int kRoom>
-  static __device__ auto weigh(const PeersCall& call, float (&weights)[kRoom]) {
-    const auto part = [&](int k) { return weights[k]; };
+  // Where what rank k sends is kept. Of two there is one.
+  static __device__ constexpr uint32_t place(uint32_t k) { return kIsPair ? 0 : k; }
+
+  // More than two ranks are no pair.
+  __device__ auto weigh(const PeersCall& call, float (&weights)[kRoom]) const {
+    const auto part = [&](uint32_t k) {
+      const float theirs = lses_[place(k)];
+      return k == call.rank ? own_lse_ : theirs;
+    };
     const auto weight = [&](int k) -> float& { return weights[k]; };
+    const int count = static_cast<int>(ranks_of<kRoom>(call));
     constexpr const float* kNoSink = nullptr;
-    if constexpr (kRoom == 2) {
-      return weigh_pair_or_parts<ScalarMath<float>, float>(call.rule, 2, part, kNoSink, weight);
+    if constexpr (kIsPair) {
+      return weigh_pair_or_parts<ScalarMath<float>, float>(call.rule, count, part, kNoSink, weight);
     } else {
-      const int count = static_cast<int>(call.ranks);
       return weigh_parts<ScalarMath<float>, float>(call.rule, count, part, kNoSink, weight);
     }
   }
+
+  PackT own_, packs_[kIsPair ? 1 : kHeld];
+  float own_lse_, lses_[kIsPair ? 1 : kRoom];
 };
 
 }  // namespace merge_attn_states::cuda

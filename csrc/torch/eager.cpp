@@ -82,6 +82,7 @@ PyMethodDef fast_calls[] = {
     fast_call("merge_attn_states", merge_attn_states_fast),
     fast_call("merge_states", merge_states_fast),
     fast_call("update_state", update_state_fast),
+    fast_call("merge_ranks", merge_ranks_fast),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,9 +1,10 @@
 // What every eager call has in common: the questions before it, its tensors, and its end. Which
-// arguments it has is the business of eager.cpp and eager_states.cpp.
+// arguments it has is the business of eager.cpp, eager_states.cpp and eager_ranks.cpp.
 #pragma once
 
 #include <Python.h>
 
+#include <array>
 #include <string>
 
 #include "python_tensor.h"
@@ -58,11 +59,37 @@ class EagerPath {
 // The module's one.
 extern EagerPath eager_path;
 
+// The views of a call, alive as long as the structs that point at them.
+template <int kMost>
+class Views {
+ public:
+  explicit Views(ThreadState state) : state_(state) {}
+
+  // Of an operand that may be None; false where torch.ops has to answer.
+  bool describe(PyObject* object, bool written, const TensorView*& view) {
+    view = nullptr;
+    if (object == Py_None) return true;
+    TensorView& next = views_[count_];
+    HeldTensor& held = held_[count_++];
+    if (!eager_path.describe(object, written, state_, next, held)) return false;
+    view = &next;
+    return true;
+  }
+
+ private:
+  ThreadState state_;
+  int count_ = 0;
+  std::array<TensorView, kMost> views_;
+  std::array<HeldTensor, kMost> held_;
+};
+
 // Takes what merge_states does, and its results: out, out_lse, outputs, lses, dim, index, empty,
 // sink, lse_base, out_lse_base, out_scale. And what update_state does: out, lse, block_out,
 // block_lse, index, empty, lse_base, and whether to invert empty. Both return as EagerPath::run
 // does.
 PyObject* merge_states_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* update_state_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+// As merge_ranks of torch.ops, but of `peers` its address.
+PyObject* merge_ranks_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace merge_attn_states

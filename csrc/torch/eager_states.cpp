@@ -10,29 +10,8 @@ namespace {
 
 constexpr int kMostParts = 16;
 
-// The views of a call, alive as long as the structs that point at them.
-class Views {
- public:
-  explicit Views(ThreadState state) : state_(state) {}
-
-  // Of an operand that may be None; false where torch.ops has to answer.
-  bool describe(PyObject* object, bool written, const TensorView*& view) {
-    view = nullptr;
-    if (object == Py_None) return true;
-    TensorView& next = views_[count_];
-    HeldTensor& held = held_[count_++];
-    if (!eager_path.describe(object, written, state_, next, held)) return false;
-    view = &next;
-    return true;
-  }
-
- private:
-  static constexpr int kMost = 4 * kMostParts + 4;
-  ThreadState state_;
-  int count_ = 0;
-  std::array<TensorView, kMost> views_;
-  std::array<HeldTensor, kMost> held_;
-};
+// Of all parts, and of the results, a sink and a scale.
+using PartsViews = Views<4 * kMostParts + 4>;
 
 // A list's elements; false where it is none, or not of so many.
 bool items(PyObject* list, Py_ssize_t count, PyObject**& result) {
@@ -67,7 +46,7 @@ bool find_bases(PyObject* lse_base, PyObject* out_lse_base, merge_attn_states_pa
 }
 
 // The parts' own operands; index and empty may be None.
-bool find_parts(Views& views, PyObject* const* lists, merge_attn_states_part* parts,
+bool find_parts(PartsViews& views, PyObject* const* lists, merge_attn_states_part* parts,
                 Py_ssize_t count) {
   const TensorView* merge_attn_states_part::*const fields[] = {
       &merge_attn_states_part::output, &merge_attn_states_part::lse, &merge_attn_states_part::index,
@@ -111,7 +90,7 @@ PyObject* merge_states_fast(PyObject*, PyObject* const* arguments, Py_ssize_t co
   const bool is_plain_stack = dim == Py_None || (lists[2] == Py_None && lists[3] == Py_None);
   if (num_parts < 1 || num_parts > kMostParts || !is_plain_stack) Py_RETURN_FALSE;
 
-  Views views(state);
+  PartsViews views(state);
   merge_attn_states_part parts[kMostParts];
   const merge_attn_states_part* pointers[kMostParts];
   for (Py_ssize_t k = 0; k < num_parts; ++k) {
@@ -140,7 +119,7 @@ PyObject* update_state_fast(PyObject*, PyObject* const* arguments, Py_ssize_t co
   if (count != 8) Py_RETURN_FALSE;
   const ThreadState state = eager_path.ask();
   if (state == ThreadState::kWatched) Py_RETURN_FALSE;
-  Views views(state);
+  PartsViews views(state);
   merge_attn_states_update_args args{.struct_size = sizeof(args),
                                      .invert_empty = arguments[7] == Py_True};
   std::string_view base;

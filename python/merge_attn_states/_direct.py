@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from . import _operator
 from ._agreement import Gather, failed_before, first_line
+from ._library import fast_path
 from ._rank_state import Empty
 from .states import Base
 
@@ -33,6 +34,7 @@ _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
 _log = logging.getLogger(__name__)
 _merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
 _operator.register(_merge_ranks, "a merge across ranks has no gradient")
+_fast_merge, _ = fast_path("merge_ranks")
 
 
 def make_direct(
@@ -123,10 +125,12 @@ class Direct:
         self._handles: list[object] = []  # what keeps the memory mapped
         self._memory, pointers = self._shared(size)
         limit_ns = 1000 * (limit // datetime.timedelta(microseconds=1))
-        own = [self._numbers.data_ptr(), self._report.data_ptr()]
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        own = [multiprocessors, self._numbers.data_ptr(), self._report.data_ptr()]
         given = [rank, ranks, int(scatters), rows, limit_ns, *own]
         no_buffers = [0] * ranks
         self._peers = torch.tensor([*given, *pointers, *no_buffers], dtype=torch.int64)
+        self._address = self._peers.data_ptr()
         self._buffer: torch.Tensor | None = None
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
         self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
@@ -235,10 +239,10 @@ class Direct:
             and output.is_contiguous()
             and not output.is_neg()
         )
-        _merge_ranks(
-            *(merged, merged_lse, output, lse, mask, lengths, starts),
-            *(nan_is_empty, lse_base == "2", is_in_buffer, self._peers),
-        )
+        flags = nan_is_empty, lse_base == "2", is_in_buffer
+        args = merged, merged_lse, output, lse, mask, lengths, starts, *flags
+        if _fast_merge is None or not _fast_merge(*args, self._address):
+            _merge_ranks(*args, self._peers)
         for result, given in ((merged, out), (merged_lse, out_lse)):
             if given is not None and given is not result:
                 given.copy_(result.view(given.shape))

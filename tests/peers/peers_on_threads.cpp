@@ -21,7 +21,7 @@
 struct Index {
   uint32_t x;
 };
-static thread_local Index threadIdx, blockIdx, gridDim;
+static thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -226,6 +226,7 @@ void launch(const RanksCall& call) {
       all.emplace_back([&, b, t, own = made.back().get()] {
         blockIdx = {b};
         threadIdx = {static_cast<uint32_t>(t)};
+        blockDim = {static_cast<uint32_t>(threads)};
         gridDim = {blocks};
         block = own;
         const auto run = [&]<int kRoom>() {
@@ -291,6 +292,7 @@ Result call(Group& group, int rank, int64_t tokens, uint32_t seed, int64_t limit
   made.scatters = group.scatters;
   made.max_rows = group.layout.max_rows;
   made.limit_ns = limit_ms * 1000000;
+  made.multiprocessors = 1 + rank % 3;  // fewer than the blocks that are wanted, and more
   for (int peer = 0; peer < group.ranks; ++peer) {
     made.memory[peer] = reinterpret_cast<char*>(group.of[peer].memory.data());
     made.buffers[peer] = reinterpret_cast<char*>(group.of[peer].buffer.data());
