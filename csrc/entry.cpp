@@ -76,7 +76,7 @@ PerRow per_row(const TensorView* view) {
 }
 
 RanksCall ranks_call(const RanksArguments& args) {
-  const int64_t* const of = args.peers;
+  const RanksObject& object = *args.object;
   RanksCall call{.num_tokens = args.output->sizes[0],
                  .merged_heads = args.out->sizes[1],
                  .head_size = args.output->sizes[2],
@@ -93,24 +93,22 @@ RanksCall ranks_call(const RanksArguments& args) {
                  .out = per_row(args.out),
                  .out_lse = per_row(args.out_lse),
                  .base = args.base_is_two ? Base::kTwo : Base::kE,
-                 .rank = static_cast<int>(of[0]),
-                 .ranks = static_cast<int>(of[1]),
-                 .scatters = of[2] != 0,
-                 .max_rows = of[3],
-                 .limit_ns = of[4],
-                 .multiprocessors = of[5],
+                 .rank = static_cast<int>(object.rank),
+                 .ranks = static_cast<int>(object.ranks),
+                 .scatters = object.scatters != 0,
+                 .max_rows = object.max_tokens * object.merged_heads,
+                 .limit_ns = object.limit_ns,
+                 .multiprocessors = object.multiprocessors,
                  .memory = {},
                  .is_in_buffer = args.is_in_buffer,
                  .buffers = {},
-                 .numbers = reinterpret_cast<uint32_t*>(of[6]),
-                 .report = reinterpret_cast<int64_t*>(of[7]),
+                 .numbers = object.numbers,
+                 .report = object.report,
                  .device_index = args.output->device_index,
                  .dependent_launch = false,
                  .stream = args.stream};
-  for (int rank = 0; rank < call.ranks; ++rank) {
-    call.memory[rank] = reinterpret_cast<char*>(of[8 + rank]);
-    call.buffers[rank] = reinterpret_cast<char*>(of[8 + call.ranks + rank]);
-  }
+  std::copy_n(object.memory(), call.ranks, call.memory);
+  std::copy_n(object.buffers(), call.ranks, call.buffers);
   return call;
 }
 

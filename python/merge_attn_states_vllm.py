@@ -10,20 +10,21 @@ import logging
 import os
 
 _said: set[str] = set()
+_OFF = ("0", "false", "off", "no")
 
 
 def switched_off() -> str:
     """Say what in the environment takes the plugin off; empty where nothing does."""
     switch = "MERGE_ATTN_STATES_VLLM"
-    off = os.environ.get(switch, "").strip().lower() in ("0", "false", "off", "no")
+    off = os.environ.get(switch, "").strip().lower() in _OFF
     return f"{switch} takes it off" if off else ""
 
 
 def ranks_switched_off() -> str:
     """Say what in the environment keeps merges across ranks from the plugin; empty: nothing."""
     switch = "MERGE_ATTN_STATES_VLLM_DCP"
-    on = os.environ.get(switch, "").strip().lower() in ("1", "true", "on", "yes")
-    return "" if on else f"{switch}=1 puts it on"
+    off = os.environ.get(switch, "").strip().lower() in _OFF
+    return f"{switch} takes them off" if off else ""
 
 
 def register() -> None:

@@ -224,11 +224,6 @@ def test_it_says_how_states_travel(alone):
     assert RankMerge(**HOW).transport == "collective"
 
 
-def test_on_a_cpu_it_is_never_direct(alone, monkeypatch):
-    monkeypatch.setenv("MERGE_ATTN_STATES_DIRECT", "1")
-    assert RankMerge(**HOW).transport == "collective"
-
-
 @pytest.mark.parametrize(
     ("ranks", "dtype", "shape", "said"),
     [
@@ -256,7 +251,7 @@ def test_one_line_says_why_states_do_not_travel_directly(alone, monkeypatch, cap
     def elsewhere(numbers):
         return [numbers, [*numbers[:-1], numbers[-1] + 1]]
 
-    def made_without_it(numbers):
+    def without_it(numbers):
         return [numbers, [0, 0, numbers[-1]]]
 
     def said(gather):
@@ -264,14 +259,14 @@ def test_one_line_says_why_states_do_not_travel_directly(alone, monkeypatch, cap
         assert _direct.make_direct(gather, *given) is None
         return [record.getMessage() for record in caplog.records]
 
-    assert said(gather) == []  # nobody asked
-    monkeypatch.setenv("MERGE_ATTN_STATES_DIRECT", "1")
-    assert said(gather) == ["states travel by collectives: 2 to 16 ranks are direct, not 1"]
+    assert said(gather) == []  # a rank alone sends nothing
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 17)
+    assert said(gather) == ["states travel by collectives: 2 to 16 ranks are direct, not 17"]
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
     (line,) = said(elsewhere)
     assert line.endswith("the ranks are on several machines")
-    monkeypatch.setattr(_direct, "unfit", lambda *_: "")
-    (line,) = said(made_without_it)
-    assert line.endswith("MERGE_ATTN_STATES_DIRECT=1 is not set on every rank")
+    (line,) = said(without_it)
+    assert line.endswith("a rank has MERGE_ATTN_STATES_DIRECT=0")
 
     def refuse(*_):
         raise RuntimeError("no access\nfrom GPU 0 to GPU 1")
@@ -279,6 +274,8 @@ def test_one_line_says_why_states_do_not_travel_directly(alone, monkeypatch, cap
     monkeypatch.setattr(_direct, "Direct", refuse)
     (line,) = said(gather)
     assert line.endswith("collectives: no access")
+    monkeypatch.setenv("MERGE_ATTN_STATES_DIRECT", "0")
+    assert said(gather) == []  # on every rank
 
 
 def test_the_operator_refuses_what_requires_grad():

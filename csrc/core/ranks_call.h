@@ -20,6 +20,8 @@ struct PeerSizes {
   int64_t chunk_threads;    // of a block in bulk, each with so many packs of 16 bytes at most
   int64_t chunk_packs;
   int64_t blocks;  // in bulk at most
+  // Of the rows that a peer gets: between these they are read, where they lie in shared memory.
+  int64_t least_read_bytes, most_read_bytes;
 };
 
 // The memory that every rank's peers write to, at the same offsets in each. Bytes; multiples of 16.
@@ -38,6 +40,10 @@ struct PeerLayout {
   }
 
   int64_t row_packs() const { return row_bytes / 16; }
+  int64_t least_read_rows() const { return pieces(sizes.least_read_bytes, row_bytes); }
+  bool is_read(int64_t num_rows) const {
+    return num_rows >= least_read_rows() && num_rows <= sizes.most_read_bytes / row_bytes;
+  }
   // Rows of a block of lines, and of a chunk of a call in bulk: few packs a thread, as long as
   // there are blocks for them.
   int64_t line_block_rows() const { return std::max<int64_t>(1, sizes.line_threads / row_packs()); }

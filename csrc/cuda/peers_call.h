@@ -46,7 +46,10 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
   const int64_t size = size_of(call.dtype), row_bytes = call.head_size * size;
   const int64_t num_rows = call.num_tokens * call.merged_heads;
   const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes);
-  const bool by_lines = num_rows <= layout.line_rows && !call.is_in_buffer;
+  const Way way = call.is_in_buffer && layout.is_read(num_rows) ? Way::kReading
+                  : num_rows <= layout.line_rows                ? Way::kLines
+                                                                : Way::kBulk;
+  const bool by_lines = way == Way::kLines;
   const int64_t rows_a_block = by_lines ? layout.line_block_rows() : layout.chunk_rows(num_rows);
   // Rows that each begin at 16 bytes.
   const auto is_aligned = [&](const PerRow& rows) {
@@ -102,11 +105,11 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
   std::copy_n(call.memory, call.ranks, made.memory);
   std::copy_n(call.buffers, call.ranks, made.buffers);
   if (by_lines) {
-    return {made, Way::kLines, made.num_blocks, std::max(sizes.line_threads, row_bytes / 16)};
+    return {made, way, made.num_blocks, std::max(sizes.line_threads, row_bytes / 16)};
   }
   // All of them wait, so all must be on the GPU at once, and those of another stream's object too.
   const int64_t blocks = std::min({int64_t{made.num_blocks}, sizes.blocks, call.multiprocessors});
-  return {made, call.is_in_buffer ? Way::kReading : Way::kBulk, blocks, sizes.chunk_threads};
+  return {made, way, blocks, sizes.chunk_threads};
 }
 
 }  // namespace merge_attn_states::cuda

@@ -21,7 +21,7 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   TensorArgument starts{stack.take<OptionalTensor>()};
   const bool nan_is_empty = stack.take<bool>(), base_is_two = stack.take<bool>();
   const bool is_in_buffer = stack.take<bool>();
-  TensorArgument peers{stack.take<Tensor>()};
+  TensorArgument object{stack.take<Tensor>()};
   out.describe("out", true);
   out_lse.describe("out_lse", true);
   output.describe("output", false);
@@ -29,7 +29,7 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   empty.describe("empty", false);
   lengths.describe("empty[0]", false);
   starts.describe("empty[1]", false);
-  peers.describe("peers", false);
+  object.describe("object", false);
   const RanksArguments args{.out = out.get(),
                             .out_lse = out_lse.get(),
                             .output = output.get(),
@@ -40,13 +40,14 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
                             .nan_is_empty = nan_is_empty,
                             .base_is_two = base_is_two,
                             .is_in_buffer = is_in_buffer,
-                            .peers = static_cast<const int64_t*>(peers.view.data),
+                            .object = static_cast<const RanksObject*>(object.view.data),
                             .stream = current_stream(output.view)};
   Message message;
   expect_ok(merge_attn_states_merge_ranks(&args, message.text, sizeof(message.text)), message);
 }
 
-// Bytes of each rank's memory, words of its numbers, and the most rows of a call that go as lines.
+// Bytes of each rank's memory, words of its numbers, the most rows of a call that go as lines, and
+// the fewest that are read.
 void ranks_layout(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const auto ranks = stack.take<int64_t>(), rows = stack.take<int64_t>();
@@ -54,6 +55,7 @@ void ranks_layout(StableIValue* values, uint64_t, uint64_t) {
   values[0] = from(layout.bytes());
   values[1] = from(layout.numbers());
   values[2] = from(layout.line_rows);
+  values[3] = from(layout.least_read_rows());
 }
 
 }  // namespace
@@ -63,8 +65,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(merge_attn_states, m) {
   m.def(
       "merge_ranks(Tensor(a!) out, Tensor(b!) out_lse, Tensor output, Tensor lse, Tensor? empty, "
       "Tensor? lengths, Tensor? starts, bool nan_is_empty, bool base_is_two, bool is_in_buffer, "
-      "Tensor peers) -> ()");
-  m.def("ranks_layout(int ranks, int rows, int row_bytes) -> (int, int, int)");
+      "Tensor object) -> ()");
+  m.def("ranks_layout(int ranks, int rows, int row_bytes) -> (int, int, int, int)");
 }
 STABLE_TORCH_LIBRARY_IMPL(merge_attn_states, CUDA, m) {
   m.impl("merge_ranks", &merge_attn_states::merge_ranks);

@@ -30,6 +30,7 @@ __all__ = ["Direct", "make_direct", "unfit"]
 _MOST_RANKS = 16
 _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OFF = ("0", "false", "off", "no")
 _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
 _log = logging.getLogger(__name__)
 _merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
@@ -48,19 +49,22 @@ def make_direct(
 ) -> Direct | None:
     """Make it where all ranks can; None on all of them where one cannot, and then each says why.
 
+    MERGE_ATTN_STATES_DIRECT=0 on every rank keeps states from travelling so.
+
     `shape` is of a rank's states: the most tokens, heads, head size.
     """
-    if device.type != "cuda":
+    ranks = dist.get_world_size(group)
+    if device.type != "cuda" or ranks == 1:
         return None
-    asked = os.environ.get("MERGE_ATTN_STATES_DIRECT", "") == "1"
-    why_not = unfit(dist.get_world_size(group), dtype, shape)
+    asked = os.environ.get("MERGE_ATTN_STATES_DIRECT", "").lower() not in _OFF
+    why_not = unfit(ranks, dtype, shape)
     wishes = gather([int(asked), int(asked and not why_not), _machine()])
     if not any(is_asked for is_asked, *_ in wishes):
         return None
     if len({machine for *_, machine in wishes}) > 1:
         why_not = "the ranks are on several machines"
     elif not all(wish for _, wish, _ in wishes):
-        why_not = why_not or "MERGE_ATTN_STATES_DIRECT=1 is not set on every rank"
+        why_not = why_not or "a rank has MERGE_ATTN_STATES_DIRECT=0"
     else:
         made = None
         try:
@@ -115,11 +119,12 @@ class Direct:
         max_tokens, heads, head_size = shape
         self._merged_heads = heads // ranks if scatters else heads
         rows = max_tokens * self._merged_heads  # that a rank gets merged
-        size, numbers, line_rows = torch.ops.merge_attn_states.ranks_layout(
+        size, numbers, line_rows, read_rows = torch.ops.merge_attn_states.ranks_layout(
             ranks, rows, head_size * dtype.itemsize
         )
         # The fewest tokens that do not go as lines (core/ranks_call.h).
         self.tokens_in_bulk = line_rows // self._merged_heads + 1
+        self._tokens_read = -(-read_rows // self._merged_heads)  # the fewest, in output_buffer
         self._numbers = torch.zeros(numbers, dtype=torch.int32, device=device)
         self._report = torch.zeros(4, dtype=torch.int64).pin_memory()
         self._handles: list[object] = []  # what keeps the memory mapped
@@ -127,10 +132,10 @@ class Direct:
         limit_ns = 1000 * (limit // datetime.timedelta(microseconds=1))
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         own = [multiprocessors, self._numbers.data_ptr(), self._report.data_ptr()]
-        given = [rank, ranks, int(scatters), rows, limit_ns, *own]
+        given = [rank, ranks, int(scatters), max_tokens, heads, self._merged_heads, head_size]
         no_buffers = [0] * ranks
-        self._peers = torch.tensor([*given, *pointers, *no_buffers], dtype=torch.int64)
-        self._address = self._peers.data_ptr()
+        self._object = torch.tensor([*given, limit_ns, *own, *pointers, *no_buffers])
+        self._address = self._object.data_ptr()
         self._buffer: torch.Tensor | None = None
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
         self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
@@ -192,10 +197,47 @@ class Direct:
                     "output_buffer: expected a first call before a CUDA graph is captured"
                 )
             memory, pointers = self._shared(math.prod(self._shape) * self._dtype.itemsize)
-            self._peers[-len(pointers) :] = torch.tensor(pointers)
+            self._object[-len(pointers) :] = torch.tensor(pointers)
             self._buffer = memory.view(self._dtype).view(self._shape)
-            self._load_kernel(self._buffer[:1])
+            if self._tokens_read <= self._shape[0]:
+                self._load_kernel(self._buffer[: self._tokens_read])
         return self._buffer
+
+    def merge_plainly(
+        self,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        empty: Empty | None,
+        lse_base: str,
+        nan_lse: str,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A call that nobody has checked; None where it is not a plain one, and nothing happened.
+
+        Host time is what it is for: the C++ behind it (csrc/torch/eager_ranks.cpp) looks at sizes.
+        """
+        if (fast_merge := _fast_merge) is None:
+            return None
+        is_plain = (
+            type(output) is torch.Tensor
+            and output.dtype is self._dtype
+            and output.ndim == 3
+            and (lse_base == "e" or lse_base == "2")
+            and (nan_lse == "visible" or nan_lse == "empty")
+            and not self._reports[0]
+        )
+        is_in_buffer = is_plain and self._is_buffer(output)
+        if not is_plain or (is_in_buffer and not output.is_contiguous()):
+            return None
+        lengths, starts = empty if type(empty) is tuple and len(empty) == 2 else (None, None)
+        mask = None if starts is not None else empty
+        merged = output.new_empty((output.shape[0], self._merged_heads, self._shape[2]))
+        merged_lse = output.new_empty(merged.shape[:2], dtype=torch.float32)
+        flags = nan_lse == "empty", lse_base == "2", is_in_buffer
+        given = merged, merged_lse, output, lse, mask, lengths, starts, *flags
+        return (merged, merged_lse) if fast_merge(*given, self._address) else None
+
+    def _is_buffer(self, output: torch.Tensor) -> bool:
+        return self._buffer is not None and output.data_ptr() == self._buffer.data_ptr()
 
     def merge(
         self,
@@ -233,16 +275,11 @@ class Direct:
             merged = output.new_empty(num_tokens, self._merged_heads, head_size)
         if merged_lse is None:
             merged_lse = lse.new_empty(merged.shape[:2])
-        is_in_buffer = (
-            self._buffer is not None
-            and output.data_ptr() == self._buffer.data_ptr()
-            and output.is_contiguous()
-            and not output.is_neg()
-        )
+        is_in_buffer = self._is_buffer(output) and output.is_contiguous() and not output.is_neg()
         flags = nan_is_empty, lse_base == "2", is_in_buffer
         args = merged, merged_lse, output, lse, mask, lengths, starts, *flags
         if _fast_merge is None or not _fast_merge(*args, self._address):
-            _merge_ranks(*args, self._peers)
+            _merge_ranks(*args, self._object)
         for result, given in ((merged, out), (merged_lse, out_lse)):
             if given is not None and given is not result:
                 given.copy_(result.view(given.shape))

@@ -260,6 +260,11 @@ class RankMerge:
             Another rank did not come within the time limit, or left; or did in a call before, since
             ranks then no longer agree about which call is theirs.
         """
+        direct = None if self.check or _is_dynamo_compiling() else self._direct
+        if direct is not None and out is None and out_lse is None:
+            merged = direct.merge_plainly(output, lse, empty, lse_base, nan_lse)
+            if merged is not None:
+                return merged
         given = output, lse, empty, lse_base, nan_lse, out, out_lse
         return self._outside_of_graphs(*given) if _is_dynamo_compiling() else self._call(*given)
 

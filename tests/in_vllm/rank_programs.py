@@ -155,7 +155,8 @@ def check(merge, ranks, dtype, on_e, tokens, by_requests):
         )
         masked = part_lses.masked_fill(absent, -INF).contiguous()
         own = merge.by_vllm(outputs[rank], lses[rank], on_e, asked, parts, masked)
-        off, own_off = ((x.double() - due).abs().max() for x in (result, own))
+        known = ~own.isnan()  # which 0.33's cp_lse_ag_out_rs gives where no rank has keys
+        off, own_off = (torch.where(known, x - due, 0).abs().max() for x in (result, own))
         rounding = torch.finfo(F32).eps * parts.double().abs().max()  # as near as both get
         said = merge.name, dtype, on_e, tokens, by_requests, is_repeated, off, own_off
         assert off <= own_off + rounding, said

@@ -155,7 +155,7 @@ def vllm(tmp_path, monkeypatch):
     for name in hidden:
         del sys.modules[name]
     monkeypatch.delenv("MERGE_ATTN_STATES_VLLM", raising=False)
-    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM_DCP", "1")
+    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM_DCP", raising=False)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setattr(plugin, "_version", lambda: VERSION)
     monkeypatch.setattr(plugin, "_cannot_run", "")

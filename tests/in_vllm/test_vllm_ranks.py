@@ -22,7 +22,6 @@ def test_merges(ranks, where, tmp_path, child_environment):
         pytest.skip(f"needs {ranks} GPUs")
     paths = filter(None, [child_environment["PYTHONPATH"], *sys.path])
     environment = child_environment | {"PYTHONPATH": os.pathsep.join(paths)}
-    environment |= {"MERGE_ATTN_STATES_VLLM_DCP": "1"}
     environment |= {"MERGE_ATTN_STATES_DIRECT": str(int(where == "direct"))}
     if where == "cpu":
         environment |= {"VLLM_TARGET_DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": ""}

@@ -235,15 +235,13 @@ def test_another_shape_is_left_alone(parameters, vllm, log):
     assert stand_in.dcp.cp_lse_ag_out_rs.__code__.co_filename == stand_in.dcp.__file__
 
 
-@pytest.mark.parametrize("switch", [None, "0"])
-def test_they_are_replaced_where_that_is_asked_for(switch, vllm, log, monkeypatch):
-    monkeypatch.delenv("MERGE_ATTN_STATES_VLLM_DCP")
-    if switch:
-        monkeypatch.setenv("MERGE_ATTN_STATES_VLLM_DCP", switch)
+@pytest.mark.parametrize("switch", ["0", "off"])
+def test_a_switch_of_their_own_takes_them_off(switch, vllm, log, monkeypatch):
+    monkeypatch.setenv("MERGE_ATTN_STATES_VLLM_DCP", switch)
     vllm(dcp=REQUESTS)
     plugin.register()
     found = plugin.status()
     assert found.active
-    assert found.across_ranks == "MERGE_ATTN_STATES_VLLM_DCP=1 puts it on"
+    assert found.across_ranks == "MERGE_ATTN_STATES_VLLM_DCP takes them off"
     assert not any("dcp" in place for place in found.replaced)
     assert log(logging.WARNING) == []

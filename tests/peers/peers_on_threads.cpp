@@ -119,7 +119,9 @@ constexpr PeerSizes kSizes{.line_threads = 8,
                            .most_line_bytes = 512,
                            .chunk_threads = 8,  // as many as ranks, and more
                            .chunk_packs = cuda::kMostPacks,
-                           .blocks = 2};
+                           .blocks = 2,
+                           .least_read_bytes = 128,
+                           .most_read_bytes = 2048};
 
 std::atomic<int> failures{0};
 
