@@ -25,8 +25,8 @@ struct RanksObject {
 };
 
 struct RanksArguments {
-  const TensorView *out, *out_lse, *output, *lse;
-  const TensorView* empty;             // or null
+  const TensorView *out, *output, *lse;
+  const TensorView *out_lse, *empty;   // or null
   const TensorView *lengths, *starts;  // or null, both
   bool nan_is_empty, base_is_two, is_in_buffer;
   const RanksObject* object;

@@ -76,8 +76,12 @@ def call_and_compare(merge, num_tokens, options):
         shape = (num_tokens, merge.merged_heads, merge.head_size)
         room = blank((num_tokens, HEADS + 1, merge.head_size), merge.dtype, device)
         out, out_lse = room[:, : shape[1]], torch.full(shape[:2], NAN, dtype=lse.dtype).to(device)
-    result = merge(output, lse, empty=given[merge.rank], lse_base=base, nan_lse=nan_lse,
-                   out=out, out_lse=out_lse)  # fmt: skip
+    how = {"empty": given[merge.rank], "lse_base": base, "nan_lse": nan_lse}
+    result = merge(output, lse, **how, out=out, out_lse=out_lse)
+    if not is_given:
+        alone, no_lse = merge(output, lse, **how, return_lse=False)
+        assert no_lse is None
+        assert_bits(alone, result[0])
     assert_bits(output, before[0])
     assert_bits(lse, before[1])
     if is_given:
@@ -179,7 +183,7 @@ def check_fast_path(merge):
     _direct._fast_merge = watched
     call_and_compare(merge, 2, ("e", "visible", "requests", False, False))
     _direct._fast_merge = path
-    assert taken == [True]
+    assert taken == [True, True]  # and the same without its LSE
 
 
 def directly(rank, ranks, device):

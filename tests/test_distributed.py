@@ -156,6 +156,8 @@ def wrong_calls():
     yield ValueError, shape, right, {"empty": (two, two)}
     yield ValueError, "lse_base: expected 'e' or '2', got '10'", right, {"lse_base": "10"}
     yield ValueError, "nan_lse: expected 'visible' or 'empty'", right, {"nan_lse": "no"}
+    unwanted = {"out_lse": lse.clone(), "return_lse": False}
+    yield ValueError, "out_lse: expected none where return_lse is False", right, unwanted
     grad = output.clone().requires_grad_(), lse
     said = "expected a tensor that does not require grad, since a merge across ranks"
     yield ValueError, f"output: {said}", grad, {}

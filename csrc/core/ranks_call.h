@@ -92,7 +92,7 @@ struct RanksCall {
   int64_t num_requests;
   bool has_64_bit_requests;
   bool nan_is_empty;
-  PerRow out, out_lse;  // merged
+  PerRow out, out_lse;  // merged; an LSE may not be wanted
   Base base;
 
   int rank, ranks;

@@ -197,7 +197,7 @@ class PackMerge {
     // A lone rank's row byte for byte; zeros where no rank has keys.
     const bool is_as_it_was = taken <= 1 && weight_of_last == 1.0f;
     Rows<T>::store(call, at.row, at.column, is_as_it_was ? last : PackT::pack(values));
-    if (at.column == 0) {
+    if (at.column == 0 && call.out_lse.data != nullptr) {
       store_global(static_cast<float*>(call.out_lse.data) + at.row.offset(call.out_lse),
                    weighed.lse());
     }

@@ -50,7 +50,7 @@ bool is_plain(const RanksArguments& args) {
 }  // namespace
 
 PyObject* merge_ranks_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  constexpr int kTensors = 7, kNeeded = 4;
+  constexpr int kTensors = 7;
   if (count != 11) Py_RETURN_FALSE;
   const ThreadState state = eager_path.ask();
   if (state == ThreadState::kWatched) Py_RETURN_FALSE;
@@ -59,9 +59,9 @@ PyObject* merge_ranks_fast(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   const TensorView** const tensors[] = {&args.out,   &args.out_lse, &args.output, &args.lse,
                                         &args.empty, &args.lengths, &args.starts};
   for (int i = 0; i < kTensors; ++i) {
-    const bool is_there = views.describe(arguments[i], i < 2, *tensors[i]);
-    if (!is_there || (i < kNeeded && *tensors[i] == nullptr)) Py_RETURN_FALSE;
+    if (!views.describe(arguments[i], i < 2, *tensors[i])) Py_RETURN_FALSE;
   }
+  if (args.out == nullptr || args.output == nullptr || args.lse == nullptr) Py_RETURN_FALSE;
   args.nan_is_empty = arguments[7] == Py_True;
   args.base_is_two = arguments[8] == Py_True;
   args.is_in_buffer = arguments[9] == Py_True;
@@ -69,9 +69,10 @@ PyObject* merge_ranks_fast(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   if (args.object == nullptr && PyErr_Occurred()) return nullptr;
   if (args.object == nullptr || !is_plain(args)) Py_RETURN_FALSE;
   if (!EagerPath::find_stream(*args.out, args.stream)) Py_RETURN_FALSE;
-  return eager_path.run(state, arguments, 2, [&](char* message, size_t size) {
-    return merge_attn_states_merge_ranks(&args, message, size);
-  });
+  return eager_path.run(state, arguments, args.out_lse == nullptr ? 1 : 2,
+                        [&](char* message, size_t size) {
+                          return merge_attn_states_merge_ranks(&args, message, size);
+                        });
 }
 
 }  // namespace merge_attn_states

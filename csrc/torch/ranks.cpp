@@ -15,7 +15,7 @@ using torch::stable::detail::from;
 
 void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
-  TensorArgument out{stack.take<Tensor>()}, out_lse{stack.take<Tensor>()};
+  TensorArgument out{stack.take<Tensor>()}, out_lse{stack.take<OptionalTensor>()};
   TensorArgument output{stack.take<Tensor>()}, lse{stack.take<Tensor>()};
   TensorArgument empty{stack.take<OptionalTensor>()}, lengths{stack.take<OptionalTensor>()};
   TensorArgument starts{stack.take<OptionalTensor>()};
@@ -31,9 +31,9 @@ void merge_ranks(StableIValue* values, uint64_t, uint64_t) {
   starts.describe("empty[1]", false);
   object.describe("object", false);
   const RanksArguments args{.out = out.get(),
-                            .out_lse = out_lse.get(),
                             .output = output.get(),
                             .lse = lse.get(),
+                            .out_lse = out_lse.get(),
                             .empty = empty.get(),
                             .lengths = lengths.get(),
                             .starts = starts.get(),
@@ -63,7 +63,7 @@ void ranks_layout(StableIValue* values, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(merge_attn_states, m) {
   m.def(
-      "merge_ranks(Tensor(a!) out, Tensor(b!) out_lse, Tensor output, Tensor lse, Tensor? empty, "
+      "merge_ranks(Tensor(a!) out, Tensor(b!)? out_lse, Tensor output, Tensor lse, Tensor? empty, "
       "Tensor? lengths, Tensor? starts, bool nan_is_empty, bool base_is_two, bool is_in_buffer, "
       "Tensor object) -> ()");
   m.def("ranks_layout(int ranks, int rows, int row_bytes) -> (int, int, int, int)");

@@ -86,7 +86,8 @@ class Collective:
         merged_heads: int,
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return_lse: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The merge of all ranks' states, of this rank's share of the heads or of all."""
         num_tokens, num_heads, head_size = output.shape
         shape, shares = (num_tokens, merged_heads, head_size), num_heads // merged_heads
@@ -103,11 +104,15 @@ class Collective:
             )
             collective = _all_gather if shares < self.ranks else dist.all_to_all_single
             self._exchange(collective, come.memory.view(-1), sent.memory.view(-1))
-        merged, merged_lse = merge_states(
-            come.outputs, come.lses, dim=0, lse_base=lse_base, out=out, out_lse=out_lse
+        return merge_states(
+            come.outputs,
+            come.lses,
+            dim=0,
+            lse_base=lse_base,
+            out=out,
+            out_lse=out_lse,
+            return_lse=return_lse,
         )
-        assert merged_lse is not None  # by default it is wanted
-        return merged, merged_lse
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:

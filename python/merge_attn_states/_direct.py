@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,13 +26,15 @@ from ._library import fast_path
 from ._rank_state import Empty
 from .states import Base
 
-__all__ = ["Direct", "make_direct", "unfit"]
+__all__ = ["Direct", "Plainly", "make_direct", "unfit"]
 
 _MOST_RANKS = 16
 _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OFF = ("0", "false", "off", "no")
 _LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
+# A call that nobody has checked: output, lse, empty, lse_base, nan_lse, return_lse.
+Plainly = Callable[..., tuple[torch.Tensor, torch.Tensor | None] | None]
 _log = logging.getLogger(__name__)
 _merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
 _operator.register(_merge_ranks, "a merge across ranks has no gradient")
@@ -186,7 +189,7 @@ class Direct:
     def _load_kernel(self, output: torch.Tensor) -> None:
         """A captured call could not; and wait for it, since a first call may be on any stream."""
         lse = torch.zeros(output.shape[:2], device=self._device)
-        self.merge(output, lse, None, "e", False, None, None)
+        self.merge(output, lse, None, "e", False, None, None, True)
         torch.cuda.synchronize(self._device)
 
     def output_buffer(self) -> torch.Tensor:
@@ -210,7 +213,8 @@ class Direct:
         empty: Empty | None,
         lse_base: str,
         nan_lse: str,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """A call that nobody has checked; None where it is not a plain one, and nothing happened.
 
         Host time is what it is for: the C++ behind it (csrc/torch/eager_ranks.cpp) looks at sizes.
@@ -218,7 +222,7 @@ class Direct:
         if (fast_merge := _fast_merge) is None:
             return None
         is_plain = (
-            type(output) is torch.Tensor
+            type(output) is type(lse) is torch.Tensor
             and output.dtype is self._dtype
             and output.ndim == 3
             and (lse_base == "e" or lse_base == "2")
@@ -231,7 +235,7 @@ class Direct:
         lengths, starts = empty if type(empty) is tuple and len(empty) == 2 else (None, None)
         mask = None if starts is not None else empty
         merged = output.new_empty((output.shape[0], self._merged_heads, self._shape[2]))
-        merged_lse = output.new_empty(merged.shape[:2], dtype=torch.float32)
+        merged_lse = lse.new_empty(merged.shape[:2]) if return_lse else None
         flags = nan_lse == "empty", lse_base == "2", is_in_buffer
         given = merged, merged_lse, output, lse, mask, lengths, starts, *flags
         return (merged, merged_lse) if fast_merge(*given, self._address) else None
@@ -248,7 +252,8 @@ class Direct:
         nan_is_empty: bool,
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The merge of all ranks' states.
 
         Raises
@@ -273,7 +278,7 @@ class Direct:
         if merged is None:
             num_tokens, _, head_size = output.shape
             merged = output.new_empty(num_tokens, self._merged_heads, head_size)
-        if merged_lse is None:
+        if merged_lse is None and return_lse:
             merged_lse = lse.new_empty(merged.shape[:2])
         is_in_buffer = self._is_buffer(output) and output.is_contiguous() and not output.is_neg()
         flags = nan_is_empty, lse_base == "2", is_in_buffer
@@ -281,7 +286,7 @@ class Direct:
         if _fast_merge is None or not _fast_merge(*args, self._address):
             _merge_ranks(*args, self._object)
         for result, given in ((merged, out), (merged_lse, out_lse)):
-            if given is not None and given is not result:
+            if result is not None and given is not None and given is not result:
                 given.copy_(result.view(given.shape))
         return merged if out is None else out, merged_lse if out_lse is None else out_lse
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ._agreement import agree, caught
 from ._collective import Collective
-from ._direct import make_direct
+from ._direct import Plainly, make_direct
 from ._rank_state import DTYPES, Empty, RankState, check_timeout
 from ._states_operators import lse_dtype_of
 from .states import Base
@@ -32,6 +32,10 @@ _MEANINGS: dict[str, tuple[Any, ...]] = {
 }
 _objects = itertools.count(1)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
+
+
+def _never_plainly(*_: Any) -> None:
+    """Leave a call to be looked at."""
 
 
 class RankMerge:
@@ -130,6 +134,9 @@ class RankMerge:
         )
         shape = (max_tokens, num_heads, head_size)
         self._direct = make_direct(gather, group, self.device, dtype, shape, bool(scatter), timeout)
+        self._merge_plainly: Plainly = _never_plainly
+        if self._direct is not None and not check:
+            self._merge_plainly = self._direct.merge_plainly
         self._buffer: torch.Tensor | None = None
         if self._direct is None:
             self._warm_up()
@@ -216,7 +223,8 @@ class RankMerge:
         nan_lse: Literal["visible", "empty"] = "visible",
         out: torch.Tensor | None = None,
         out_lse: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return_lse: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Merge this rank's state with those of the others.
 
         Parameters
@@ -243,6 +251,8 @@ class RankMerge:
             [num_tokens, merged heads, head_size], written and returned; any strides.
         out_lse : torch.Tensor, optional
             [num_tokens, merged heads] or with a trailing 1, written and returned.
+        return_lse : bool
+            False: no LSE is computed, and None returned.
 
         Returns
         -------
@@ -260,12 +270,11 @@ class RankMerge:
             Another rank did not come within the time limit, or left; or did in a call before, since
             ranks then no longer agree about which call is theirs.
         """
-        direct = None if self.check or _is_dynamo_compiling() else self._direct
-        if direct is not None and out is None and out_lse is None:
-            merged = direct.merge_plainly(output, lse, empty, lse_base, nan_lse)
+        if out is None and out_lse is None and not _is_dynamo_compiling():
+            merged = self._merge_plainly(output, lse, empty, lse_base, nan_lse, return_lse)
             if merged is not None:
                 return merged
-        given = output, lse, empty, lse_base, nan_lse, out, out_lse
+        given = output, lse, empty, lse_base, nan_lse, out, out_lse, return_lse
         return self._outside_of_graphs(*given) if _is_dynamo_compiling() else self._call(*given)
 
     def _call(
@@ -277,34 +286,40 @@ class RankMerge:
         nan_lse: str,
         out: torch.Tensor | None,
         out_lse: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         tensors = output, lse, empty, out, out_lse
         if self.check:
-            _, refusal = caught(self._check_arguments, lse_base, nan_lse, tensors)
+            _, refusal = caught(self._check_arguments, lse_base, nan_lse, return_lse, tensors)
             self._agree(0 if refusal else output.shape[0], refusal, lse_base)
         else:
-            self._check_arguments(lse_base, nan_lse, tensors)
+            self._check_arguments(lse_base, nan_lse, return_lse, tensors)
         num_tokens = output.shape[0]
         if num_tokens == 0:
-            no_output = output.new_empty(0, self.merged_heads, self.head_size)
-            no_lse = lse.new_empty(no_output.shape[:2])
-            return no_output if out is None else out, no_lse if out_lse is None else out_lse
+            if out is None:
+                out = output.new_empty(0, self.merged_heads, self.head_size)
+            if out_lse is None and return_lse:
+                out_lse = lse.new_empty(0, self.merged_heads)
+            return out, out_lse
+        results = out, out_lse, return_lse
         if self._direct is not None:
-            given = lse_base, nan_lse == "empty"
-            return self._direct.merge(output, lse, empty, *given, out, out_lse)
+            return self._direct.merge(output, lse, empty, lse_base, nan_lse == "empty", *results)
         if nan_lse == "empty":
             lse = lse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         mask = self._rank_state.mask(empty, num_tokens)
         lse = lse.view(lse.shape[:2]) if lse.ndim == 3 else lse
-        merged_heads = self.merged_heads
-        return self._transport.merge(output, lse, mask, lse_base, merged_heads, out, out_lse)
+        return self._transport.merge(output, lse, mask, lse_base, self.merged_heads, *results)
 
     # Dynamo would trace half of it, up to the exchange.
     _outside_of_graphs = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
-    def _check_arguments(self, lse_base: Base, nan_lse: str, tensors: tuple[Any, ...]) -> None:
+    def _check_arguments(
+        self, lse_base: Base, nan_lse: str, return_lse: bool, tensors: tuple[Any, ...]
+    ) -> None:
         """Raise what is wrong with a call's arguments."""
         self._rank_state.check(*tensors)
+        if tensors[-1] is not None and not return_lse:
+            raise ValueError("out_lse: expected none where return_lse is False, got a tensor")
         if lse_base not in _BASES:
             raise ValueError(f"lse_base: expected 'e' or '2', got {lse_base!r}")
         if nan_lse not in ("visible", "empty"):

@@ -116,6 +116,34 @@ def test_the_workspaces_merge(on_e, dcp, group):
     assert plugin.status().transports == ["collective"]
 
 
+def test_an_objects_plain_call_is_made_first(dcp, group):
+    """As direct merges have it, without a look at the arguments; what it leaves is looked at."""
+    output, lse = state()
+    due = dcp.cp_lse_ag_out_rs(output, lse, group)
+    (made,) = plugin._rank_merges._made.values()
+    calls, answer = [], ("merged", None)
+
+    def plainly(*args):
+        calls.append(args)
+        return answer
+
+    made._merge_plainly = plainly
+    workspace = dcp.DirectDCPA2AWorkspace(group.device_group)
+    lengths, starts = torch.tensor([3]).int(), torch.tensor([0, 2]).int()
+    assert dcp.cp_lse_ag_out_rs(output, lse, group, None, True, False) == answer
+    assert dcp.dcp_a2a_lse_reduce(output, lse, group) == "merged"
+    assert workspace.lse_reduce(output, lse, True, lengths, starts) == "merged"
+    assert calls == [(output, lse, None, "2", "empty", True),
+                     (output, lse, None, "e", "empty", False),
+                     (output, lse, (lengths, starts), "e", "empty", False)]  # fmt: skip
+    answer = None
+    assert_bits(dcp.cp_lse_ag_out_rs(output, lse, group), due)
+    assert len(calls) > 3
+    calls.clear()
+    dcp.cp_lse_ag_out_ar(output, lse, group)  # of another object
+    assert calls == []
+
+
 def test_what_the_workspace_is_refused_goes_to_its_own(dcp, group):
     workspace = dcp.DirectDCPA2AWorkspace(group.device_group)
     output, lse = state()

@@ -83,6 +83,7 @@ class RankMerges:
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], RankMerge | ValueError] = {}
+        self._usual: dict[tuple[object, _Scatter], RankMerge] = {}
         self._lock = threading.Lock()
 
     def of(self, group: Any, output: torch.Tensor, scatter: _Scatter) -> RankMerge | None:
@@ -106,6 +107,24 @@ class RankMerges:
             raise made
         return made
 
+    def plainly(
+        self,
+        group: Any,
+        scatter: _Scatter,
+        state: tuple[torch.Tensor, torch.Tensor],
+        empty: _Empty | None,
+        base: Base,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """A call that the group's last object takes as it is; else None, and nothing happened.
+
+        An engine has one kind of call, and each costs host time.
+        """
+        usual = self._usual.get((group, scatter))
+        if usual is None:
+            return None
+        return usual._merge_plainly(*state, empty, base, "empty", return_lse)
+
     def _make(self, key: tuple[Any, ...]) -> RankMerge | ValueError:
         from ..distributed import RankMerge  # a second to import, for those alone who merge so
 
@@ -124,6 +143,8 @@ class RankMerges:
         except ValueError as error:
             made = error
         self._made[key] = made
+        if isinstance(made, RankMerge):
+            self._usual[group, scatter] = made
         return made
 
     @property
@@ -134,6 +155,7 @@ class RankMerges:
 
     def clear(self) -> None:
         self._made.clear()
+        self._usual.clear()
 
 
 def replacing(
@@ -160,11 +182,14 @@ def replacing(
         named: dict[str, torch.Tensor | None],
     ) -> Any:
         try:
-            made = merges.of(group, output, scatter)
-            if made is None:
-                return by_original()
             base: Base = "e" if on_e else "2"
-            results = _in_pieces(made, output, lse, _empty(*requests, **named), base)
+            empty = _empty(*requests, **named)
+            results = merges.plainly(group, scatter, (output, lse), empty, base, return_lse)
+            if results is None:
+                made = merges.of(group, output, scatter)
+                if made is None:
+                    return by_original()
+                results = _in_pieces(made, output, lse, empty, base, return_lse)
         except (TypeError, ValueError, UnavailableError) as error:
             with falling_back(error):
                 return by_original()
@@ -208,24 +233,29 @@ def replacing(
 
 
 def _in_pieces(
-    merge: RankMerge, output: torch.Tensor, lse: torch.Tensor, empty: _Empty | None, base: Base
-) -> tuple[torch.Tensor, torch.Tensor]:
+    merge: RankMerge,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    empty: _Empty | None,
+    base: Base,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    how: dict[str, Any] = {"lse_base": base, "nan_lse": "empty", "return_lse": return_lse}
     if output.shape[0] <= _MOST_TOKENS:
-        return merge(output, lse, empty=empty, lse_base=base, nan_lse="empty")
+        return merge(output, lse, empty=empty, **how)
     if lse.shape[:1] != output.shape[:1]:  # before a state is sent
         raise ValueError(f"lse: expected {output.shape[0]} tokens, got shape {list(lse.shape)}")
     out = output.new_empty(output.shape[0], merge.merged_heads, output.shape[2])
-    out_lse = lse.new_empty(out.shape[:2])
+    out_lse = lse.new_empty(out.shape[:2]) if return_lse else None
     for begin in range(0, output.shape[0], _MOST_TOKENS):
         rows = slice(begin, begin + _MOST_TOKENS)
         merge(
             output[rows],
             lse[rows],
             empty=None if empty is None else (empty[0], empty[1] - begin),
-            lse_base=base,
-            nan_lse="empty",
             out=out[rows],
-            out_lse=out_lse[rows],
+            out_lse=None if out_lse is None else out_lse[rows],
+            **how,
         )
     return out, out_lse
 
