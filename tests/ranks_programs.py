@@ -13,38 +13,38 @@ from ranks_support import leave
 from states_support import States, compare
 from support import BF16, E4M3, E5M2, F16, F32, F64, INF, NAN, assert_bits, bits, blank, place
 
-from merge_attn_states import _direct, merge_states
+from merge_attn_states import _collective, _direct, merge_states
 from merge_attn_states.distributed import RankMerge
 
 HEADS, SHORT = 6, datetime.timedelta(seconds=3)
 
 
-def states_of_ranks(ranks, num_tokens, head_size, dtype, device):
+def states_of_ranks(ranks, num_tokens, head_size, dtype, device, heads=HEADS):
     """Random states, the same on every rank; some rows have no keys, on one rank or on all."""
     lse_dtype = F64 if dtype == F64 else F32
-    outputs = [torch.randn(num_tokens, HEADS, head_size).to(dtype) for _ in range(ranks)]
-    lses = [3 * torch.randn(num_tokens, HEADS, dtype=lse_dtype) for _ in range(ranks)]
+    outputs = [torch.randn(num_tokens, heads, head_size).to(dtype) for _ in range(ranks)]
+    lses = [3 * torch.randn(num_tokens, heads, dtype=lse_dtype) for _ in range(ranks)]
     for lse in lses:
-        lse[torch.rand(num_tokens, HEADS) < 0.2] = -INF
-        lse[torch.rand(num_tokens, HEADS) < 0.1] = INF
+        lse[torch.rand(num_tokens, heads) < 0.2] = -INF
+        lse[torch.rand(num_tokens, heads) < 0.1] = INF
     if num_tokens > 1:
         for lse in lses:
             lse[1] = -INF
     return [x.to(device) for x in outputs], [x.to(device) for x in lses]
 
 
-def emptied(ranks, num_tokens, device, kind):
+def emptied(ranks, num_tokens, heads, device, kind):
     """What each rank gives as `empty`, and the mask that it means."""
     if kind == "none":
-        return [None] * ranks, [torch.zeros(num_tokens, HEADS, dtype=torch.bool)] * ranks
+        return [None] * ranks, [torch.zeros(num_tokens, heads, dtype=torch.bool)] * ranks
     if kind == "mask":
-        masks = [torch.rand(num_tokens, HEADS) < 0.3 for _ in range(ranks)]
+        masks = [torch.rand(num_tokens, heads) < 0.3 for _ in range(ranks)]
         return [mask.to(device) for mask in masks], masks
     dtype = random.choice([torch.int32, torch.int64])
     # Requests of no rows among them; rows in front of the first and behind the last are nobody's.
     starts = sorted(random.choices(range(num_tokens + 1), k=4))
     lengths = [[random.choice([0, 0, 5]) for _ in starts[1:]] for _ in range(ranks)]
-    masks = [torch.ones(num_tokens, HEADS, dtype=torch.bool) for _ in range(ranks)]
+    masks = [torch.ones(num_tokens, heads, dtype=torch.bool) for _ in range(ranks)]
     for of_rank, mask in zip(lengths, masks, strict=True):
         for length, begin, end in zip(of_rank, starts[:-1], starts[1:], strict=True):
             mask[begin:end] = length == 0
@@ -61,20 +61,21 @@ def mine_of(tensor, merge):
 def call_and_compare(merge, num_tokens, options):
     """One call of random operands: the bits of merge_states, which is within its bound."""
     base, nan_lse, kind, is_given, is_strided = options
-    device = merge.device
-    outputs, lses = states_of_ranks(merge.ranks, num_tokens, merge.head_size, merge.dtype, device)
-    given, masks = emptied(merge.ranks, num_tokens, device, kind)
+    device, heads = merge.device, merge.num_heads
+    sizes = merge.head_size, merge.dtype, device, heads
+    outputs, lses = states_of_ranks(merge.ranks, num_tokens, *sizes)
+    given, masks = emptied(merge.ranks, num_tokens, heads, device, kind)
     if num_tokens > 2:
         lses[-1][2, ::2] = NAN
     output, lse = outputs[merge.rank], lses[merge.rank]
     if is_strided:
-        output = place(output, strides=(HEADS * merge.head_size + 16, merge.head_size, 1))
+        output = place(output, strides=(heads * merge.head_size + 16, merge.head_size, 1))
         lse = lse.T.contiguous().T
     before = output.clone(), lse.clone()
     out = out_lse = None
     if is_given:
         shape = (num_tokens, merge.merged_heads, merge.head_size)
-        room = blank((num_tokens, HEADS + 1, merge.head_size), merge.dtype, device)
+        room = blank((num_tokens, heads + 1, merge.head_size), merge.dtype, device)
         out, out_lse = room[:, : shape[1]], torch.full(shape[:2], NAN, dtype=lse.dtype).to(device)
     how = {"empty": given[merge.rank], "lse_base": base, "nan_lse": nan_lse}
     result = merge(output, lse, **how, out=out, out_lse=out_lse)
@@ -228,9 +229,40 @@ def directly(rank, ranks, device):
                 assert_bits(got, mine_of(wanted, merge))
 
 
+def several_on_a_gpu(rank, ranks, device):
+    """Direct merges of more ranks than there are GPUs, which take turns on each."""
+
+    def gather(self, numbers):  # gloo has it for CPUs alone
+        gathered = [None] * ranks
+        dist.all_gather_object(gathered, numbers)
+        return gathered
+
+    _collective.Collective.gather = gather
+    for seed, (dtype, head_size, scatter) in enumerate(
+        [(BF16, 128, "heads"), (F32, 64, None), (BF16, 2048, None)]
+    ):
+        merge = RankMerge(max_tokens=300, num_heads=HEADS * ranks, head_size=head_size,
+                          dtype=dtype, device=device, scatter=scatter)  # fmt: skip
+        assert merge.transport == "direct"
+        merge.output_buffer(1)
+        for call in range(20):
+            random.seed(20 * seed + call)
+            torch.manual_seed(call)
+            num_tokens = random.choice([1, random.randint(1, 300), 300])
+            kind = random.choice(["none", "mask", "requests"])
+            call_and_compare(merge, num_tokens, ("e2"[call % 2], "empty", kind, False, False))
+        outputs, lses = states_of_ranks(ranks, 300, head_size, dtype, device, merge.num_heads)
+        due = [mine_of(whole, merge) for whole in merge_states(outputs, lses)]
+        result = merge(merge.output_buffer(300).copy_(outputs[rank]), lses[rank])
+        for got, wanted in zip(result, due, strict=True):
+            assert_bits(got, wanted)
+
+
 def random_calls(rank, ranks, device):
     """Sizes and delays at random, of two objects, each on a stream of its own."""
-    calls = int(os.environ.get("SOAK_CALLS", 100_000)) // (1 if device.type == "cuda" else 200)
+    is_alone = os.environ.get("SHARD", "1/1").endswith("/1")  # else parts of the suite share GPUs
+    fewer = 200 if device.type == "cpu" else 1 if is_alone else 100
+    calls = int(os.environ.get("SOAK_CALLS", 100_000)) // fewer
     objects = []
     for head_size, scatter in ((64, "heads"), (1024, None)):
         merge = RankMerge(max_tokens=300, num_heads=HEADS, head_size=head_size, dtype=BF16,

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from merge_attn_states import _direct
 
+SHARED = "shared"  # of devices: GPUs, each of several ranks
+
 # What hangs is an error that says where: of a group, and of a direct merge.
 LIMIT, DIRECT_LIMIT = datetime.timedelta(seconds=120), datetime.timedelta(seconds=40)
 
@@ -42,11 +44,15 @@ def run(program, ranks, tmp_path, environment, device="cpu", killed=()):
 def main(module, program, ranks, store, device, rank):
     ranks, rank = int(ranks), int(rank)
     programs = importlib.import_module(module)  # first: from here on ranks are in step
-    device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    backend = "nccl" if device == "cuda" else "gloo"  # NCCL has a GPU for each rank
+    if device == SHARED:
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+    else:
+        device = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=ranks,

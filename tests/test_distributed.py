@@ -55,6 +55,15 @@ def test_directly(program, ranks, tmp_path, child_environment):
     run(program, ranks, "direct", tmp_path, child_environment)
 
 
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_than_gpus(ranks, tmp_path, child_environment):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    environment = child_environment | {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    shared = ranks_support.SHARED
+    ranks_support.run(programs.several_on_a_gpu, ranks, tmp_path, environment, shared)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_random_calls(ranks, where, tmp_path, child_environment):
     run(programs.random_calls, ranks, where, tmp_path, child_environment)
