@@ -260,9 +260,7 @@ def several_on_a_gpu(rank, ranks, device):
 
 def random_calls(rank, ranks, device):
     """Sizes and delays at random, of two objects, each on a stream of its own."""
-    is_alone = os.environ.get("SHARD", "1/1").endswith("/1")  # else parts of the suite share GPUs
-    fewer = 200 if device.type == "cpu" else 1 if is_alone else 100
-    calls = int(os.environ.get("SOAK_CALLS", 100_000)) // fewer
+    calls = int(os.environ.get("SOAK_CALLS", 100_000)) // (1 if device.type == "cuda" else 200)
     objects = []
     for head_size, scatter in ((64, "heads"), (1024, None)):
         merge = RankMerge(max_tokens=300, num_heads=HEADS, head_size=head_size, dtype=BF16,

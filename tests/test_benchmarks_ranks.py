@@ -353,6 +353,7 @@ def test_the_command_measures(capfd):
     assert "across two GPUs" not in said
 
 
+@pytest.mark.alone
 def test_the_command_measures_on_gpus(capfd):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -364,6 +365,7 @@ def test_the_command_measures_on_gpus(capfd):
         assert re.search(row, said), said
 
 
+@pytest.mark.alone
 def test_a_layer_of_two_gpus(tmp_path, environment):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -20,7 +20,9 @@ HEADS, SIZE = 6, 16
 
 
 # On GPUs as NCCL has it, or directly.
-@pytest.fixture(params=["cpu", "cuda", "direct"])
+@pytest.fixture(
+    params=["cpu", *(pytest.param(way, marks=pytest.mark.alone) for way in ("cuda", "direct"))]
+)
 def where(request):
     return request.param
 
@@ -47,6 +49,7 @@ def test_two_ranks(program, where, tmp_path, child_environment):
     run(program, 2, where, tmp_path, child_environment)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "program", [programs.directly, programs.late_directly, programs.other_numbers_directly]
 )
@@ -55,6 +58,7 @@ def test_directly(program, ranks, tmp_path, child_environment):
     run(program, ranks, "direct", tmp_path, child_environment)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_more_ranks_than_gpus(ranks, tmp_path, child_environment):
     if not torch.cuda.is_available():
@@ -84,6 +88,7 @@ def test_a_killed_rank(tmp_path, child_environment):
     ranks_support.run(programs.killed, 3, tmp_path, child_environment, killed={2})
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_rank_that_is_killed_when_all_are_direct(ranks, tmp_path, child_environment):
     run(programs.killed_directly, ranks, "direct", tmp_path, child_environment, {ranks - 1})

@@ -77,6 +77,7 @@ def test_a_ring(ranks, tmp_path, child_environment):
     ranks_support.run(ring, ranks, tmp_path, child_environment)
 
 
+@pytest.mark.alone
 def test_a_ring_of_gpus(tmp_path, child_environment):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -51,17 +51,27 @@ __device__ void merge_by_lines(const PeersCall& call) {
       const int64_t place = slot<kRoom>(call, number, owner, source) * call.line_rows + at;
       return call.memory[owner] + call.lines + place * call.lines_a_row * 16;
     };
+    // Of so many peers what they get is loaded before the first of it is sent.
+    constexpr uint32_t kAtOnce = kRoom == 2 ? 1 : 4;
+    const uint32_t ranks = ranks_of<kRoom>(call);
 #pragma unroll 1
-    for (uint32_t k = 1; k < ranks_of<kRoom>(call); ++k) {
-      const uint32_t peer = peer_after<kRoom>(call, k);
-      const uint32_t head = first_head(call, peer);
-      const uint4 word = Rows<T>::load(call, pack.row, head, column).word;
-      char* const to = line_of(peer, call.rank);
-      store_line(to + 32 * column, word.x, word.y, number);
-      store_line(to + 32 * column + 16, word.z, word.w, number);
-      if (column == 0) {
-        const uint32_t lse = __float_as_uint(lse_of(call, pack.row, head));
-        store_line(to + 32 * call.row_packs, lse, 0, number);
+    for (uint32_t first = 1; first < ranks; first += kAtOnce) {
+      uint4 words[kAtOnce];
+      float lses[kAtOnce]{};
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+        if (first + i >= ranks) continue;
+        const uint32_t head = first_head(call, peer_after<kRoom>(call, first + i));
+        words[i] = Rows<T>::load(call, pack.row, head, column).word;
+        if (column == 0) lses[i] = lse_of(call, pack.row, head);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+        if (first + i >= ranks) continue;
+        char* const to = line_of(peer_after<kRoom>(call, first + i), call.rank);
+        store_line(to + 32 * column, words[i].x, words[i].y, number);
+        store_line(to + 32 * column + 16, words[i].z, words[i].w, number);
+        if (column == 0) store_line(to + 32 * call.row_packs, __float_as_uint(lses[i]), 0, number);
       }
     }
     const auto receive = [&](uint32_t k, float* lse, PackT* theirs) {
