@@ -166,7 +166,8 @@ logging.basicConfig(level=logging.INFO)  # 0.33 sets its own up when an engine s
 known = set(sys.modules)
 vllm.plugins.load_general_plugins()
 new = {name.partition(".")[0] for name in set(sys.modules) - known} - sys.stdlib_module_names
-print("NEW", sorted(new - {"vllm", "merge_attn_states", "merge_attn_states_vllm"}))
+new -= {"vllm", "merge_attn_states", "merge_attn_states_vllm"}
+print("NEW", sorted(new - {"torch"}))  # of which 0.33's merges across ranks import more
 from merge_attn_states.integrations.vllm import status
 print("ACTIVE", status().active, status().reason)
 print("CUDA", torch.cuda.is_initialized())

@@ -120,14 +120,14 @@ def test_an_objects_plain_call_is_made_first(dcp, group):
     """As direct merges have it, without a look at the arguments; what it leaves is looked at."""
     output, lse = state()
     due = dcp.cp_lse_ag_out_rs(output, lse, group)
-    (made,) = plugin._rank_merges._made.values()
+    (kind,) = plugin._rank_merges.plain
     calls, answer = [], ("merged", None)
 
     def plainly(*args):
         calls.append(args)
         return answer
 
-    made._merge_plainly = plainly
+    plugin._rank_merges.plain[kind] = plainly
     workspace = dcp.DirectDCPA2AWorkspace(group.device_group)
     lengths, starts = torch.tensor([3]).int(), torch.tensor([0, 2]).int()
     assert dcp.cp_lse_ag_out_rs(output, lse, group, None, True, False) == answer

@@ -83,7 +83,9 @@ class RankMerges:
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], RankMerge | ValueError] = {}
-        self._usual: dict[tuple[object, _Scatter], RankMerge] = {}
+        # What takes a plain call of a group's last object, or gives None (RankMerge): an engine has
+        # one kind of call, and each costs host time.
+        self.plain: dict[tuple[object, _Scatter], Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def of(self, group: Any, output: torch.Tensor, scatter: _Scatter) -> RankMerge | None:
@@ -107,24 +109,6 @@ class RankMerges:
             raise made
         return made
 
-    def plainly(
-        self,
-        group: Any,
-        scatter: _Scatter,
-        state: tuple[torch.Tensor, torch.Tensor],
-        empty: _Empty | None,
-        base: Base,
-        return_lse: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """A call that the group's last object takes as it is; else None, and nothing happened.
-
-        An engine has one kind of call, and each costs host time.
-        """
-        usual = self._usual.get((group, scatter))
-        if usual is None:
-            return None
-        return usual._merge_plainly(*state, empty, base, "empty", return_lse)
-
     def _make(self, key: tuple[Any, ...]) -> RankMerge | ValueError:
         from ..distributed import RankMerge  # a second to import, for those alone who merge so
 
@@ -144,7 +128,7 @@ class RankMerges:
             made = error
         self._made[key] = made
         if isinstance(made, RankMerge):
-            self._usual[group, scatter] = made
+            self.plain[group, scatter] = made._merge_plainly
         return made
 
     @property
@@ -155,7 +139,7 @@ class RankMerges:
 
     def clear(self) -> None:
         self._made.clear()
-        self._usual.clear()
+        self.plain.clear()
 
 
 def replacing(
@@ -184,7 +168,8 @@ def replacing(
         try:
             base: Base = "e" if on_e else "2"
             empty = _empty(*requests, **named)
-            results = merges.plainly(group, scatter, (output, lse), empty, base, return_lse)
+            plain = merges.plain.get((group, scatter))
+            results = plain and plain(output, lse, empty, base, "empty", return_lse)
             if results is None:
                 made = merges.of(group, output, scatter)
                 if made is None:
