@@ -294,6 +294,33 @@ def test_one_line_says_why_states_do_not_travel_directly(alone, monkeypatch, cap
     assert said(gather) == []  # on every rank
 
 
+def test_a_step_of_all_ranks_is_taken_by_all_or_none():
+    direct, heard = object.__new__(_direct.Direct), []
+
+    def gather(numbers, of_another=1):
+        heard.append(numbers)
+        return [numbers, [of_another]]
+
+    def fail():
+        raise ImportError("no such module")
+
+    direct._gather = gather
+    assert direct._together(lambda: "made") == "made"
+    with pytest.raises(RuntimeError, match="ImportError: no such module"):
+        direct._together(fail)
+    assert heard == [[1], [0]]
+    direct._gather = lambda numbers: gather(numbers, 0)
+    with pytest.raises(RuntimeError, match="another rank cannot"):
+        direct._together(lambda: "made")
+
+
+def test_the_time_limit_is_the_groups(alone):
+    limit = datetime.timedelta(minutes=7)
+    group = dist.new_group(timeout=limit)
+    assert _direct._limit_of(group, torch.device("cpu")) == limit
+    assert _direct._limit_of(None, torch.device("cpu")) == datetime.timedelta(minutes=10)
+
+
 def test_the_operator_refuses_what_requires_grad():
     output = torch.zeros(3, HEADS, SIZE, requires_grad=True)
     fixed, peers = output.detach(), torch.zeros(9, dtype=torch.int64)

@@ -14,8 +14,9 @@ struct RanksObject {
   int64_t rank, ranks;
   int64_t scatters;  // a rank gets its share of the heads, else all
   int64_t max_tokens, num_heads, merged_heads, head_size;
+  int64_t device_index;
   int64_t limit_ns;         // how long others are waited for
-  int64_t multiprocessors;  // of this rank's GPU
+  int64_t multiprocessors;  // of the rank's GPU that has the fewest
   uint32_t* numbers;
   int64_t* report;
 

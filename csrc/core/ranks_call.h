@@ -99,7 +99,7 @@ struct RanksCall {
   bool scatters;  // a rank gets its share of the heads, else all
   int64_t max_rows;
   int64_t limit_ns;          // how long others are waited for
-  int64_t multiprocessors;   // of this rank's GPU
+  int64_t multiprocessors;   // of the rank's GPU that has the fewest
   char* memory[kMaxPeers];   // of each rank: a PeerLayout
   bool is_in_buffer;         // `output` is this rank's buffer, on all ranks
   char* buffers[kMaxPeers];  // of each rank, contiguous, which the others read

@@ -5,11 +5,11 @@
 //
 // Small calls go as lines: a 16-byte store carries two words of data and the call's number twice,
 // and whoever polls it has the data as soon as the number is right: no fence, no flag, no barrier.
-// Large ones go in bulk, with a flag a chunk of rows behind a fence. Rows that attention wrote into
-// the shared memory itself are read where they lie: their LSEs go as lines, and a rank's call ends
-// when all others have read its rows, so that these may be written anew. What is sent in call n
-// lies in half n % 2 of its place: a rank is in call n only when it has what all others sent in
-// call n - 1, and then these have read what it sent in call n - 2.
+// Large ones go in bulk, with a flag a chunk of rows, whose store releases them. Rows that
+// attention wrote into the shared memory itself are read where they lie: their LSEs go as lines,
+// and a rank's call ends when all others have read its rows, so that these may be written anew.
+// What is sent in call n lies in half n % 2 of its place: a rank is in call n only when it has what
+// all others sent in call n - 1, and then these have read what it sent in call n - 2.
 //
 // A rank that waits too long, or hears of another call than its own, poisons all ranks: every
 // kernel looks for that first, also one in a graph, and leaves.
@@ -25,7 +25,9 @@ inline constexpr int kMostPacks = 4;  // of a thread in bulk
 
 // Of the calls before, each block has a count of its own: another block may have ended this call
 // already. The blocks of a small grid write those of a larger one too.
-__device__ uint32_t number_of_call(const PeersCall& call) { return call.numbers[blockIdx.x] + 1; }
+__device__ uint32_t number_of_call(const PeersCall& call) {
+  return next_number(call.numbers[blockIdx.x]);
+}
 __device__ void end_call(const PeersCall& call, uint32_t number) {
   __syncthreads();  // all threads have read it
   const uint32_t stride = gridDim.x * blockDim.x;
@@ -256,6 +258,7 @@ __device__ void merge_in_bulk(const PeersCall& call) {
     for (at = blockIdx.x; at < call.num_blocks; at += gridDim.x) {
       if (!ChunkT{call, at, number}.wait_for_readers()) return;
     }
+    if (has_ended(call)) return;  // who has given up may write its rows anew while others read
   }
   end_call(call, number);
 }

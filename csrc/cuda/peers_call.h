@@ -46,8 +46,15 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
   const int64_t size = size_of(call.dtype), row_bytes = call.head_size * size;
   const int64_t num_rows = call.num_tokens * call.merged_heads;
   const PeerLayout layout(sizes, call.ranks, call.max_rows, row_bytes);
+  // All blocks wait, so all must be on the GPU at once, and those of another stream's object too:
+  // of a multiprocessor each has the room of a block in bulk.
+  const int64_t line_threads = std::max(sizes.line_threads, layout.row_packs());
+  const int64_t line_blocks = PeerLayout::pieces(num_rows, layout.line_block_rows());
+  const bool may_be_lines =
+      num_rows <= layout.line_rows &&
+      line_blocks * line_threads <= call.multiprocessors * sizes.chunk_threads;
   const Way way = call.is_in_buffer && layout.is_read(num_rows) ? Way::kReading
-                  : num_rows <= layout.line_rows                ? Way::kLines
+                  : may_be_lines                                ? Way::kLines
                                                                 : Way::kBulk;
   const bool by_lines = way == Way::kLines;
   const int64_t rows_a_block = by_lines ? layout.line_block_rows() : layout.chunk_rows(num_rows);
@@ -105,9 +112,8 @@ inline PeersLaunch peers_launch(const RanksCall& call, const PeerSizes& sizes) {
   std::copy_n(call.memory, call.ranks, made.memory);
   std::copy_n(call.buffers, call.ranks, made.buffers);
   if (by_lines) {
-    return {made, way, made.num_blocks, std::max(sizes.line_threads, row_bytes / 16)};
+    return {made, way, line_blocks, line_threads};
   }
-  // All of them wait, so all must be on the GPU at once, and those of another stream's object too.
   const int64_t blocks = std::min({int64_t{made.num_blocks}, sizes.blocks, call.multiprocessors});
   return {made, way, blocks, sizes.chunk_threads};
 }

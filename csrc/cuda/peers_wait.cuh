@@ -104,9 +104,15 @@ __device__ bool wait_for(const PeersCall& call, uint32_t peer, IsThere is_there)
 __device__ bool is_peer(const PeersCall& call) {
   return threadIdx.x < call.ranks && threadIdx.x != call.rank;
 }
+// Calls are numbered from 1 on and, four billion later, again: 0 is what memory holds at first.
+inline constexpr uint32_t kLastNumber = 0xfffffffe;
+static_assert(kLastNumber % 2 == 0);  // the half of the memory changes with each call
+__device__ uint32_t next_number(uint32_t number) { return number == kLastNumber ? 1 : number + 1; }
+
 // Whether what is sent with a number is there; it may be the next call's already.
 __device__ bool has_come(const uint32_t* flag, uint32_t number) {
-  return static_cast<int32_t>(load_acquire(flag) - number) >= 0;
+  const uint32_t found = load_acquire(flag);
+  return found == number || found == next_number(number);
 }
 
 // Those of block 0 say what this call is, and hear whether theirs is the same.

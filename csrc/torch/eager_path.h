@@ -89,7 +89,8 @@ class Views {
 // does.
 PyObject* merge_states_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* update_state_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
-// As merge_ranks of torch.ops, but of `object` its address. The results are new ones of its kind.
+// As merge_ranks of torch.ops, but of `object` its address. What RankMerge says of results it
+// has said.
 PyObject* merge_ranks_fast(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace merge_attn_states

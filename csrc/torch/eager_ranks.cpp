@@ -26,7 +26,7 @@ bool is_plain(const RanksArguments& args) {
   if (output.rank != 3 || output.sizes[0] > object.max_tokens) return false;
   const int64_t tokens = output.sizes[0];
   const auto is_here = [&](const TensorView& view) {
-    return view.device_type == MERGE_ATTN_STATES_CUDA && view.device_index == output.device_index;
+    return view.device_type == MERGE_ATTN_STATES_CUDA && view.device_index == object.device_index;
   };
   if (!has_sizes(output, {tokens, object.num_heads, object.head_size}) ||
       !has_sizes(lse, {tokens, object.num_heads}) || output.strides[2] != 1 ||

@@ -15,7 +15,9 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,17 +26,19 @@ from . import _operator
 from ._agreement import Gather, failed_before, first_line
 from ._library import fast_path
 from ._rank_state import Empty
-from .states import Base
+from .states import Base, merge_states
 
 __all__ = ["Direct", "Plainly", "make_direct", "unfit"]
 
 _MOST_RANKS = 16
 _MOST_ROW_BYTES = 8192
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LONGEST_NS = 2**63 - 1
 _OFF = ("0", "false", "off", "no")
-_LIMIT = datetime.timedelta(minutes=10)  # as groups over NCCL have it
+_LIMIT = datetime.timedelta(minutes=10)
 # A call that nobody has checked: output, lse, empty, lse_base, nan_lse, return_lse.
 Plainly = Callable[..., tuple[torch.Tensor, torch.Tensor | None] | None]
+_Result = TypeVar("_Result")
 _log = logging.getLogger(__name__)
 _merge_ranks = torch.ops.merge_attn_states.merge_ranks.default
 _operator.register(_merge_ranks, "a merge across ranks has no gradient")
@@ -69,16 +73,21 @@ def make_direct(
     elif not all(wish for _, wish, _ in wishes):
         why_not = why_not or "a rank has MERGE_ATTN_STATES_DIRECT=0"
     else:
-        made = None
+        limit = timeout or _limit_of(group, device)
         try:
-            made = Direct(gather, group, device, dtype, shape, scatters, timeout or _LIMIT)
-        except RuntimeError as error:  # no access from one GPU to another
+            return Direct(gather, group, device, dtype, shape, scatters, limit)
+        except RuntimeError as error:  # on all ranks: say, no access from one GPU to another
             why_not = first_line(error)
-        if all(there for (there,) in gather([int(made is not None)])) and made is not None:
-            made.warm_up()
-            return made
-    _log.warning("states travel by collectives: %s", why_not or "another rank cannot be direct")
+    _log.warning("states travel by collectives: %s", why_not)
     return None
+
+
+def _limit_of(group: dist.ProcessGroup, device: torch.device) -> datetime.timedelta:
+    """The group's own; by a private name, and where that is gone the default of NCCL's groups."""
+    limit = None
+    with contextlib.suppress(AttributeError, RuntimeError):
+        limit = group._get_backend(device).options._timeout
+    return limit if isinstance(limit, datetime.timedelta) else _LIMIT
 
 
 def unfit(ranks: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> str:
@@ -128,26 +137,52 @@ class Direct:
         # The fewest tokens that do not go as lines (core/ranks_call.h).
         self.tokens_in_bulk = line_rows // self._merged_heads + 1
         self._tokens_read = -(-read_rows // self._merged_heads)  # the fewest, in output_buffer
-        self._numbers = torch.zeros(numbers, dtype=torch.int32, device=device)
-        self._report = torch.zeros(4, dtype=torch.int64).pin_memory()
         self._handles: list[object] = []  # what keeps the memory mapped
-        self._memory, pointers = self._shared(size)
-        limit_ns = 1000 * (limit // datetime.timedelta(microseconds=1))
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        own = [multiprocessors, self._numbers.data_ptr(), self._report.data_ptr()]
-        given = [rank, ranks, int(scatters), max_tokens, heads, self._merged_heads, head_size]
-        no_buffers = [0] * ranks
-        self._object = torch.tensor([*given, limit_ns, *own, *pointers, *no_buffers])
-        self._address = self._object.data_ptr()
         self._buffer: torch.Tensor | None = None
+        self._numbers, self._report = self._together(partial(self._own_memory, numbers))
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
         self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
+        self._memory, pointers = self._shared(size)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        fewest = min(each for (each,) in gather([multiprocessors]))
+        limit_ns = min(1000 * (limit // datetime.timedelta(microseconds=1)), _LONGEST_NS)
+        given = [rank, ranks, int(scatters), max_tokens, heads, self._merged_heads, head_size]
+        own = [device.index, limit_ns, fewest, self._numbers.data_ptr(), self._report.data_ptr()]
+        no_buffers = [0] * ranks
+        self._object = torch.tensor([*given, *own, *pointers, *no_buffers])
+        self._address = self._object.data_ptr()
+        self._together(self._warm_up)
 
     def __del__(self) -> None:
         """Kernels on any stream may still use the memory."""
         with contextlib.suppress(Exception):  # as the interpreter ends there may be no torch left
             if not torch.cuda.is_current_stream_capturing():
                 torch.cuda.synchronize(self._device)
+
+    def _together(self, step: Callable[[], _Result]) -> _Result:
+        """What a step gives, which all ranks take, and whose end is waited for.
+
+        Raises
+        ------
+        RuntimeError
+            A rank cannot take it, of which all hear.
+        """
+        try:
+            result, refusal = step(), ""
+        except Exception as error:  # whatever it is, the others wait for this rank
+            refusal = f"{type(error).__name__}: {error}"
+        if not all(there for (there,) in self._gather([int(not refusal)])):
+            raise RuntimeError(refusal or "another rank cannot")
+        return result
+
+    def _own_memory(self, numbers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make this rank's numbers and report; an error where there is no code for its GPU."""
+        one = torch.zeros(1, 1, 16, dtype=self._dtype, device=self._device)
+        merge_states([one], [torch.zeros(1, 1, device=self._device)])
+        return (
+            torch.zeros(numbers, dtype=torch.int32, device=self._device),
+            torch.zeros(4, dtype=torch.int64).pin_memory(),
+        )
 
     def _shared(self, size: int) -> tuple[torch.Tensor, list[int]]:
         """Zeros that every rank can write to, and where each rank has them; made by all ranks.
@@ -157,30 +192,29 @@ class Direct:
         RuntimeError
             A rank has no memory, or no access to that of another.
         """
+        memory = self._together(partial(self._zeros, size))
+        return memory, self._together(partial(self._mapped, memory))
+
+    def _zeros(self, size: int) -> torch.Tensor:
         from torch.distributed import _symmetric_memory as symmetric
 
-        memory, refusal = None, "another rank has no memory for it"
-        try:
-            memory = symmetric.empty(size, dtype=torch.uint8, device=self._device)
-        except RuntimeError as error:
-            refusal = str(error)
-        if not all(there for (there,) in self._gather([int(memory is not None)])):
-            raise RuntimeError(refusal)  # before the others wait for this rank
-        assert memory is not None
-        memory.zero_()
+        return symmetric.empty(size, dtype=torch.uint8, device=self._device).zero_()
+
+    def _mapped(self, memory: torch.Tensor) -> list[int]:
+        from torch.distributed import _symmetric_memory as symmetric
+
         handle = symmetric.rendezvous(memory, self._group.group_name)
         if handle is None:
             raise RuntimeError("the group has no symmetric memory")
         pointers = [int(pointer) for pointer in handle.buffer_ptrs]
-        if pointers[dist.get_rank(self._group)] != memory.data_ptr():
+        if 0 in pointers or pointers[dist.get_rank(self._group)] != memory.data_ptr():
             raise RuntimeError("this PyTorch shares another memory than it was asked to")
-        torch.cuda.synchronize(self._device)
-        handle.barrier()
         self._handles.append(handle)
-        return memory, pointers
+        torch.cuda.synchronize(self._device)  # the zeros are there before others write
+        return pointers
 
-    def warm_up(self) -> None:
-        """Load the kernels of lines and of bulk; made by all ranks."""
+    def _warm_up(self) -> None:
+        """Load the kernels of lines and of bulk."""
         max_tokens, heads, head_size = self._shape
         output = torch.zeros(1, heads, head_size, dtype=self._dtype, device=self._device)
         for num_tokens in {1, min(max_tokens, self.tokens_in_bulk)}:
@@ -224,6 +258,7 @@ class Direct:
         is_plain = (
             type(output) is type(lse) is torch.Tensor
             and output.dtype is self._dtype
+            and output.layout is torch.strided
             and output.ndim == 3
             and (lse_base == "e" or lse_base == "2")
             and (nan_lse == "visible" or nan_lse == "empty")

@@ -74,7 +74,7 @@ class RankMerge:
     timeout : datetime.timedelta, optional
         How long a call on a CPU waits for other ranks, if that is less than the group's own limit,
         up to which the operation itself goes on. None: the group's. On a GPU it is how long a
-        direct merge waits, None: ten minutes; of collectives the group's watchdog rules there.
+        direct merge waits, None: the group's; of collectives the group's watchdog rules there.
 
     Raises
     ------

@@ -150,7 +150,8 @@ struct Group {
   PeerLayout layout;
   std::vector<Rank> of;
 
-  Group(int ranks, int merged_heads, int head_size, bool scatters, int64_t max_tokens)
+  Group(int ranks, int merged_heads, int head_size, bool scatters, int64_t max_tokens,
+        uint32_t calls_before = 0)
       : ranks(ranks),
         heads(scatters ? merged_heads * ranks : merged_heads),
         head_size(head_size),
@@ -161,7 +162,8 @@ struct Group {
     for (Rank& rank : of) {
       rank.memory.resize(layout.bytes() / 16);
       rank.buffer.resize(max_tokens * heads * head_size / 4);
-      rank.numbers.resize(layout.numbers());
+      rank.numbers.resize(layout.numbers(), calls_before);
+      rank.numbers[0] = 0;  // nothing is reported
     }
   }
   int merged_heads() const { return scatters ? heads / ranks : heads; }
@@ -294,7 +296,7 @@ Result call(Group& group, int rank, int64_t tokens, uint32_t seed, int64_t limit
   made.scatters = group.scatters;
   made.max_rows = group.layout.max_rows;
   made.limit_ns = limit_ms * 1000000;
-  made.multiprocessors = 1 + rank % 3;  // fewer than the blocks that are wanted, and more
+  made.multiprocessors = 3;  // which not all lines would fit on
   for (int peer = 0; peer < group.ranks; ++peer) {
     made.memory[peer] = reinterpret_cast<char*>(group.of[peer].memory.data());
     made.buffers[peer] = reinterpret_cast<char*>(group.of[peer].buffer.data());
@@ -344,8 +346,8 @@ void on_all(const Group& group, const std::function<void(int)>& f) {
   for (std::thread& thread : ranks) thread.join();
 }
 
-void random_calls(int ranks, bool scatters, int calls) {
-  Group group(ranks, 2, 8, scatters, 40);
+void random_calls(int ranks, bool scatters, int calls, uint32_t calls_before = 0) {
+  Group group(ranks, 2, 8, scatters, 40, calls_before);
   int by_lines = 0;
   on_all(group, [&](int rank) {
     std::mt19937 sizes(7), delays(rank);
@@ -428,6 +430,10 @@ int main(int count, char** arguments) {
   for (const bool scatters : {true, false}) {
     for (const int ranks : {2, 3}) random_calls(ranks, scatters, calls);
     random_calls(7, scatters, calls / 4);  // more than a thread keeps the packs of
+  }
+  // Where memory that no call has used yet must not look like a later one's.
+  for (const uint32_t before : {0x80000010, cuda::kLastNumber - 8}) {
+    random_calls(2, true, calls / 4, before);
   }
   for (const int64_t tokens : {1, 24}) {
     for (const uint32_t seed : {0, 6}) absent(3, tokens, seed);

@@ -138,8 +138,11 @@ class RankMerges:
         return sorted({one.transport for one in made if not isinstance(one, ValueError)})
 
     def clear(self) -> None:
-        self._made.clear()
+        """Drop all but direct ones, of which captured CUDA graphs may still read the memory."""
         self.plain.clear()
+        for key, made in list(self._made.items()):
+            if isinstance(made, ValueError) or made.transport != "direct":
+                del self._made[key]
 
 
 def replacing(
