@@ -141,7 +141,8 @@ class Direct:
         self._buffer: torch.Tensor | None = None
         self._numbers, self._report = self._together(partial(self._own_memory, numbers))
         # A kernel writes there, and nobody waits for it; PyTorch would take ten times as long.
-        self._reports = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
+        report = (ctypes.c_int64 * 4).from_address(self._report.data_ptr())
+        self._reports = memoryview(report).cast("B").cast("q")
         self._memory, pointers = self._shared(size)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         fewest = min(each for (each,) in gather([multiprocessors]))
@@ -269,8 +270,13 @@ class Direct:
             return None
         lengths, starts = empty if type(empty) is tuple and len(empty) == 2 else (None, None)
         mask = None if starts is not None else empty
-        merged = output.new_empty((output.shape[0], self._merged_heads, self._shape[2]))
-        merged_lse = lse.new_empty(merged.shape[:2]) if return_lse else None
+        # With its strides: in an engine, whose caches are full of other things, half of new_empty.
+        num_tokens, merged_heads, head_size = output.shape[0], self._merged_heads, self._shape[2]
+        strides = merged_heads * head_size, head_size, 1
+        merged = output.new_empty_strided((num_tokens, merged_heads, head_size), strides)
+        merged_lse = None
+        if return_lse:
+            merged_lse = lse.new_empty_strided((num_tokens, merged_heads), (merged_heads, 1))
         flags = nan_lse == "empty", lse_base == "2", is_in_buffer
         given = merged, merged_lse, output, lse, mask, lengths, starts, *flags
         return (merged, merged_lse) if fast_merge(*given, self._address) else None
