@@ -49,11 +49,11 @@ class Ranks:
     def __init__(self, case: Case, device: torch.device) -> None:
         shape = tokens, heads, size = case.tokens, case.heads, case.head_size
         of: dict[str, Any] = {"dtype": case.input_dtype, "device": device}
-        merges = []
-        for asks in ("1", "0"):  # all ranks for the direct way
-            os.environ["MERGE_ATTN_STATES_DIRECT"] = asks
-            merges.append(RankMerge(max_tokens=tokens, num_heads=heads, head_size=size, **of))
-        self.direct, self.collective = merges
+        make = partial(RankMerge, max_tokens=tokens, num_heads=heads, head_size=size, **of)
+        os.environ["MERGE_ATTN_STATES_DIRECT"] = "0"
+        self.collective = make()
+        del os.environ["MERGE_ATTN_STATES_DIRECT"]
+        self.direct = make()
         self.rank, self.ranks = self.direct.rank, self.direct.ranks
         torch.manual_seed(0)
         self.outputs = torch.randn(self.ranks, *shape, **of)  # [ranks, tokens, heads, head_size]

@@ -258,6 +258,7 @@ def test_which_states_travel_directly(ranks, dtype, shape, said):
 
 
 def test_one_line_says_why_states_do_not_travel_directly(alone, monkeypatch, caplog):
+    monkeypatch.delenv("MERGE_ATTN_STATES_DIRECT", raising=False)
     device, shape = torch.device("cuda"), (4, HEADS, SIZE)
     given = (alone, device, F32, shape, True, None)
 
