@@ -10,21 +10,22 @@ import logging
 import os
 
 _said: set[str] = set()
-_OFF = ("0", "false", "off", "no")
+
+
+def _is_off(switch: str) -> bool:
+    return os.environ.get(switch, "").strip().lower() in ("0", "false", "off", "no")
 
 
 def switched_off() -> str:
     """Say what in the environment takes the plugin off; empty where nothing does."""
     switch = "MERGE_ATTN_STATES_VLLM"
-    off = os.environ.get(switch, "").strip().lower() in _OFF
-    return f"{switch} takes it off" if off else ""
+    return f"{switch} takes it off" if _is_off(switch) else ""
 
 
 def ranks_switched_off() -> str:
     """Say what in the environment keeps merges across ranks from the plugin; empty: nothing."""
     switch = "MERGE_ATTN_STATES_VLLM_DCP"
-    off = os.environ.get(switch, "").strip().lower() in _OFF
-    return f"{switch} takes them off" if off else ""
+    return f"{switch} takes them off" if _is_off(switch) else ""
 
 
 def register() -> None:

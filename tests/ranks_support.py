@@ -45,10 +45,10 @@ def main(module, program, ranks, store, device, rank):
     ranks, rank = int(ranks), int(rank)
     programs = importlib.import_module(module)  # first: from here on ranks are in step
     backend = "nccl" if device == "cuda" else "gloo"  # NCCL has a GPU for each rank
-    if device == SHARED:
+    if device in ("cuda", SHARED):
         device = torch.device("cuda", rank % torch.cuda.device_count())
     else:
-        device = torch.device(device, rank) if device == "cuda" else torch.device(device)
+        device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

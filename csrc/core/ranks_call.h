@@ -49,7 +49,7 @@ struct PeerLayout {
   int64_t line_block_rows() const { return std::max<int64_t>(1, sizes.line_threads / row_packs()); }
   int64_t chunk_rows(int64_t num_rows) const {
     const int64_t once = sizes.chunk_threads * sizes.blocks;
-    const int64_t packs = (num_rows * row_packs() + once - 1) / once;
+    const int64_t packs = pieces(num_rows * row_packs(), once);
     const int64_t threads = sizes.chunk_threads * std::min(packs, sizes.chunk_packs);
     return std::max<int64_t>(1, threads / row_packs());
   }
@@ -60,7 +60,7 @@ struct PeerLayout {
   // A line a rank and half: what the call is.
   int64_t headers() const { return kLine; }
   // Of rows: two lines for 16 bytes, and one for the LSE.
-  int64_t lines_a_row() const { return 2 * (row_bytes / 16) + 1; }
+  int64_t lines_a_row() const { return 2 * row_packs() + 1; }
   int64_t lines() const { return headers() + 2 * ranks * kLine; }
   // Of any call.
   int64_t most_chunks() const { return pieces(max_rows, chunk_rows(1)); }
@@ -76,7 +76,7 @@ struct PeerLayout {
   int64_t acks() const { return lse_lines() + slots() * max_rows * kLine; }
   int64_t bytes() const { return acks() + aligned(most_chunks() * ranks * 4); }
 
-  static int64_t pieces(int64_t rows, int64_t of) { return (rows + of - 1) / of; }
+  static int64_t pieces(int64_t whole, int64_t of) { return (whole + of - 1) / of; }
 
  private:
   static int64_t aligned(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }

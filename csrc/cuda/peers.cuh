@@ -181,9 +181,9 @@ struct Chunk {
   }
   // Gets what a pack needs of another rank, which is there, but for an LSE of rows that are read.
   __device__ bool receive(uint32_t k, uint32_t pack, float* lse, PackT* theirs) const {
-    const MergedPack at = place_of(pack);
     const uint32_t row = call.packs.quotient(pack);
     if constexpr (kReads) {
+      const MergedPack at = place_of(pack);
       if (lse != nullptr) {
         const char* const from = lse_lines(call.rank, k) + 16 * row;
         uint32_t bits = 0, nothing;
@@ -237,26 +237,26 @@ struct Chunk {
 // A block pushes its next chunk, which is under way while it merges the one before.
 template <class T, int kRoom, bool kReads>
 __device__ void merge_in_bulk(const PeersCall& call) {
-  using ChunkT = Chunk<T, kRoom, kReads>;
   const uint32_t number = number_of_call(call);
+  const auto chunk = [&](uint32_t at) { return Chunk<T, kRoom, kReads>{call, at, number}; };
   // All threads or none: those that are left would announce a chunk that is not whole.
   if (!__syncthreads_and(!has_ended(call))) return;
   if (talks(call)) send_header(call, number, threadIdx.x);
   uint32_t at = blockIdx.x;
-  ChunkT{call, at, number}.push();
+  chunk(at).push();
   __syncthreads();
-  ChunkT{call, at, number}.announce();
+  chunk(at).announce();
   if (talks(call)) compare_header(call, number, threadIdx.x);
   for (uint32_t next = at + gridDim.x;; at = next, next += gridDim.x) {
-    if (next < call.num_blocks) ChunkT{call, next, number}.push();
-    if (!ChunkT{call, at, number}.wait()) return;
-    if (!ChunkT{call, at, number}.merge()) return;
+    if (next < call.num_blocks) chunk(next).push();
+    if (!chunk(at).wait()) return;
+    if (!chunk(at).merge()) return;
     if (next >= call.num_blocks) break;
-    ChunkT{call, next, number}.announce();
+    chunk(next).announce();
   }
   if constexpr (kReads) {
     for (at = blockIdx.x; at < call.num_blocks; at += gridDim.x) {
-      if (!ChunkT{call, at, number}.wait_for_readers()) return;
+      if (!chunk(at).wait_for_readers()) return;
     }
     if (has_ended(call)) return;  // who has given up may write its rows anew while others read
   }

@@ -1,5 +1,6 @@
 // The eager path of a merge across ranks: an object's plain call.
 #include <algorithm>
+#include <initializer_list>
 
 #include "../ranks_entry.h"
 #include "eager_path.h"
@@ -10,13 +11,6 @@ namespace {
 bool has_sizes(const TensorView& view, std::initializer_list<int64_t> sizes) {
   return view.rank == static_cast<int32_t>(sizes.size()) &&
          std::equal(sizes.begin(), sizes.end(), view.sizes);
-}
-
-// Of the starts or the lengths of requests.
-bool is_list(const TensorView& view, int64_t size, const TensorView& like) {
-  return has_sizes(view, {size}) && (view.strides[0] == 1 || size <= 1) &&
-         view.dtype == like.dtype && view.device_type == like.device_type &&
-         view.device_index == like.device_index;
 }
 
 // A call that RankMerge would find right, and Direct would not have to prepare.
@@ -42,9 +36,12 @@ bool is_plain(const RanksArguments& args) {
   const TensorView& starts = *args.starts;
   const bool counts =
       starts.dtype == MERGE_ATTN_STATES_INT32 || starts.dtype == MERGE_ATTN_STATES_INT64;
-  return args.lengths != nullptr && counts && is_here(starts) && starts.rank == 1 &&
-         is_list(starts, starts.sizes[0], starts) &&
-         is_list(*args.lengths, starts.sizes[0] - 1, starts);
+  const auto is_list = [&](const TensorView& view, int64_t size) {
+    return has_sizes(view, {size}) && (view.strides[0] == 1 || size <= 1) &&
+           view.dtype == starts.dtype && is_here(view);
+  };
+  return args.lengths != nullptr && counts && starts.rank == 1 &&
+         is_list(starts, starts.sizes[0]) && is_list(*args.lengths, starts.sizes[0] - 1);
 }
 
 }  // namespace

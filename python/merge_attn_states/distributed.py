@@ -34,10 +34,6 @@ _objects = itertools.count(1)
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # Dynamo knows it by any name
 
 
-def _never_plainly(*_: Any) -> None:
-    """Leave a call to be looked at."""
-
-
 class RankMerge:
     """Merge the attention states of a process group's ranks, exactly, in one call.
 
@@ -134,7 +130,7 @@ class RankMerge:
         )
         shape = (max_tokens, num_heads, head_size)
         self._direct = make_direct(gather, group, self.device, dtype, shape, bool(scatter), timeout)
-        self._merge_plainly: Plainly = _never_plainly
+        self._merge_plainly: Plainly | None = None
         if self._direct is not None and not check:
             self._merge_plainly = self._direct.merge_plainly
         self._buffer: torch.Tensor | None = None
@@ -270,8 +266,9 @@ class RankMerge:
             Another rank did not come within the time limit, or left; or did in a call before, since
             ranks then no longer agree about which call is theirs.
         """
-        if out is None and out_lse is None and not _is_dynamo_compiling():
-            merged = self._merge_plainly(output, lse, empty, lse_base, nan_lse, return_lse)
+        plainly = self._merge_plainly
+        if plainly and out is None and out_lse is None and not _is_dynamo_compiling():
+            merged = plainly(output, lse, empty, lse_base, nan_lse, return_lse)
             if merged is not None:
                 return merged
         given = output, lse, empty, lse_base, nan_lse, out, out_lse, return_lse

@@ -83,9 +83,9 @@ class RankMerges:
 
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], RankMerge | ValueError] = {}
-        # What takes a plain call of a group's last object, or gives None (RankMerge): an engine has
-        # one kind of call, and each costs host time.
-        self.plain: dict[tuple[object, _Scatter], Callable[..., Any]] = {}
+        # What takes a plain call of a group's last object, or gives None; None where it has none
+        # (RankMerge). An engine has one kind of call, and each costs host time.
+        self.plain: dict[tuple[object, _Scatter], Callable[..., Any] | None] = {}
         self._lock = threading.Lock()
 
     def of(self, group: Any, output: torch.Tensor, scatter: _Scatter) -> RankMerge | None:
